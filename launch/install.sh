@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Finds a Python, makes a virtual environment, installs the pinned versions. The other scripts source this one; alone:
+#
+#   ./launch/install.sh [--python=python3.12] [EXTRA ...]     for example: ./launch/install.sh cuda12 evaluation
+set -euo pipefail
+
+say() { printf '%s\n' "$*" >&2; }
+
+refuse() {
+  say "$*"
+  exit 1
+}
+
+# quoted WORD...: prints the words, each after a space, as a shell reads them back.
+quoted() {
+  local word
+  for word in "$@"; do
+    case $word in
+      "" | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "${word//\'/\'\\\'\'}" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+}
+
+# find_python [NAME]: prints a Python >= 3.11 that can make virtual environments; NAME is a command, a path or "3.12".
+find_python() {
+  local wanted=${1:-} candidate incomplete="" old=""
+  local -a candidates=(python3 python3.12 python3.13 python3.11 python3.14 python)
+  [ -z "$wanted" ] || candidates=("$wanted" "python$wanted")
+  # pyenv keeps the versions that are not its default off PATH.
+  local pyenv=${PYENV_ROOT:-${HOME:-}/.pyenv}/versions
+  for candidate in "${candidates[@]}"; do
+    case $candidate in */*) ;; *) candidates+=("$pyenv"/*/bin/"$candidate") ;; esac
+  done
+  for candidate in "${candidates[@]}"; do
+    command -v "$candidate" >/dev/null 2>&1 || continue
+    if ! "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      old="$old $candidate"
+    elif ! "$candidate" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+      incomplete=$candidate
+    else
+      command -v "$candidate"
+      return
+    fi
+  done
+  if [ -n "$incomplete" ]; then
+    refuse "$incomplete cannot make virtual environments; install its venv module (on Debian and Ubuntu:" \
+      "apt-get install python3-venv), or name another with --python=..."
+  fi
+  refuse "No Python 3.11 or later${wanted:+ called $wanted}${old:+ (too old or broken:$old)}; install one (on Debian 12" \
+    "and Ubuntu 24.04: apt-get install python3 python3-venv), or name one with --python=/path/to/python3"
+}
+
+# find_accelerator [PCI]: prints the extra that this machine's hardware asks for: cuda12, tpu, or nothing.
+find_accelerator() {
+  local pci=${1:-/sys/bus/pci/devices} device
+  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    echo cuda12
+    return
+  fi
+  for device in "$pci"/*; do
+    # Google's vendor number and the TPU generations that jax itself looks for (jax/_src/hardware_utils.py).
+    [ "$(cat "$device/vendor" 2>/dev/null)" = 0x1ae0 ] || continue
+    case $(cat "$device/device" 2>/dev/null) in
+      0x0027 | 0x0056 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076)
+        echo tpu
+        return
+        ;;
+    esac
+  done
+}
+
+# environment_of [NAME]: prints the folder of the virtual environment: .venv, or one beside it for a Python asked for.
+environment_of() {
+  local python=$1 asked=${2:-}
+  if [ -z "$asked" ]; then
+    echo .venv
+  else
+    "$python" -c 'import sys; print(".venv-py{}{}".format(*sys.version_info))'
+  fi
+}
+
+# install_into FOLDER PYTHON EXTRA...: makes FOLDER hold this project with EXTRAs; does nothing where it already does.
+install_into() {
+  local folder=$1 python=$2 version constraints stamp extras mark
+  shift 2
+  if ! "$folder/bin/python" -c 'import pip' >/dev/null 2>&1; then
+    say "Making $folder with $("$python" --version) ($python)"
+    "$python" -m venv --clear "$folder"
+  fi
+  version=$("$folder/bin/python" -c 'import sys; print("{}{}".format(*sys.version_info))')
+  constraints=launch/constraints-py$version.txt
+  # Python releases after the newest that we test take its versions.
+  [ -f "$constraints" ] || constraints=launch/constraints-py312.txt
+
+  mark="$folder/.installed"
+  stamp=$(cat pyproject.toml "$constraints" | cksum)
+  extras="$*"
+  if [ -f "$mark" ] && [ "$(head -n 1 "$mark")" = "$stamp" ]; then
+    local missing=""
+    for extra in "$@"; do grep -qx "$extra" <(tail -n +2 "$mark") || missing=yes; done
+    [ -n "$missing" ] || return 0
+    extras="$extras $(tail -n +2 "$mark" | tr '\n' ' ')"
+  fi
+  # shellcheck disable=SC2086  # one word for each extra
+  extras=$(printf '%s\n' $extras | sort -u)
+
+  say "Installing the versions of $constraints into $folder (extras: $(echo "${extras:-none}" | paste -sd ' ' -))"
+  rm -f "$mark"
+  _install "$folder" "$constraints" "$(echo "$extras" | paste -sd , -)"
+  printf '%s\n%s\n' "$stamp" "$extras" >"$mark"
+}
+
+# uv installs in seconds what takes pip a minute; pip is always there.
+_install() {
+  local folder=$1 constraints=$2 project=".${3:+[$3]}" index
+  if "$folder/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.5,<1'; then
+    # uv does not read pip's configuration: an index that someone chose for pip holds here too.
+    index=$("$folder/bin/python" -m pip config get global.index-url 2>/dev/null || true)
+    [ -z "${PIP_INDEX_URL:-$index}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$index}}"
+    "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --constraints "$constraints" --editable "$project" &&
+      return
+    say "uv could not install; trying pip"
+  fi
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$project" ||
+    refuse "The installation failed; see the lines above. It needs a Python package index and 2 GB of disk"
+}
+
+# Not sourced, but called.
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  cd "$(dirname "$0")/.."
+  asked=""
+  extras=()
+  for argument in "$@"; do
+    case $argument in
+      --python=*) asked=${argument#--python=} ;;
+      -*) refuse "$argument is unknown; see the first lines of launch/install.sh" ;;
+      *) extras+=("$argument") ;;
+    esac
+  done
+  python=$(find_python "$asked")
+  install_into "$(environment_of "$python" "$asked")" "$python" ${extras[@]+"${extras[@]}"}
+fi

@@ -1,0 +1,242 @@
+"""Video files in and out, through PyAV: reading real footage, writing what people and browsers can play."""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import av.container
+import av.error
+import av.filter
+import numpy as np
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.data import lettering
+from paris_jax.errors import Refused
+
+READABLE = 160  # pixels: smaller videos are enlarged to at least this side, point by point
+CODECS = {
+    "mp4": ("libx264", "yuv420p", {"crf": "12", "preset": "medium"}),
+    "webm": ("libvpx-vp9", "yuv420p", {"crf": "14", "b": "0", "row-mt": "1"}),
+}
+FORMATS = (*CODECS, "gif", "png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """What a video file holds.
+
+    Attributes:
+      times: when each frame appears, (N,) float64 seconds from the start, ascending.
+      duration: seconds, to the end of the last frame.
+      height, width: pixels.
+    """
+
+    times: np.ndarray
+    duration: float
+    height: int
+    width: int
+
+
+@contextlib.contextmanager
+def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
+    """Opens a video and turns every failure to read it into a refusal that names the file."""
+    remedy = "replace or remove the file, then run the same command again"
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise Refused(f"{path} holds no video; {remedy}")
+            yield container
+    except (av.error.FFmpegError, EOFError) as error:
+        raise Refused(f"{path} cannot be read as video ({error}); {remedy}") from error
+
+
+def probe(path: epath.PathLike) -> Footage:
+    """Reads times and sizes without decoding. Refuses a file that is not a readable video."""
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        base = stream.time_base
+        assert base is not None
+        shown = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
+        height, width, origin = stream.height, stream.width, _origin(stream)
+    if not shown or not height or not width:
+        raise Refused(f"{path} holds no frames; replace or remove the file, then run the same command again")
+    times = np.asarray([float(pts * base) - origin for pts, _ in shown])
+    last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
+    return Footage(times, float(times[-1]) + last, height, width)
+
+
+def decode(path: epath.PathLike, start: float = 0.0, size: tuple[int, int] | None = None) -> Iterator:
+    """Yields (seconds from the start, (H, W, 3) uint8) in order, from the key frame at or before `start`.
+
+    Args:
+      path: the video.
+      start: seconds from the start of the video.
+      size: (height, width) to scale to (area average) while decoding; None leaves the size.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        origin = _origin(stream)
+        if start > 0 and stream.time_base and container.format.name != "gif":  # a GIF is read from its beginning
+            container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            seconds = frame.time - origin if frame.time is not None else 0.0
+            height, width = size or (frame.height, frame.width)
+            scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
+            yield seconds, scaled.to_ndarray()
+
+
+def _origin(stream: av.VideoStream) -> float:
+    """Returns the time stamp of a stream's start in seconds: cameras and cuts do not always start at 0."""
+    return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+
+
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """Reads a picture (or a video's first frame) as (H, W, 3) uint8."""
+    for _, image in decode(path):
+        return image
+    raise Refused(f"{path} holds no picture; replace or remove the file")
+
+
+def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales (area average) to cover height x width and crops the middle: (h, w, 3) to (height, width, 3) uint8."""
+    rows, columns = cover(image.shape[0], image.shape[1], height, width)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="AREA")
+    return crop(scaled.to_ndarray(), height, width)
+
+
+def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """Returns the size of the same shape as rows x columns that just covers height x width."""
+    scale = max(height / rows, width / columns)
+    return max(height, round(rows * scale)), max(width, round(columns * scale))
+
+
+def crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts the middle height x width out of (h, w, 3)."""
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def enlarge(video: np.ndarray, scale: int | None = None) -> np.ndarray:
+    """Repeats points until the shorter side is readable (or `scale` times); pads odd sides, which H.264 does not take.
+
+    Args:
+      video: (..., H, W, 3) uint8.
+      scale: whole factor; None chooses it.
+    """
+    height, width = video.shape[-3:-1]
+    times: int = scale or -(-READABLE // min(height, width))
+    larger = video.repeat(times, axis=-3).repeat(times, axis=-2)
+    padding = [(0, 0)] * (larger.ndim - 3) + [(0, height * times % 2), (0, width * times % 2), (0, 0)]
+    return np.pad(larger, padding, mode="edge")
+
+
+def video_bytes(video: np.ndarray, fps: float, format: str = "mp4", scale: int | None = None) -> bytes:
+    """Encodes (T, H, W, 3) uint8 as "mp4" (H.264 that browsers play), "webm" (VP9) or "gif"."""
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
+        raise ValueError(f"a video must be (T, H, W, 3) uint8, not {video.shape} {video.dtype}")
+    frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in enlarge(video, scale)]
+    if format == "gif":
+        return _gif(frames, fps)
+    if format not in CODECS:
+        raise ValueError(f"format={format!r}: must be one of {', '.join((*CODECS, 'gif'))}")
+    name, pixels, options = CODECS[format]
+    rate = Fraction(fps).limit_denominator(1001)
+    target = io.BytesIO()
+    with av.open(target, "w", format=format) as container:
+        stream = container.add_stream(name, rate=rate, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = frames[0].height, frames[0].width, pixels
+        for number, frame in enumerate(frames):
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def _gif(frames: list[av.VideoFrame], fps: float) -> bytes:
+    """Encodes a looping GIF in the palette of its own colours. GIF keeps time in hundredths of a second."""
+    base = Fraction(1, 100)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frames[0].width, height=frames[0].height, format=frames[0].format, time_base=base)
+    split, palette, use = graph.add("split"), graph.add("palettegen"), graph.add("paletteuse", "dither=none")
+    sink = graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(palette, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for number, frame in enumerate(frames):
+        frame.pts, frame.time_base = round(number * 100 / fps), base
+        graph.push(frame)
+    graph.push(None)
+    target = io.BytesIO()
+    end = round(len(frames) * 100 / fps)
+    with av.open(target, "w", format="gif", options={"final_delay": str(end - (frames[-1].pts or 0))}) as container:
+        stream = container.add_stream("gif", rate=100)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = frames[0].height, frames[0].width, "pal8"
+        stream.codec_context.time_base = base
+        for _ in frames:
+            frame = graph.pull()
+            assert isinstance(frame, av.VideoFrame)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """Encodes (H, W, 3) uint8 as PNG."""
+    encoder = av.CodecContext.create("png", "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.height, encoder.width, encoder.pix_fmt = image.shape[0], image.shape[1], "rgb24"
+    encoder.time_base = Fraction(1)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def write_png(path: epath.PathLike, image: np.ndarray) -> None:
+    """Writes (H, W, 3) uint8 as PNG, whole or not at all."""
+    manifest.write_atomically(path, png_bytes(image))
+
+
+def write_video(path: epath.PathLike, video: np.ndarray, fps: float, scale: int | None = None) -> None:
+    """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, whole or not at all."""
+    ending = epath.Path(path).suffix.lower().removeprefix(".")
+    if ending not in FORMATS:
+        raise Refused(f"{path} ends in {ending!r}; videos are written as {', '.join('.' + f for f in FORMATS)}")
+    if ending == "png":
+        write_png(path, contact_sheet(video[None]))
+    else:
+        manifest.write_atomically(path, video_bytes(video, fps, ending, scale))
+
+
+def contact_sheet(videos: np.ndarray, captions: Sequence[str] | None = None, columns: int = 8) -> np.ndarray:
+    """Lays out videos, one a row, each under its caption, with up to `columns` of its frames in order of time.
+
+    Args:
+      videos: (N, T, H, W, 3) uint8.
+      captions: N texts, or None.
+      columns: the most frames shown of each video, evenly spread.
+
+    Returns:
+      (height, width, 3) uint8.
+    """
+    frames = videos.shape[1]
+    chosen = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
+    scale = max(1, -(-READABLE // 2 // min(videos.shape[2:4])))
+    strips = []
+    for number, video in enumerate(videos):
+        shown = enlarge(video[chosen], scale)
+        row = np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=128) for f in shown], axis=1)
+        if captions is not None:
+            line = 255 - lettering.write_line(captions[number], row.shape[1] - 8)
+            strips.append(np.pad(line, ((3, 0), (4, 4)), constant_values=255)[..., None].repeat(3, -1))
+        strips.append(row)
+    return np.concatenate(strips, axis=0)

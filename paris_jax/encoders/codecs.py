@@ -1,0 +1,110 @@
+"""Video to latent and back.
+
+A codec has `encode`, `decode`, `latent_shape` and `describe`, whose JSON rebuilds it (`from_description`).
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from paris_jax.errors import Refused, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Packs blocks of time x height x width pixels into channels: exact, and nothing to train.
+
+    Works on NumPy and JAX arrays alike, with any number of leading axes.
+    """
+
+    time: int = 2
+    height: int = 2
+    width: int = 2
+
+    one_scale: ClassVar[bool] = True  # the channels are alike: one mean and spread normalises all
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns (T, H, W, C) of a video's latent; refuses sizes that the blocks do not divide."""
+        for axis, size, block in (
+            ("frames", frames, self.time),
+            ("height", height, self.height),
+            ("width", width, self.width),
+        ):
+            if size % block:
+                raise Refused(f"{axis}={size}: must be a multiple of the codec's {block}")
+        channels = 3 * self.time * self.height * self.width
+        return frames // self.time, height // self.height, width // self.width, channels
+
+    def encode(self, video: Any) -> Any:
+        """(..., T', H', W', 3) uint8, or float in [-1, 1], to (..., T, H, W, C) float32 in [-1, 1]."""
+        x = to_float(video) if video.dtype == np.uint8 else video
+        *lead, frames, height, width, _ = x.shape
+        T, H, W, C = self.latent_shape(frames, height, width)
+        n = len(lead)
+        x = x.reshape(*lead, T, self.time, H, self.height, W, self.width, 3)
+        x = x.transpose(*range(n), *(n + axis for axis in (0, 2, 4, 1, 3, 5, 6)))
+        return x.reshape(*lead, T, H, W, C).astype(np.float32)
+
+    def decode(self, latent: Any) -> Any:
+        """(..., T, H, W, C) to video (..., T', H', W', 3) float32: the exact inverse of `encode`, not clipped."""
+        *lead, T, H, W, _ = latent.shape
+        n = len(lead)
+        x = latent.reshape(*lead, T, H, W, self.time, self.height, self.width, 3)
+        x = x.transpose(*range(n), *(n + axis for axis in (0, 3, 1, 4, 2, 5, 6)))
+        return x.reshape(*lead, T * self.time, H * self.height, W * self.width, 3).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "pixels", "time": self.time, "height": self.height, "width": self.width}
+
+
+CODECS = {"pixels": Pixels}
+
+
+def codec(name: str, **settings: Any) -> Pixels:
+    """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2)."""
+    if name not in CODECS:
+        raise Refused(f"codec {name!r}: must be one of {', '.join(CODECS)}{nearest(name, CODECS)}")
+    return CODECS[name](**settings)
+
+
+def from_description(description: dict[str, Any]) -> Pixels:
+    """Rebuilds a codec from its `describe()`."""
+    return codec(**description)
+
+
+def to_float(video: Any) -> Any:
+    """uint8 to float32 in [-1, 1]."""
+    return video.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(video: Any) -> np.ndarray:
+    """Float in [-1, 1] (clipped) to uint8."""
+    return np.round((np.clip(np.asarray(video), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentScale:
+    """Mean and spread of the latents of a data set, one for all channels (length 1) or one a channel.
+
+    The networks see (latent - mean) / spread.
+    """
+
+    mean: tuple[float, ...]
+    spread: tuple[float, ...]
+
+    @classmethod
+    def from_manifest(cls, latent: dict[str, Any]) -> "LatentScale":
+        """Reads the `latent` entry of a data or cluster manifest."""
+        return cls(tuple(latent["mean"]), tuple(latent["spread"]))
+
+    def normalise(self, latent: np.ndarray) -> np.ndarray:
+        """(..., C) of any float type to float32 of about zero mean and unit spread."""
+        scale = np.asarray([1 / s for s in self.spread], np.float32)
+        normal = latent.astype(np.float32)
+        normal -= np.asarray(self.mean, np.float32)
+        normal *= scale
+        return normal
+
+    def denormalise(self, normal: Any) -> Any:
+        return normal * np.asarray(self.spread, np.float32) + np.asarray(self.mean, np.float32)

@@ -1,0 +1,90 @@
+"""Clip to the vector that is clustered: a frozen descriptor of look and motion, which nothing has to be trained for."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from paris_jax.errors import Refused, nearest
+
+THUMBNAIL = 4  # cells along each side
+BINS = 8  # of each colour channel's histogram
+ANGLES = 8  # orientations of edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Thumbnail, colour histogram, orientation of edges, and change over time, each scaled to a like weight.
+
+    Our own choice for the embedded data and for machines without an accelerator; it knows nothing of any label.
+    """
+
+    def __call__(self, video: np.ndarray) -> np.ndarray:
+        """Describes a clip.
+
+        Args:
+          video: (T, H, W, 3) uint8, at least 4 x 4 pixels.
+
+        Returns:
+          (F,) float32, about unit length in each of the four blocks.
+        """
+        video = video.astype(np.float32) / 255.0
+        thumbnail = _cells(video.mean(0)).ravel()
+        blocks = [
+            (thumbnail - 0.5) * 2 / np.sqrt(thumbnail.size),
+            np.concatenate([np.sqrt(_histogram(video[..., c])) for c in range(3)]) / np.sqrt(3),
+            np.sqrt(_edges(video.mean(-1))),
+            np.sqrt(_cells(_change(video)).ravel() / THUMBNAIL**2),
+        ]
+        return np.concatenate(blocks).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "statistics"}
+
+
+def _cells(image: np.ndarray) -> np.ndarray:
+    """Averages (H, W, ...) over a THUMBNAIL x THUMBNAIL grid."""
+    for axis in (0, 1):
+        edges = np.linspace(0, image.shape[axis], THUMBNAIL + 1).round().astype(int)
+        sums = np.add.reduceat(image, edges[:-1], axis=axis)
+        shape = [1] * image.ndim
+        shape[axis] = THUMBNAIL
+        image = sums / np.diff(edges).reshape(shape)
+    return image
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Returns the shares (BINS,) of values in [0, 1] by size."""
+    place = np.minimum((values * BINS).astype(np.intp), BINS - 1)
+    return np.bincount(place.ravel(), minlength=BINS) / place.size
+
+
+def _edges(grey: np.ndarray) -> np.ndarray:
+    """Returns the mean strength of edges in (T, H, W) by orientation, (ANGLES,)."""
+    down = grey[:, 1:, :-1] - grey[:, :-1, :-1]
+    right = grey[:, :-1, 1:] - grey[:, :-1, :-1]
+    angle = np.arctan2(down, right) % np.pi
+    place = np.minimum((angle * (ANGLES / np.pi)).astype(np.intp), ANGLES - 1)
+    return np.bincount(place.ravel(), np.hypot(down, right).ravel(), minlength=ANGLES) / place.size
+
+
+def _change(video: np.ndarray) -> np.ndarray:
+    """Returns the mean change (H, W) from frame to frame of (T, H, W, 3); 0 where there is only one frame."""
+    if len(video) < 2:
+        return np.zeros(video.shape[1:3], np.float32)
+    return np.abs(np.diff(video, axis=0)).mean((0, -1))
+
+
+FEATURES = {"statistics": Statistics}
+
+
+def features(name: str, **settings: Any) -> Statistics:
+    """Returns the feature encoder of this name."""
+    if name not in FEATURES:
+        raise Refused(f"features {name!r}: must be one of {', '.join(FEATURES)}{nearest(name, FEATURES)}")
+    return FEATURES[name](**settings)
+
+
+def from_description(description: dict[str, Any]) -> Statistics:
+    """Rebuilds a feature encoder from its `describe()`."""
+    return features(**description)

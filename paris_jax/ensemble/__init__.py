@@ -1,0 +1,1 @@
+"""What is used and never trained: admission of experts, routing, and the sampler."""

@@ -1,0 +1,111 @@
+"""The ensemble's manifest: which parts were admitted, and that they belong together."""
+
+import dataclasses
+import os
+from typing import Any
+
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.ensemble import parts
+from paris_jax.ensemble.parts import Part
+from paris_jax.errors import Refused
+
+# What all parts of an ensemble must agree on: the space they work in and the words they were told.
+SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps")
+BUNDLED = "bundled:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Admitted experts by cluster, and the router (None where one expert needs none)."""
+
+    experts: dict[int, Part]
+    router: Part | None
+    sampling: dict[str, Any]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every part agrees on, from any of them."""
+        return next(iter(self.experts.values())).manifest
+
+
+def resolve(path: epath.PathLike) -> epath.Path:
+    """The folder an ensemble's name stands for: a path, or `bundled:NAME` for one that ships with the package."""
+    name = os.fspath(path)
+    if not name.startswith(BUNDLED):
+        return epath.Path(path)
+    shipped = epath.Path(__file__).parent / "bundled"
+    folder = shipped / name.removeprefix(BUNDLED)
+    if not manifest.exists(folder):
+        known = sorted(BUNDLED + p.name for p in shipped.iterdir() if manifest.exists(p)) if shipped.exists() else []
+        raise Refused(f"There is no ensemble {name!r} in this package; it ships {', '.join(known) or 'none'}")
+    return folder
+
+
+def check_together(experts: dict[int, Part], router: Part | None) -> None:
+    """Refuses parts of another latent space, text encoder, partition or role, by name and field."""
+    first = next(iter(experts.values()))
+    everyone = [*experts.values(), *([router] if router else [])]
+    for part in everyone:
+        for field in SHARED:
+            if part.manifest.get(field) != first.manifest.get(field):
+                raise Refused(
+                    f"{part.folder} does not belong with {first.folder}: its {field} is {part.manifest.get(field)!r} "
+                    f"instead of {first.manifest.get(field)!r}; assemble parts of one run"
+                )
+    for cluster, part in experts.items():
+        if part.manifest["role"] != "monolith" and part.manifest["cluster"] != cluster:
+            raise Refused(f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}")
+        if part.manifest["network"]["kind"] != "dit" or part.config != first.config:
+            raise Refused(f"{part.folder} has another network than {first.folder}; experts of one size are supported so far")
+    if router is None and len(experts) > 1:
+        raise Refused("An ensemble of several experts needs a router; train it with 'paris-jax train --role=router'")
+    if router and router.manifest["network"]["kind"] != "router":
+        raise Refused(f"{router.folder} is not a router")
+
+
+def write(folder: epath.Path, experts: dict[int, Part], router: Part, sampling: dict[str, Any], config_hash: str) -> None:
+    """Writes the ensemble's manifest, naming each part by relative path and by the hash of its manifest."""
+    check_together(experts, router)
+
+    def entry(part: Part) -> dict[str, str]:
+        path = os.path.relpath(os.fspath(part.folder), os.fspath(folder))
+        return {"path": path, "manifest_sha256": manifest.hash_file(part.folder / manifest.FILE_NAME)}
+
+    manifest.write(
+        folder,
+        "ensemble",
+        [],
+        config_hash,
+        experts={str(k): entry(part) for k, part in sorted(experts.items())},
+        router=entry(router),
+        sampling=sampling,
+        clusters=router.config.clusters,
+    )
+
+
+def read(path: epath.PathLike) -> Bundle:
+    """Reads an ensemble and every part it names, checked as at admission."""
+    folder = resolve(path)
+    found = manifest.read(folder, "ensemble")
+
+    def part(entry: dict[str, str]) -> Part:
+        where = folder / entry["path"]
+        where = epath.Path(os.path.normpath(os.fspath(where))) if "://" not in os.fspath(where) else where
+        admitted = parts.read(where)
+        if manifest.hash_file(where / manifest.FILE_NAME) != entry["manifest_sha256"]:
+            raise Refused(f"{where} is not the part that was admitted to {folder}; run 'paris-jax assemble' again")
+        return admitted
+
+    experts = {int(k): part(entry) for k, entry in found["experts"].items()}
+    router = part(found["router"])
+    check_together(experts, router)
+    return Bundle(experts, router, found["sampling"])
+
+
+def single(folder: epath.PathLike, sampling: dict[str, Any]) -> Bundle:
+    """One trained network on its own, such as the monolith, used through the same sampler."""
+    part = parts.read(folder)
+    check_together({0: part}, None)
+    return Bundle({0: part}, None, sampling)

@@ -1,0 +1,101 @@
+"""A part: one trained network as files that travel, and its admission.
+
+    part/model.safetensors     parameters under their `a.b.c` names
+    part/manifest.json         what it is, what it was trained on and with, sizes and hashes
+
+Nothing of a part is executed or unpickled. A hash proves that the files are the promised ones, not that they are good:
+a part can still be badly or maliciously trained.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.errors import Refused
+from paris_jax.models import functional
+from paris_jax.models.dit import DiTConfig
+from paris_jax.models.router import RouterConfig
+
+WEIGHTS = "model.safetensors"
+DTYPES = ("float32", "bfloat16")
+NETWORK_KINDS = {"dit": DiTConfig, "router": RouterConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An admitted network: its config, its parameters (numpy) and its manifest."""
+
+    folder: epath.Path
+    config: functional.Config
+    params: functional.Params
+    manifest: dict[str, Any]
+
+
+def write(
+    folder: epath.PathLike, config: functional.Config, params: functional.Params, config_hash: str, dtype: str, **content: Any
+) -> None:
+    """Writes a part; `content` is what its readers need besides the network (role, cluster, latent, codec, text, ...)."""
+    flat = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in functional.to_names(params).items()}
+    manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
+    kind = "router" if isinstance(config, RouterConfig) else "dit"
+    network = {"kind": kind, **dataclasses.asdict(config)}
+    manifest.write(
+        folder, "part", [WEIGHTS], config_hash, network=network, parameters=functional.count(config), dtype=dtype, **content
+    )
+
+
+def read(folder: epath.PathLike) -> Part:
+    """Reads a part, checking every file and every array.
+
+    Raises:
+      Refused: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another dtype
+        or not finite, by name.
+    """
+    folder = epath.Path(folder)
+    found = manifest.read(folder, "part", verify=True)
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found["files"]})
+    if extra:
+        raise Refused(f"{folder} holds {', '.join(extra)}, which its manifest does not promise; remove what is extra")
+    config = _network(found, folder)
+    try:
+        arrays = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
+    except (safetensors.SafetensorError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise Refused(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
+    _check_arrays(arrays, config, folder / WEIGHTS)
+    params = functional.from_names({name: array.astype(np.float32) for name, array in arrays.items()})
+    return Part(folder, config, params, found)
+
+
+def _network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
+    network = dict(found["network"])
+    kind = NETWORK_KINDS.get(network.pop("kind", None))
+    if kind is None:
+        raise Refused(f"{folder} is a network of an unknown kind; this version knows {', '.join(NETWORK_KINDS)}")
+    unknown = sorted(network.keys() - {f.name for f in dataclasses.fields(kind)})
+    if unknown:
+        raise Refused(f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path: epath.Path) -> None:
+    expected = functional.to_names(functional.abstract(config))
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - arrays.keys())]
+    problems += [f"{name} is extra" for name in sorted(arrays.keys() - expected.keys())]
+    for name in sorted(expected.keys() & arrays.keys()):
+        array, shape = arrays[name], expected[name].shape
+        if array.shape != shape:
+            problems.append(f"{name} has shape {array.shape} instead of {shape}")
+        elif array.dtype.name not in DTYPES:
+            problems.append(f"{name} has dtype {array.dtype.name} instead of {' or '.join(DTYPES)}")
+        elif not np.isfinite(array.astype(np.float32)).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise Refused(f"{path} is refused: {shown}; export it again with 'paris-jax train'")

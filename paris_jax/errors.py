@@ -1,0 +1,18 @@
+"""The two ways a command ends early: refused (exit code 1) and preempted (exit code 75)."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class Refused(Exception):
+    """A user's mistake, told in one sentence: what, where, what is allowed, what to do."""
+
+
+class Preempted(Exception):
+    """The job was asked to stop, saved its state, and goes on when the same command runs again."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the allowed name closest to `name`, or ''."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,1 @@
+"""Scores of generated clips and of velocities, and the report that shows them."""

@@ -1,0 +1,46 @@
+"""The compute identity: both arms cost the same, as numbers that can be checked by hand."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training job.
+
+    Attributes:
+      name: "expert 0", "monolith", "router".
+      steps: optimizer steps done.
+      batch: clips a step.
+      flops: FLOPs of one training step on one clip (training/flops.py: one formula for all).
+    """
+
+    name: str
+    steps: int
+    batch: int
+    flops: int
+
+    @property
+    def total(self) -> int:
+        return self.steps * self.batch * self.flops
+
+
+def identity(experts: Sequence[Job], monolith: Job, router: Job | None) -> dict[str, Any]:
+    """Sum over experts of steps x batch x FLOPs a clip, against the monolith's; integers, so "equal" is exact.
+
+    The router's own cost is stated beside the identity, not in it: the published comparison does not count it either.
+    """
+    total = sum(job.total for job in experts)
+
+    def entry(job: Job) -> dict[str, Any]:
+        return {**dataclasses.asdict(job), "total": job.total}
+
+    return {
+        "experts": [entry(job) for job in experts],
+        "monolith": entry(monolith),
+        "router": entry(router) if router else None,
+        "experts_total": total,
+        "ratio": total / monolith.total,
+        "equal": total == monolith.total,
+    }

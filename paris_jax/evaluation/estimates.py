@@ -1,0 +1,67 @@
+"""A score with its standard error, the paired difference of two arms, and who wins by it.
+
+Every score of results.json is a dict {"value": float, "stderr": float, "n": int}, n counting clips, the unit that is
+drawn at random. Both arms see the same clips, noise and prompts, so their difference is taken clip by clip: what is
+hard about a clip is hard for both and cancels.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypedDict
+
+import numpy as np
+
+Z95 = 1.959964  # half width of a two-sided 95 % interval, in standard errors
+
+
+class Estimate(TypedDict):
+    value: float
+    stderr: float
+    n: int
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """Mean of values (N,) and its standard error, the sample's standard deviation / sqrt(N); N must be 1 or more."""
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values has shape {values.shape}: must be (N,) with N >= 1")
+    stderr = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(value=float(values.mean()), stderr=float(stderr), n=len(values))
+
+
+def proportion(hits: np.ndarray) -> Estimate:
+    """Share of true hits (N,); the standard error is Wilson's, so that 0 of 20 or 20 of 20 does not look certain."""
+    hits = np.asarray(hits, bool)
+    n, p = len(hits), float(hits.mean())
+    half = np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
+    return Estimate(value=p, stderr=float(half), n=n)
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Mean of first - second, paired clip by clip; both (N,)."""
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values have shapes {first.shape} and {second.shape}: must be equal")
+    return mean(first - second)
+
+
+def jackknife(statistic: Callable[[np.ndarray], float], n: int, groups: int = 16) -> Estimate:
+    """Value and delete-a-group jackknife standard error of a statistic of n clips that is no mean.
+
+    Args:
+      statistic: from the indices of the clips that are kept to a number.
+      n: clips; clip i belongs to group i % groups.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, ch. 11. (A bootstrap would repeat clips, which by
+    itself raises a Frechet distance.)
+    """
+    groups = min(groups, n)
+    index = np.arange(n)
+    left_out = np.array([statistic(index[index % groups != g]) for g in range(groups)])
+    stderr = np.sqrt((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum())
+    return Estimate(value=float(statistic(index)), stderr=float(stderr), n=n)
+
+
+def winner(delta: Estimate, better: Literal["lower", "higher"]) -> Literal["first", "second", "none"]:
+    """Who wins by the 95 % interval of delta = first - second; "none" if it holds 0 or rests on fewer than 2 clips."""
+    if delta["n"] < 2 or not abs(delta["value"]) > Z95 * delta["stderr"]:
+        return "none"
+    return "first" if (delta["value"] > 0) == (better == "higher") else "second"

@@ -1,0 +1,51 @@
+"""Frechet distance of two feature sets, in float64 and without a matrix square root."""
+
+import numpy as np
+
+from paris_jax.evaluation.estimates import Estimate, jackknife
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two equally large feature sets.
+
+        d = |mu1 - mu2|^2 + |X|^2 + |Y|^2 - 2 sum(singular values of X Y^T)
+
+    with X, Y the centred features / sqrt(n - 1), since tr sqrt(C1 C2) is the nuclear norm of X Y^T when C = X^T X. This
+    needs no sqrtm (which is ill-conditioned below n = F + 1 clips, and whose result changed between scipy versions).
+
+    Args:
+      first, second: (N, F) float features, N >= 2. The distance is biased upward by about 1/N, so two distances compare
+        only at equal N, and each needs the floor of real against real clips at that N beside it.
+    Raises:
+      ValueError: shapes differ, or a feature is not finite.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape or first.ndim != 2 or len(first) < 2:
+        raise ValueError(f"features have shapes {first.shape} and {second.shape}: must both be (N, F) with N >= 2")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("features are not finite")
+    mean1, mean2 = first.mean(0), second.mean(0)
+    scale = np.sqrt(len(first) - 1)
+    x, y = (first - mean1) / scale, (second - mean2) / scale
+    # The singular values of X Y^T are those of a (min(N, F), same) matrix: with N > F, reduce by QR first.
+    if len(x) > x.shape[1]:
+        cross = np.linalg.qr(x, mode="r") @ np.linalg.qr(y, mode="r").T
+    else:
+        cross = x @ y.T
+    coupling = np.linalg.svd(cross, compute_uv=False).sum()
+    distance = ((mean1 - mean2) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * coupling
+    return max(float(distance), 0.0)
+
+
+def frechet_estimate(first: np.ndarray, second: np.ndarray, groups: int = 16) -> Estimate:
+    """Frechet distance of (N, F) features with its jackknife standard error (clip i left out of both sets together)."""
+    return jackknife(lambda kept: frechet_distance(first[kept], second[kept]), len(first), groups)
+
+
+def frechet_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 16) -> Estimate:
+    """d(first, real) - d(second, real) with its jackknife standard error, paired by prompt; all (N, F)."""
+    return jackknife(
+        lambda kept: frechet_distance(first[kept], real[kept]) - frechet_distance(second[kept], real[kept]),
+        len(real),
+        groups,
+    )

@@ -1,0 +1,241 @@
+"""report.html: one self-contained page a person likes to read, written from results.json and a few videos.
+
+The words that never change stand in report.html beside this file. Styles, script, plots and videos are inlined, and a
+content security policy forbids every request, so the page looks the same by mail, from a bucket or in ten years.
+"""
+
+import base64
+import html
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.data import video as video_io
+from paris_jax.evaluation import plots
+from paris_jax.evaluation.plots import Series
+from paris_jax.evaluation.results import ARMS, Comparison, format_estimate, headline
+
+LABELS = {"real": "real clip", "ensemble": "ensemble", "monolith": "monolith"}  # the columns of videos, in order
+
+
+def write_report(
+    results: Mapping[str, Any], videos: Mapping[str, np.ndarray], path: epath.PathLike, fps: float
+) -> None:
+    """Writes the page.
+
+    Args:
+      results: as described in results.py.
+      videos: arm ("real", "ensemble", "monolith") -> (n, T, H, W, 3) uint8, the n clips of results["shown"].
+      path: the .html file.
+      fps: frames a second of the videos.
+    """
+    manifest.write_atomically(path, render(results, videos, fps))
+
+
+def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float) -> str:
+    """The page as text; see `write_report`."""
+    compute, agreement = results["compute"], results["agreement"]
+    experts = results["expert_use"]["clusters"]
+    marks = [(f"expert {k}", _part(i)) for i, k in enumerate(experts)]
+    return _template("report.html").substitute(
+        style=_file("report.css"),
+        script=_file("report.js"),
+        experiment=html.escape(results["experiment"]),
+        headline=html.escape(headline(results["comparisons"])),
+        experts=len(compute["experts"]),
+        same_compute="with the same training compute" if compute["equal"] else "with different training compute",
+        prompts=html.escape(str(results["protocol"]["prompts"])),
+        left_out="".join(f'<p class="warning">{html.escape(reason)}</p>' for reason in results["left_out"]),
+        tiles="".join(_tile(c) for c in _first(results["comparisons"])),
+        score_rows="".join(map(_score_row, results["comparisons"])),
+        ticks_explained="" if agreement is None else "Under each, what the judge read back: ✓ as asked, ✗ otherwise.",
+        cards="".join(_card(i, clip, videos, fps, experts) for i, clip in enumerate(results["shown"])),
+        agreement="" if agreement is None else _agreement(agreement),
+        arm_legend=plots.legend([(arm, arm) for arm in ARMS]),
+        expert_legend=plots.legend(marks),
+        **_losses(results),
+        **_routing(results, [name for name, _ in marks]),
+        compute_said=_compute_said(compute),
+        compute_rows=_compute_rows(compute),
+        protocol="".join(_entry(name, value) for name, value in results["protocol"].items()),
+        config_hash=html.escape(results["config_hash"][:16]),
+        schema=html.escape(results["schema"]),
+    )
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _template(name: str) -> string.Template:
+    return string.Template(_file(name))
+
+
+def _part(index: int) -> str:
+    return f"part{index % 8}"
+
+
+def _first(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The three scores for the top of the page."""
+    return [c for c in comparisons if c["better"]][:3]
+
+
+def _tile(c: Comparison) -> str:
+    def figure(arm: str) -> str:
+        value, _, error = format_estimate(c[arm], c["unit"]).partition(" ± ")
+        percent = "\u2009%" if c["unit"] == "share" else ""
+        return f'<dt class="{arm}">{arm}</dt><dd>{value}{percent}<small> ± {error.removesuffix(" %")}</small></dd>'
+
+    return (
+        f'<section class="tile"><h3>{html.escape(c["label"])}</h3><dl>{figure("ensemble")}{figure("monolith")}</dl>'
+        f'{_pill(c)} <span class="note">{c["better"]} is better</span></section>'
+    )
+
+
+def _pill(c: Comparison) -> str:
+    text = "no clear winner" if c["winner"] == "none" else f"{c['winner']} wins"
+    return f'<span class="pill {c["winner"]}">{text}</span>'
+
+
+def _score_row(c: Comparison) -> str:
+    direction = f"{c['better']} is better" if c["better"] else "no better direction"
+    aside = "; ".join(filter(None, [direction, c["note"]]))
+    reference = f"<small>{html.escape(c['reference_label'])}</small>" if c["reference"] else ""
+    cells = [
+        f"<td>{html.escape(c['label'])}<small>{html.escape(aside)}</small></td>",
+        *(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in ARMS),
+        f'<td class="number">{format_estimate(c["reference"], c["unit"])}{reference}</td>',
+        f'<td class="number">{format_estimate(c["difference"], c["unit"], signed=True)}</td>',
+    ]
+    if c["better"]:
+        cells.append(f'<td class="middle">{plots.interval(c["difference"], c["better"], c["winner"])}</td>')
+        cells.append(f"<td>{_pill(c)}</td>")
+    else:
+        cells.append('<td class="middle">–</td><td><span class="note">not judged</span></td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _card(
+    index: int, clip: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float, experts: Sequence[int]
+) -> str:
+    figures = []
+    for arm in (a for a in LABELS if a in videos):
+        data = base64.b64encode(video_io.video_bytes(np.asarray(videos[arm][index]), fps)).decode()
+        asked, read = clip["asked"], clip["read"].get(arm)
+        score = f"<span>{sum(read[n] == v for n, v in asked.items())}/{len(asked)}</span>" if read else ""
+        figures.append(
+            f'<figure class="{arm}"><video muted loop playsinline preload="auto" aria-label="{LABELS[arm]}"'
+            f' src="data:video/mp4;base64,{data}"></video><figcaption><span>{LABELS[arm]}</span>{score}</figcaption>'
+            f"{_ticks(asked, read) if read else ''}</figure>"
+        )
+    said = ", ".join(f"expert {k} {u:.0%}" for k, u in zip(experts, clip["use"], strict=True) if u >= 0.005)
+    return (
+        f'<article class="card"><h3>{html.escape(clip["caption"])}</h3><div class="row">{"".join(figures)}</div>'
+        f'{_use_bar(clip["use"])}<p class="use-label">from cluster {clip["cluster"]}, answered by {said}</p></article>'
+    )
+
+
+def _ticks(asked: Mapping[str, str], read: Mapping[str, str]) -> str:
+    items = []
+    for name, value in asked.items():
+        right = "right" if read[name] == value else "wrong"
+        title = html.escape(f"{name}: asked {value}, read {read[name]}")
+        items.append(f'<li class="{right}" title="{title}">{html.escape(read[name])}</li>')
+    return f'<ul class="ticks">{"".join(items)}</ul>'
+
+
+def _use_bar(use: Sequence[float]) -> str:
+    parts = (f'<i class="{_part(i)}" style="width:{100 * u:.1f}%"></i>' for i, u in enumerate(use))
+    return f'<div class="use">{"".join(parts)}</div>'
+
+
+def _agreement(agreement: Mapping[str, Any]) -> str:
+    names = [name for name in agreement if name != "all"]
+    columns = {"real clips": ("real", "reference"), **{arm: (arm, arm) for arm in ARMS}}
+    series = [Series(label, style, [agreement[n][key] for n in names]) for label, (style, key) in columns.items()]
+    rows = []
+    for name, scores in agreement.items():
+        cells = "".join(
+            f'<td class="number">{format_estimate(scores[key], "share")}</td>' for _, key in columns.values()
+        )
+        rows.append(f"<tr><td>{'<b>all at once</b>' if name == 'all' else html.escape(name)}</td>{cells}</tr>")
+    return _template("report_agreement.html").substitute(
+        legend=plots.legend([(s.name, s.style) for s in series]),
+        plot=plots.bars("Agreement by attribute", names, series, "read as asked", "share"),
+        rows="".join(rows),
+    )
+
+
+def _losses(results: Mapping[str, Any]) -> dict[str, str]:
+    time, cluster = results["loss_by_time"], results["loss_by_cluster"]
+    return {
+        "loss_by_time": plots.lines(
+            "Flow loss by time", [Series(arm, arm, time[arm]) for arm in ARMS], time["edges"], "flow loss"
+        ),
+        "difference_legend": plots.legend(
+            [("ensemble better", "ensemble"), ("monolith better", "monolith"), ("within error", "neutral")]
+        ),
+        "difference_by_time": plots.differences(
+            "Flow loss by time, ensemble minus monolith", time["difference"], time["edges"], "ensemble − monolith"
+        ),
+        "loss_by_cluster": plots.bars(
+            "Flow loss by cluster",
+            [f"cluster {k}" for k in cluster["clusters"]],
+            [Series(arm, arm, cluster[arm]) for arm in ARMS],
+            "flow loss",
+        ),
+    }
+
+
+def _routing(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    router, use = results["router"], results["expert_use"]
+    rows = []
+    for cluster, row in use["by_cluster"].items():
+        shares = " · ".join(f"{share:.0%}" for share in row)
+        rows.append(f'<tr><td>cluster {cluster}</td><td>{_use_bar(row)}</td><td class="number">{shares}</td></tr>')
+    series = Series("router", "ensemble", router["accuracy"])
+    return {
+        "router_plot": plots.lines(
+            "Router accuracy by time", [series], router["edges"], "right", "share", mark=router["chance"]
+        ),
+        "chance": f"{router['chance']:.0%}",
+        "use_by_step": plots.shares("Expert use by step", names, use["by_step"], "solver step  (noise to clip)"),
+        "use_by_cluster": "".join(rows),
+    }
+
+
+def _compute_said(compute: Mapping[str, Any]) -> str:
+    if compute["equal"]:
+        said = "The sum over the experts and the monolith’s are <b>equal</b>, to the last operation."
+    else:
+        said = f"<b>Not equal</b>: the experts spent {compute['ratio']:.4f} times the monolith’s compute."
+    if compute["router"]:
+        share = compute["router"]["total"] / compute["monolith"]["total"]
+        said += f" The router’s training comes on top ({share:.1%} of the monolith’s) and is not in the sum."
+    return said
+
+
+def _compute_rows(compute: Mapping[str, Any]) -> str:
+    def row(job: Mapping[str, Any], style: str = "") -> str:
+        cells = (html.escape(job["name"]), f"{job['steps']:,}", f"{job['batch']:,}", f"{job['flops']:,}")
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells[1:])
+        return f'<tr class="{style}"><td>{cells[0]}</td>{numbers}<td class="number">{job["total"]:,}</td></tr>'
+
+    total = f'<td colspan="4">sum over the experts</td><td class="number">{compute["experts_total"]:,}</td>'
+    rows = [*map(row, compute["experts"]), f'<tr class="sum">{total}</tr>', row(compute["monolith"], "sum")]
+    return "".join(rows + ([row(compute["router"], "aside")] if compute["router"] else []))
+
+
+def _entry(name: str, value: Any) -> str:
+    return f"<dt>{html.escape(name)}</dt><dd>{html.escape(_say(value))}</dd>"
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_say(v)}" for k, v in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,108 @@
+"""results.json: what it holds, and the sentences that say who won.
+
+    schema         "paris_jax/evaluation/1"
+    experiment     name;  config_hash, evaluation_hash: what was trained, and how it was sampled and scored
+    complete       false where a score had to be left out;  left_out: one sentence for each
+    protocol       name -> value in words or numbers: seeds, prompts, steps, guidance, counts, device, versions
+    comparisons    list of {id, label, unit, better, ensemble, monolith, difference, winner, reference,
+                   reference_label, note}
+                     better: "lower", "higher", or null where neither direction is better;  unit: "", "share" or a name
+                     difference: ensemble - monolith, paired clip by clip;  winner: "ensemble", "monolith" or "none"
+                     reference: the score of real held-out clips (floor or ceiling), or null
+    loss_by_time, error_by_time
+                   {edges (B + 1), ensemble [B], monolith [B], difference [B]}
+    loss_by_cluster
+                   {clusters [K], ensemble [K], monolith [K], difference [K]}; null where no held-out clip is
+    agreement      {attribute: {ensemble, monolith, reference}}, or null without attributes
+    router         {edges, accuracy [B], chance}: accuracy by time bin; chance is the share of the largest cluster
+    expert_use     {clusters [K], by_step [S][K], by_cluster {cluster of the prompt: [K]}}: mean weights
+    compute        see compute.py
+    shown          list of {id, caption, cluster, asked, read {arm: {attribute: value}}, use [K]}; videos in report.html
+
+Every score is {"value", "stderr", "n"} (estimates.py); n counts clips. Arms are "ensemble" and "monolith"; "real"
+stands for the held-out clips themselves.
+"""
+
+from typing import Any, Literal
+
+from paris_jax.evaluation.estimates import Estimate, winner
+
+SCHEMA = "paris_jax/evaluation/1"
+ARMS = ("ensemble", "monolith")
+
+Comparison = dict[str, Any]
+
+
+def comparison(
+    name: str,
+    label: str,
+    better: Literal["lower", "higher"] | None,
+    ensemble: Estimate,
+    monolith: Estimate,
+    difference: Estimate,
+    *,
+    unit: str = "",
+    reference: Estimate | None = None,
+    reference_label: str = "",
+    note: str = "",
+) -> Comparison:
+    """One row of the comparison; see the module's docstring for the fields."""
+    won = winner(difference, better) if better else "none"
+    return {
+        "id": name,
+        "label": label,
+        "unit": unit,
+        "better": better,
+        "ensemble": ensemble,
+        "monolith": monolith,
+        "difference": difference,
+        "winner": {"first": "ensemble", "second": "monolith", "none": "none"}[won],
+        "reference": reference,
+        "reference_label": reference_label,
+        "note": note,
+    }
+
+
+def headline(comparisons: list[Comparison]) -> str:
+    """One sentence from the numbers: who wins on what, by 95 % intervals of the paired difference."""
+    judged = [c for c in comparisons if c["better"]]
+    if not judged:
+        return "Nothing could be compared."
+    won = {who: [_short(c) for c in judged if c["winner"] == who] for who in (*ARMS, "none")}
+    first, second = sorted(ARMS, key=lambda arm: -len(won[arm]))
+    if not won[first]:
+        return f"No clear winner: ensemble and monolith are within error on all {len(judged)} scores."
+    if len(won[first]) == len(judged):
+        return f"The {first} wins on every score: {_join(won[first])}."
+    sentence = f"The {first} wins on {_join(won[first])}"
+    if won[second]:
+        sentence += f", the {second} on {_join(won[second])}"
+    return sentence + (f"; no clear winner on {_join(won['none'])}." if won["none"] else ".")
+
+
+def format_estimate(estimate: Estimate | None, unit: str = "", signed: bool = False) -> str:
+    """Value and standard error with as many digits as the error supports: "0.482 ± 0.006", "71.9 ± 4.6 %"."""
+    if estimate is None:
+        return "–"
+    scale = 100 if unit == "share" else 1
+    value, error = estimate["value"] * scale, estimate["stderr"] * scale
+    digits = 1 if unit == "share" else decimals(error or abs(value) / 100)
+    text = f"{value:{'+' if signed else ''}.{digits}f} ± {error:.{digits}f}"
+    suffix = {"": "", "share": " points" if signed else " %"}.get(unit, f" {unit}")
+    return text.replace("-", "−") + suffix
+
+
+def decimals(error: float) -> int:
+    """Decimals that show two digits of `error`, at most 5."""
+    for digits in range(5):
+        if error * 10**digits >= 9.5:
+            return digits
+    return 5
+
+
+def _short(c: Comparison) -> str:
+    return c["label"][0].lower() + c["label"][1:] if c["label"][1:2].islower() else c["label"]
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,266 @@
+"""The checked, typed view of a config: what an experiment is, field by field.
+
+A config file returns an `ml_collections.ConfigDict` of the same nesting; `Experiment.from_config` turns it into frozen
+dataclasses or refuses it by name. Everything after that may rely on the types and ranges stated here.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paris_jax import checks, manifest
+from paris_jax.checks import Problems
+from paris_jax.errors import Refused, nearest
+from paris_jax.training.settings import Diffusion, Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The clips."""
+
+    source: str = "shapes"  # "shapes" (embedded, procedural) or "folder" (videos and captions in `path`)
+    path: str = ""  # folder: directory of mp4, webm, gif files or frame folders, with captions
+    num_clips: int = 4096  # shapes: clips to draw; folder: the most to take (0 = all)
+    frames: int = 8
+    height: int = 20  # pixels
+    width: int = 20  # pixels
+    fps: float = 8.0  # frames a second
+    seed: int = 0
+    heldout_fraction: float = 0.05  # set apart before clustering, never trained on
+
+    def problems(self) -> Problems:
+        yield from checks.choice("source", self.source, ("shapes", "folder"))
+        if self.source == "folder" and not self.path:
+            yield "path is empty; source 'folder' needs the directory of the videos"
+        yield from checks.at_least(1 if self.source == "shapes" else 0, num_clips=self.num_clips)
+        yield from checks.at_least(1, frames=self.frames, height=self.height, width=self.width)
+        yield from checks.above(0, fps=self.fps)
+        yield from checks.between(0.0, 0.5, heldout_fraction=self.heldout_fraction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codec:
+    """Video to latent. `pixels` packs time x height x width blocks into channels, without loss."""
+
+    name: str = "pixels"
+    time: int = 2
+    height: int = 2
+    width: int = 2
+
+    def problems(self) -> Problems:
+        yield from checks.choice("name", self.name, ("pixels",))
+        yield from checks.at_least(1, time=self.time, height=self.height, width=self.width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """Caption to token sequence and pooled vector."""
+
+    name: str = "words"  # "words" (frozen table) or "minilm" (real embeddings, from an optional package)
+    width: int = 64  # of the frozen table; minilm has its own (384)
+    max_tokens: int = 24
+
+    def problems(self) -> Problems:
+        yield from checks.choice("name", self.name, ("words", "minilm"))
+        yield from checks.at_least(8, width=self.width)
+        yield from checks.at_least(1, max_tokens=self.max_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """Clip to the vector that is clustered."""
+
+    name: str = "statistics"
+
+    def problems(self) -> Problems:
+        yield from checks.choice("name", self.name, ("statistics",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Clips to clusters, one expert each."""
+
+    num_clusters: int = 3
+    fine_clusters: int = 0  # k-means in two stages (fine, then merged); 0 for one stage
+    iterations: int = 50
+    restarts: int = 8
+    seed: int = 0
+
+    def problems(self) -> Problems:
+        yield from checks.at_least(1, num_clusters=self.num_clusters, iterations=self.iterations, restarts=self.restarts)
+        if self.fine_clusters and self.fine_clusters < self.num_clusters:
+            yield f"fine_clusters={self.fine_clusters}: must be 0 or at least num_clusters={self.num_clusters}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """The experts' and the monolith's network: a preset of `models/presets.py`, with fields to override (0 = keep)."""
+
+    preset: str = "tiny"
+    hidden: int = 0
+    heads: int = 0
+    double_blocks: int = -1
+    single_blocks: int = -1
+    remat: str = "none"  # "none" or "full": recompute each block's activations in the backward pass
+
+    def problems(self) -> Problems:
+        from paris_jax.models.presets import NETWORKS
+
+        yield from checks.choice("preset", self.preset, NETWORKS)
+        yield from checks.choice("remat", self.remat, ("none", "full"))
+        yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
+        yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """The router's network: a preset of `models/presets.py`."""
+
+    preset: str = "tiny"
+
+    def problems(self) -> Problems:
+        from paris_jax.models.presets import ROUTERS
+
+        yield from checks.choice("preset", self.preset, ROUTERS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How videos are drawn, unless flags say otherwise."""
+
+    steps: int = 50
+    solver: str = "euler"  # "euler" or "heun"
+    guidance: float = 7.5  # 1: no guidance
+    routing: str = "top_k"  # "top_k", "full" or "threshold"
+    top_k: int = 1
+    threshold: float = 0.9
+
+    def problems(self) -> Problems:
+        yield from checks.at_least(1, steps=self.steps, top_k=self.top_k)
+        yield from checks.choice("solver", self.solver, ("euler", "heun"))
+        yield from checks.choice("routing", self.routing, ("top_k", "full", "threshold"))
+        yield from checks.at_least(0, guidance=self.guidance)
+        yield from checks.between(0.0, 1.0, threshold=self.threshold)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How the arms are compared."""
+
+    clips: int = 96  # held-out prompts, the same for every arm
+    loss_clips: int = 192  # held-out clips whose flow loss is measured
+    loss_times: int = 8  # times a clip, one in each bin
+    shown: int = 12  # videos side by side in the report
+    seed: int = 0
+
+    def problems(self) -> Problems:
+        yield from checks.at_least(2, clips=self.clips, loss_clips=self.loss_clips)
+        yield from checks.at_least(1, loss_times=self.loss_times, shown=self.shown)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One experiment, from clips to comparison."""
+
+    name: str = "experiment"
+    data: Data = Data()
+    codec: Codec = Codec()
+    text: Text = Text()
+    features: Features = Features()
+    partition: Partition = Partition()
+    network: Network = Network()
+    router: Router = Router()
+    diffusion: Diffusion = Diffusion()
+    training: Training = Training()
+    router_training: Training = Training()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Experiment":
+        """Checks a ConfigDict (or nested dict) and returns it typed.
+
+        Raises:
+          Refused: names every unknown field, wrong type and impossible value at once.
+        """
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        problems: list[str] = []
+        experiment = _build(cls, values, "config", problems)
+        if not problems:
+            problems += [f"config.{p}" for p in experiment.problems()]
+        if problems:
+            raise Refused("The config is refused: " + "; ".join(problems))
+        return experiment
+
+    def problems(self) -> Problems:
+        """What no section can see alone."""
+        from paris_jax.models.presets import network_problems
+
+        codec, data = self.codec, self.data
+        for axis, size, factor in (
+            ("frames", data.frames, codec.time),
+            ("height", data.height, codec.height * 2),
+            ("width", data.width, codec.width * 2),
+        ):
+            if size % factor:
+                near = max(factor, round(size / factor) * factor)
+                yield f"data.{axis}={size}: must be a multiple of {factor} (codec and 2 x 2 packing), for example {near}"
+        if self.sampling.top_k > self.partition.num_clusters:
+            yield (
+                f"sampling.top_k={self.sampling.top_k}: must be at most "
+                f"partition.num_clusters={self.partition.num_clusters}"
+            )
+        yield from network_problems(self.network)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """Hash of everything that decides what is trained; sampling and evaluation may change afterwards."""
+        kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "sampling", "evaluation")}
+        return manifest.hash_text(manifest.canonical_json(kept))
+
+    def steps(self, kind: str) -> int:
+        """Training steps of a role: the monolith gets the sum of the experts', so both arms cost the same."""
+        if kind == "router":
+            return self.router_training.steps
+        return self.training.steps * (self.partition.num_clusters if kind == "monolith" else 1)
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default, to change in a config file; a field that does not exist cannot be set."""
+    return ConfigDict(Experiment().to_dict())
+
+
+def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
+    """Builds dataclass `cls` from a nested dict, adding a sentence to `problems` for each thing that is wrong."""
+    if not isinstance(values, dict):
+        problems.append(f"{where}={values!r}: must be a group of fields")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(f"{where}.{name} is unknown; allowed are {', '.join(sorted(hints))}{nearest(name, hints)}")
+        elif dataclasses.is_dataclass(hints[name]):
+            built[name] = _build(hints[name], value, f"{where}.{name}", problems)
+        else:
+            built[name] = _typed(hints[name], value, f"{where}.{name}", problems)
+    made = cls(**{k: v for k, v in built.items() if v is not None})
+    if cls is not Experiment:
+        problems += [f"{where}.{p}" for p in made.problems()]
+    return made
+
+
+def _typed(kind: type | types.UnionType, value: Any, where: str, problems: list[str]) -> Any:
+    """Returns `value` as `kind`; an int may stand for a float, nothing else is converted."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind or (kind is float and value != value):
+        problems.append(f"{where}={value!r}: must be {'an' if kind is int else 'a'} {getattr(kind, '__name__', kind)}")
+        return None
+    return value

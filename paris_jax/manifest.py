@@ -1,0 +1,138 @@
+"""Manifests: what a stage promises about its files. Written last, so a folder without one is not done."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from paris_jax.errors import Refused
+
+SCHEMA = "paris_jax/1"
+FILE_NAME = "manifest.json"
+
+# The one convention of the project (DESIGN: Mathematics); a part that follows another one must say so.
+CONVENTIONS = {
+    "time": "t in [0, 1], t = 0 data, t = 1 noise",
+    "path": "x_t = (1 - t) x_0 + t e",
+    "prediction": "velocity v = e - x_0",
+}
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: epath.PathLike) -> str:
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that may change a result: Python, this package, jax, flax, optax."""
+    found = {"python": platform.python_version()}
+    for name in ("paris-jax", "jax", "flax", "optax", "grain"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
+    """Writes the whole file under another name and renames it, so that a killed process leaves no half file."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        partial.write_bytes(data if isinstance(data, bytes) else data.encode())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Refused(
+            f"Cannot write {path} ({error.strerror or error}); free some space or choose another --workdir, "
+            "then run the same command again"
+        ) from error
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: epath.PathLike, remedy: str = "restore it from a copy, or delete it and run its stage again") -> Any:
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Refused(f"{path} is not readable JSON ({error}); {remedy}") from error
+
+
+def write(folder: epath.PathLike, kind: str, files: Iterable[str], config_hash: str, **content: Any) -> dict[str, Any]:
+    """Writes `folder/manifest.json`, the mark that the folder is complete.
+
+    Args:
+      folder: the finished folder.
+      kind: what it holds ("data", "cluster", "part", "ensemble", ...).
+      files: names, relative to the folder, of the files that are promised.
+      config_hash: hash of the config that made them.
+      **content: JSON data that readers of this kind need.
+    """
+    folder = epath.Path(folder)
+    promised = {
+        name: {"bytes": (folder / name).stat().length, "sha256": hash_file(folder / name)} for name in sorted(files)
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "config_hash": config_hash,
+        "versions": versions(),
+        "conventions": CONVENTIONS,
+        **content,
+        "files": promised,
+    }
+    write_json(folder / FILE_NAME, manifest)
+    return manifest
+
+
+def exists(folder: epath.PathLike) -> bool:
+    return (epath.Path(folder) / FILE_NAME).exists()
+
+
+def read(folder: epath.PathLike, kind: str, verify: bool = False) -> dict[str, Any]:
+    """Reads a manifest and checks its schema and kind; with `verify`, sizes and hashes of every promised file too."""
+    folder = epath.Path(folder)
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise Refused(f"{path} does not exist, so the {kind} there is not finished; run the stage that makes it first")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise Refused(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
+    if manifest.get("kind") != kind:
+        raise Refused(f"{path} describes a {manifest.get('kind')!r}, where a {kind!r} is expected")
+    for name, promise in manifest["files"].items():
+        check_file(folder / name, promise, contents=verify)
+    return manifest
+
+
+def check_file(path: epath.Path, promise: dict[str, Any], contents: bool) -> None:
+    """Refuses a promised file that is missing, of another size or, with `contents`, of another hash."""
+    remedy = "copy it again from its origin, or run the stage that makes it again"
+    if not path.exists():
+        raise Refused(f"{path} is missing though its manifest promises it; {remedy}")
+    size = path.stat().length
+    if size != promise["bytes"]:
+        raise Refused(f"{path} has {size} bytes where its manifest promises {promise['bytes']}; {remedy}")
+    if contents and hash_file(path) != promise["sha256"]:
+        raise Refused(f"{path} was altered: its sha256 is not the one in its manifest; {remedy}")

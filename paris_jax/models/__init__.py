@@ -1,0 +1,1 @@
+"""The spatiotemporal DiT and the router, their blocks, positions and attention. Knows nothing of files."""

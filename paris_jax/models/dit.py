@@ -1,0 +1,182 @@
+"""The spatiotemporal DiT: a FLUX-style MM-DiT over packed video latents (Paris 2.0; Open-Sora 2.0, arXiv 2503.09642).
+
+Video and text tokens have their own weights in the double-stream blocks and share them in the single-stream ones; they
+attend jointly in both. Positions are rotary over (t, h, w); text stands at position zero. Time and pooled text modulate
+every block.
+
+Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, N video tokens, L text tokens, D width.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from paris_jax.models import positions
+from paris_jax.models.attention import attend
+from paris_jax.models.blocks import (
+    Conditioning,
+    HeadNorm,
+    Modulation,
+    linear,
+    modulate,
+    scan_blocks,
+    split_heads,
+    stacked,
+)
+
+PATCH = 2  # rows and columns of the latent that make one token, as published
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of a spatiotemporal DiT; the published ones are in `models/presets.py`."""
+
+    channels: int  # of the latent, C
+    text_width: int
+    pooled_width: int
+    hidden: int
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    rope_axes: tuple[int, int, int]  # features of a head turned by t, h, w; their sum is the head width
+    mlp_ratio: int = 4
+    theta: float = 1e4
+    remat: bool = False
+    dtype: str = "float32"  # of the computation; parameters are float32
+
+
+def pack(x_BTHWC: jax.Array) -> jax.Array:
+    """2 x 2 patches of each latent frame to tokens, (B, T * H/2 * W/2, 4 C), channels in (c, row, column) order."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = x_BTHWC.reshape(B, T, H // PATCH, PATCH, W // PATCH, PATCH, C)
+    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(B, T * (H // PATCH) * (W // PATCH), C * PATCH * PATCH)
+
+
+def unpack(tokens_BNX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `pack`, to a latent of `shape` (B, T, H, W, C)."""
+    B, T, H, W, C = shape
+    x = tokens_BNX.reshape(B, T, H // PATCH, W // PATCH, C, PATCH, PATCH)
+    return x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(B, T, H, W, C)
+
+
+class Stream(nnx.Module):
+    """One modality's half of a double-stream block: its modulation, qkv, output and MLP."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        dtype, D = jnp.dtype(config.dtype), config.hidden
+        self.modulation = Modulation(D, 6, dtype, rngs)
+        self.qkv = linear(D, 3 * D, dtype, rngs)
+        self.head_norm = HeadNorm(D // config.heads, rngs)
+        self.out = linear(D, D, dtype, rngs)
+        self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
+        self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
+        self.heads = config.heads
+
+    def heads_of(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
+        return *self.head_norm(q, k), v
+
+    def update(self, x: jax.Array, attended: jax.Array, gates: list[jax.Array]) -> jax.Array:
+        gate_attention, shift, scale, gate_mlp = gates
+        x = x + gate_attention[:, None] * self.out(attended.reshape(x.shape))
+        hidden = nnx.gelu(self.mlp_in(modulate(x, shift, scale)), approximate=True)
+        return x + gate_mlp[:, None] * self.mlp_out(hidden)
+
+
+class DoubleBlock(nnx.Module):
+    """Video and text streams with weights of their own and one joint attention."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.video = Stream(config, rngs)
+        self.text = Stream(config, rngs)
+
+    def __call__(self, video, text, condition, rope, length):  # arrays in, (video, text) out
+        shift_v, scale_v, *gates_v = self.video.modulation(condition)
+        shift_t, scale_t, *gates_t = self.text.modulation(condition)
+        parts = zip(self.video.heads_of(video, shift_v, scale_v), self.text.heads_of(text, shift_t, scale_t), strict=True)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
+        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
+        N = video.shape[1]
+        return self.video.update(video, attended[:, :N], gates_v), self.text.update(text, attended[:, N:], gates_t)
+
+
+class SingleBlock(nnx.Module):
+    """Video and text as one sequence; attention and MLP in parallel."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        dtype, D, M = jnp.dtype(config.dtype), config.hidden, config.mlp_ratio * config.hidden
+        self.modulation = Modulation(D, 3, dtype, rngs)
+        self.qkv_mlp = linear(D, 3 * D + M, dtype, rngs)
+        self.head_norm = HeadNorm(D // config.heads, rngs)
+        self.out = linear(D + M, D, dtype, rngs)
+        self.heads = config.heads
+
+    def __call__(self, x, condition, rope, length):  # arrays in, (x,) out
+        shift, scale, gate = self.modulation(condition)
+        qkv, hidden = jnp.split(self.qkv_mlp(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        q, k, v = split_heads(qkv, self.heads)
+        q, k = self.head_norm(q, k)
+        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length).reshape(x.shape)
+        mixed = self.out(jnp.concatenate([attended, nnx.gelu(hidden, approximate=True)], axis=-1))
+        return (x + gate[:, None] * mixed,)
+
+
+class SpatiotemporalDiT(nnx.Module):
+    """v(x_t, t, text): the velocity of a noised video latent."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        dtype, D = jnp.dtype(config.dtype), config.hidden
+        self.config = config
+        self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
+        self.text_in = linear(config.text_width, D, dtype, rngs)
+        self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
+        self.double_blocks = stacked(functools.partial(_build, DoubleBlock, config), config.double_blocks, rngs)
+        self.single_blocks = stacked(functools.partial(_build, SingleBlock, config), config.single_blocks, rngs)
+        self.final_modulation = Modulation(D, 2, dtype, rngs)
+        self.velocity_out = linear(D, config.channels * PATCH * PATCH, dtype, rngs, zero=True)
+
+    def __call__(
+        self, x_BTHWC: jax.Array, t_B: jax.Array, tokens_BLX: jax.Array, length_B: jax.Array, pooled_BP: jax.Array
+    ) -> jax.Array:
+        """The velocity at (x_t, t) given the text.
+
+        Args:
+          x_BTHWC: noised latent, unit scale; H and W even.
+          t_B: time in [0, 1], 1 is noise.
+          tokens_BLX: text tokens, padded at the end.
+          length_B: int32, tokens that count (1 to L); the rest is never attended to.
+          pooled_BP: pooled text vector.
+
+        Returns:
+          (B, T, H, W, C) float32.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        _, T, H, W, _ = x_BTHWC.shape
+        video = self.video_in(pack(x_BTHWC).astype(dtype))
+        text = self.text_in(tokens_BLX.astype(dtype))
+        condition = self.conditioning(t_B, pooled_BP)
+        # Video first: padding is then at the end of the joint sequence, where attention kernels want it.
+        N, length = video.shape[1], length_B + video.shape[1]
+        rope = _rope(T, H // PATCH, W // PATCH, text.shape[1], config.rope_axes, config.theta)
+        video, text = scan_blocks(self.double_blocks, (video, text), config.remat, condition, rope, length)
+        joint = jnp.concatenate([video, text], axis=1)
+        (joint,) = scan_blocks(self.single_blocks, (joint,), config.remat, condition, rope, length)
+        shift, scale = self.final_modulation(condition)
+        tokens = self.velocity_out(modulate(joint[:, :N], shift, scale))
+        return unpack(tokens, x_BTHWC.shape).astype(jnp.float32)
+
+
+def _build(block: type, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+    return block(config, rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def _rope(frames: int, rows: int, columns: int, text: int, axes: tuple[int, int, int], theta: float) -> Any:
+    """Rotary tables of the joint sequence: video tokens by place and time, then text at position zero."""
+    ids = np.concatenate([positions.video_positions(frames, rows, columns), np.zeros((text, 3), np.float32)])
+    return positions.rotary_table(ids, axes, theta)

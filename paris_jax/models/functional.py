@@ -1,0 +1,65 @@
+"""Networks as pure functions of a nested dictionary of arrays.
+
+A network is described by its config; its parameters are plain data, so that jit, optax, Orbax and safetensors all see
+the same tree, and dispatch costs nothing per module.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from paris_jax.models.dit import DiTConfig, SpatiotemporalDiT
+from paris_jax.models.router import Router, RouterConfig
+
+Params = dict[str, Any]
+Config = DiTConfig | RouterConfig
+
+
+def _module(config: Config, rngs: nnx.Rngs) -> nnx.Module:
+    return SpatiotemporalDiT(config, rngs) if isinstance(config, DiTConfig) else Router(config, rngs)
+
+
+def init(config: Config, key: jax.Array) -> Params:
+    """Fresh float32 parameters."""
+    return nnx.to_pure_dict(nnx.state(_module(config, nnx.Rngs(key)), nnx.Param))
+
+
+@functools.lru_cache(maxsize=32)
+def _structure(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: _module(config, nnx.Rngs(0))), nnx.Param)
+
+
+def abstract(config: Config) -> Params:
+    """Shapes and dtypes of the parameters, without making them."""
+    return nnx.to_pure_dict(_structure(config)[1])
+
+
+def apply(config: Config, params: Params, *inputs: jax.Array) -> jax.Array:
+    """The network's output; see `SpatiotemporalDiT.__call__` and `Router.__call__` for the inputs.
+
+    A config of another kind brings its own `apply(params, *inputs)`: an analytic velocity field, for one.
+    """
+    if not isinstance(config, DiTConfig | RouterConfig):
+        return config.apply(params, *inputs)
+    graph, state = _structure(config)
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(*inputs)
+
+
+def count(config: Config) -> int:
+    """The number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
+
+
+def to_names(params: Params) -> dict[str, Any]:
+    """Flat `a.b.c` names to leaves: how parameters are called in files."""
+    return flatten_dict(params, sep=".")
+
+
+def from_names(flat: dict[str, Any]) -> Params:
+    return unflatten_dict(flat, sep=".")

@@ -1,0 +1,97 @@
+"""The router: a DiT encoder with a CLS token that tells from which cluster a noised latent came.
+
+Paris 2.0: a DiT-B-size network on the noisy latent, AdaLN from time and pooled text, trained as a classifier
+p(cluster | x_t, t, text). Its softmax is the weight of each expert (Decentralized Diffusion Models, arXiv 2501.05450).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from paris_jax.models import positions
+from paris_jax.models.attention import attend
+from paris_jax.models.blocks import Conditioning, HeadNorm, Modulation, linear, modulate, scan_blocks, split_heads, stacked
+from paris_jax.models.dit import PATCH, pack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Sizes of a router; presets are in `models/presets.py`."""
+
+    channels: int
+    pooled_width: int
+    clusters: int
+    hidden: int
+    heads: int
+    blocks: int
+    rope_axes: tuple[int, int, int]
+    mlp_ratio: int = 4
+    theta: float = 1e4
+    remat: bool = False
+    dtype: str = "float32"
+
+
+class RouterBlock(nnx.Module):
+    """Self-attention, then MLP, both modulated (AdaLN-Zero)."""
+
+    def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
+        dtype, D = jnp.dtype(config.dtype), config.hidden
+        self.modulation = Modulation(D, 6, dtype, rngs)
+        self.qkv = linear(D, 3 * D, dtype, rngs)
+        self.head_norm = HeadNorm(D // config.heads, rngs)
+        self.out = linear(D, D, dtype, rngs)
+        self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
+        self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
+        self.heads = config.heads
+
+    def __call__(self, x, condition, rope):  # arrays in, (x,) out
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
+        q, k, v = split_heads(self.qkv(modulate(x, shift_a, scale_a)), self.heads)
+        q, k = self.head_norm(q, k)
+        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v).reshape(x.shape)
+        x = x + gate_a[:, None] * self.out(attended)
+        hidden = nnx.gelu(self.mlp_in(modulate(x, shift_m, scale_m)), approximate=True)
+        return (x + gate_m[:, None] * self.mlp_out(hidden),)
+
+
+class Router(nnx.Module):
+    """log p(cluster | x_t, t, text) up to a constant."""
+
+    def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
+        dtype, D = jnp.dtype(config.dtype), config.hidden
+        self.config = config
+        self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
+        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
+        self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
+        self.blocks = stacked(functools.partial(_build, config), config.blocks, rngs)
+        self.final_modulation = Modulation(D, 2, dtype, rngs)
+        self.logits_out = linear(D, config.clusters, jnp.float32, rngs, zero=True)
+
+    def __call__(self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array) -> jax.Array:
+        """Logits over the clusters, (B, K) float32, of noised latents at times t in [0, 1]."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        B, T, H, W, _ = x_BTHWC.shape
+        video = self.video_in(pack(x_BTHWC).astype(dtype))
+        cls = jnp.broadcast_to(self.cls[...].astype(dtype), (B, 1, config.hidden))
+        condition = self.conditioning(t_B, pooled_BP)
+        rope = _rope(T, H // PATCH, W // PATCH, config.rope_axes, config.theta)
+        (x,) = scan_blocks(
+            self.blocks, (jnp.concatenate([cls, video], axis=1),), config.remat, condition, rope
+        )
+        shift, scale = self.final_modulation(condition)
+        return self.logits_out(modulate(x[:, :1], shift, scale)[:, 0].astype(jnp.float32))
+
+
+def _build(config: RouterConfig, rngs: nnx.Rngs) -> RouterBlock:
+    return RouterBlock(config, rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def _rope(frames: int, rows: int, columns: int, axes: tuple[int, int, int], theta: float):
+    """Rotary tables: the CLS token at position zero, then the video's tokens by place and time."""
+    ids = np.concatenate([np.zeros((1, 3), np.float32), positions.video_positions(frames, rows, columns)])
+    return positions.rotary_table(ids, axes, theta)

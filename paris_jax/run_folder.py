@@ -1,0 +1,97 @@
+"""Names inside a run folder: the only place that knows its paths, and what makes a folder belong to a config.
+
+    RUN/config.json                    the resolved config and its hash
+    RUN/data/                          all clips as latents
+    RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
+    RUN/experts/K/ monolith/ router/   checkpoints/, metrics, export/
+    RUN/ensemble/ samples/ evaluation/
+"""
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.errors import Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One network to train: an expert of one cluster, the monolith, or the router."""
+
+    kind: str
+    cluster: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"expert {self.cluster}" if self.kind == "expert" else self.kind
+
+    @property
+    def arguments(self) -> str:
+        """The flags of `paris-jax train` that name this role."""
+        return f"--role={self.kind}" + (f" --cluster={self.cluster}" if self.kind == "expert" else "")
+
+
+def roles(num_clusters: int) -> list[Role]:
+    """Every network of a run, in the order a single machine trains them."""
+    return [*(Role("expert", k) for k in range(num_clusters)), Role("router"), Role("monolith")]
+
+
+class RunFolder:
+    """Everything one experiment writes, on a local path or gs:// (through etils.epath)."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.config = self.path / "config.json"
+        self.data = self.path / "data"
+        self.partition = self.path / "partition"
+        self.heldout = self.partition / "heldout"
+        self.ensemble = self.path / "ensemble"
+        self.samples = self.path / "samples"
+        self.evaluation = self.path / "evaluation"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def cluster(self, k: int) -> epath.Path:
+        return self.partition / "clusters" / str(k)
+
+    def role(self, role: Role) -> epath.Path:
+        return self.path / "experts" / str(role.cluster) if role.kind == "expert" else self.path / role.kind
+
+    def checkpoints(self, role: Role) -> epath.Path:
+        return self.role(role) / "checkpoints"
+
+    def export(self, role: Role) -> epath.Path:
+        return self.role(role) / "export"
+
+    def claim(self, config: dict[str, Any], config_hash: str) -> None:
+        """Writes config.json at the first stage; afterwards refuses a config whose hash is another one."""
+        if not self.config.exists():
+            manifest.write_json(self.config, {"schema": manifest.SCHEMA, "hash": config_hash, "config": config})
+            return
+        found = self.stored_config()
+        if found["hash"] != config_hash:
+            changed = sorted(_differences(found["config"], config))
+            raise Refused(
+                f"{self.path} was made with another config (different: {', '.join(changed)}); "
+                "use a new --workdir, or give the config that this one was made with"
+            )
+
+    def stored_config(self) -> dict[str, Any]:
+        """Returns {"hash", "config"} of config.json, or refuses where there is none."""
+        if not self.config.exists():
+            raise Refused(f"{self.config} does not exist; start with 'paris-jax prepare --config=... --workdir={self.path}'")
+        stored = manifest.read_json(self.config)
+        if not isinstance(stored, dict) or not {"hash", "config"} <= stored.keys():
+            raise Refused(f"{self.config} is not a paris_jax config; restore it from a copy, or use a new --workdir")
+        return stored
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Dotted names of the fields in which two nested dictionaries differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        fields = old.keys() | new.keys()
+        return [d for f in fields for d in _differences(old.get(f), new.get(f), f"{name}.{f}" if name else f)]
+    return [] if old == new else [name]

@@ -1,0 +1,221 @@
+"""`paris-jax prepare`: clips to cached latents, text and features, shard by shard."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from paris_jax import manifest
+from paris_jax.data import records
+from paris_jax.data.clip import Clip
+from paris_jax.data.records import Record
+from paris_jax.data.sources import Source, source
+from paris_jax.encoders import codecs, features, text
+from paris_jax.errors import Refused
+from paris_jax.experiment import Experiment
+from paris_jax.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+STEM = "data"
+
+
+def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_size: int = records.SHARD_SIZE) -> None:
+    """Encodes every clip of the experiment into RUN/data; goes on at the first shard that is missing.
+
+    The files are the same, byte for byte, however often it was interrupted and on however many processes.
+
+    Args:
+      experiment: what to prepare.
+      run: where to.
+      processes: shards encoded at once.
+      shard_size: clips of a shard.
+
+    Raises:
+      Refused: a clip or caption that cannot be used, a full disk, or a run folder of another config.
+    """
+    run.claim(experiment.to_dict(), experiment.hash)
+    if manifest.exists(run.data):
+        found = manifest.read(run.data, "data")
+        if found["config_hash"] != experiment.hash:
+            raise Refused(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
+        logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
+        return
+    clips = source(experiment.data)
+    if not len(clips):
+        raise Refused("The data source has no clips; raise data.num_clips or add videos to data.path")
+    count = -(-len(clips) // shard_size)
+    jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size) for k in range(count)]
+    missing = [job for job in jobs if not job.is_done()]
+    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("clips", total=len(clips))
+        progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
+        if processes == 1:
+            for job in missing:
+                write(job, lambda: progress.advance(task))
+        else:
+            # Spawned, because a forked process would inherit locks of JAX's threads.
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+                for done in concurrent.futures.as_completed([pool.submit(write, job) for job in missing]):
+                    progress.advance(task, done.result())
+    finish(experiment, run, clips, jobs)
+    logger.info("%d clips are prepared: %s", len(clips), run.data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard to write: independent of all others, and known to be done by the mark that is written after it."""
+
+    experiment: Experiment
+    clips: Source
+    folder: str
+    number: int
+    count: int
+    size: int
+
+    @property
+    def path(self) -> epath.Path:
+        return epath.Path(self.folder) / records.shard_name(STEM, self.number, self.count)
+
+    @property
+    def mark(self) -> epath.Path:
+        return self.path.parent / f"{self.path.name}.json"
+
+    @property
+    def indices(self) -> range:
+        return range(self.number * self.size, min(len(self.clips), (self.number + 1) * self.size))
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the shard is made of: a mark of anything else does not count."""
+        return {"config_hash": self.experiment.hash, "source": self.clips.describe(), "indices": [*self.indices]}
+
+    def is_done(self) -> bool:
+        return self.path.exists() and self.mark.exists() and manifest.read_json(self.mark)["origin"] == self.origin
+
+
+class Tally:
+    """What the manifest says of all clips, gathered while they pass."""
+
+    def __init__(self):
+        self.clips = 0
+        self.text_length = 0
+        self.words: set[str] = set()
+        self.numbers = 0  # of a latent's values in one channel
+        self.sum = np.zeros(())  # by channel, (C,) float64
+        self.squares = np.zeros(())
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, record: Record) -> None:
+        latent = record.latent.astype(np.float64).reshape(-1, record.latent.shape[-1])
+        self.clips += 1
+        self.text_length = max(self.text_length, len(record.tokens))
+        self.words.update(text.split(record.caption))
+        self.numbers += len(latent)
+        self.sum = self.sum + latent.sum(0)
+        self.squares = self.squares + (latent**2).sum(0)
+        self.shape = record.latent.shape
+
+    def to_json(self) -> dict[str, Any]:
+        sums = {"sum": self.sum.tolist(), "squares": self.squares.tolist()}
+        return vars(self) | sums | {"words": sorted(self.words), "shape": list(self.shape)}
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Adds the `to_json()` of another tally."""
+        self.clips += other["clips"]
+        self.text_length = max(self.text_length, other["text_length"])
+        self.words.update(other["words"])
+        self.numbers += other["numbers"]
+        self.sum = self.sum + np.asarray(other["sum"])
+        self.squares = self.squares + np.asarray(other["squares"])
+        self.shape = tuple(other["shape"])
+
+    def latent(self, shared: bool) -> dict[str, Any]:
+        """Shape, and mean and spread by channel (or one for all, `shared`), of the latents."""
+        mean, square = self.sum / self.numbers, self.squares / self.numbers
+        if shared:
+            mean, square = mean.mean(keepdims=True), square.mean(keepdims=True)
+        spread = np.sqrt(np.maximum(square - mean**2, 1e-8))
+        # Six digits are plenty, and the same on machines that add in another order.
+        digits = {"mean": mean, "spread": spread}
+        return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
+
+
+def write(job: Shard, advance: Callable[[], object] = lambda: None) -> int:
+    """Encodes and writes one shard, then its mark; returns its number of clips."""
+    tally = Tally()
+
+    def counted() -> Iterator[Record]:
+        for record in encode(job.experiment, (job.clips[i] for i in job.indices)):
+            tally.add(record)
+            yield record
+            advance()
+
+    records.write_shard(job.path, counted())
+    manifest.write_json(job.mark, {"origin": job.origin, "tally": tally.to_json()})
+    return len(job.indices)
+
+
+def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
+    """Turns clips into records, in order."""
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
+    describe = features.features(**dataclasses.asdict(experiment.features))
+    encodings: dict[str, text.TextEncoding] = {}  # captions repeat, and some encoders are slow
+    for clip in clips:
+        if clip.caption not in encodings:
+            encodings[clip.caption] = _encode_caption(experiment, clip)
+        encoding = encodings[clip.caption]
+        yield Record(
+            clip.id,
+            codec.encode(clip.video).astype(np.float16),
+            encoding.tokens.astype(np.float16),
+            encoding.pooled.astype(np.float16),
+            describe(clip.video),
+            clip.caption,
+            clip.attributes,
+        )
+
+
+def _encode_caption(experiment: Experiment, clip: Clip) -> text.TextEncoding:
+    try:
+        return text_encoder(experiment, text.words_of([clip.caption])).encode([clip.caption])[0]
+    except Refused as refused:
+        raise Refused(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
+
+
+def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
+    """The experiment's text encoder; `words` with this vocabulary."""
+    settings = experiment.text
+    own = {"vocabulary": vocabulary, "width": settings.width} if settings.name == "words" else {}
+    return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
+
+
+def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard]) -> None:
+    """Writes the manifest of all shards, then removes their marks."""
+    total = Tally()
+    for job in jobs:
+        total.merge(manifest.read_json(job.mark)["tally"])
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
+    manifest.write(
+        run.data,
+        "data",
+        [job.path.name for job in jobs],
+        experiment.hash,
+        codec=codec.describe(),
+        text=text_encoder(experiment, sorted(total.words)).describe(),
+        features=features.features(**dataclasses.asdict(experiment.features)).describe(),
+        latent=total.latent(shared=codec.one_scale),
+        text_length=total.text_length,
+        clips=total.clips,
+        fps=experiment.data.fps,
+        source=clips.describe(),
+    )
+    for job in jobs:
+        job.mark.unlink(missing_ok=True)

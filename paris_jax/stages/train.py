@@ -1,0 +1,144 @@
+"""`paris-jax train`: one expert, the monolith or the router, on its own data, to a part that can be admitted."""
+
+import logging
+from typing import Any
+
+import jax
+
+from paris_jax import manifest
+from paris_jax.data.pipeline import training_batches
+from paris_jax.diffusion import times
+from paris_jax.encoders import text as texts
+from paris_jax.ensemble import parts
+from paris_jax.errors import Refused
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets
+from paris_jax.models.dit import PATCH
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax.training import flops, loop
+from paris_jax.training.step import TimeLaw
+
+logger = logging.getLogger(__name__)
+
+# What a part takes over from the data it was trained on, so that it can be used without that data.
+CARRIED = ("latent", "codec", "text", "text_length", "fps")
+
+
+def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
+    """Trains `role` to its last step and exports it; goes on where an earlier call stopped.
+
+    Only the role's own folder and the cluster folders it learns from are read: for an expert, its own cluster's.
+    """
+    check_role(experiment, role)
+    run.claim(experiment.to_dict(), experiment.hash)
+    export = run.export(role)
+    if manifest.exists(export):
+        manifest.read(export, "part")
+        logger.info("%s is trained already (%s)", role.name, export)
+        return
+    folders = cluster_folders(experiment, run, role)
+    data = [read_cluster(folder, experiment, run) for folder in folders]
+    job = make_job(experiment, run, role, data[0])
+    logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
+    settings = job.settings
+
+    def batches() -> Any:
+        return training_batches(
+            folders,
+            batch=settings.batch,
+            seed=settings.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    state = loop.train(job, batches)
+    params = loop.to_host(state.ema)
+    if jax.process_index() == 0:
+        content = {name: data[0][name] for name in CARRIED}
+        parts.write(
+            export,
+            job.config,
+            params,
+            experiment.hash,
+            "float32",
+            role=role.kind,
+            cluster=role.cluster,
+            clusters=experiment.partition.num_clusters,
+            shift=sampling_shift(experiment, data[0]["latent"]["shape"]),
+            training={
+                "steps": job.steps,
+                "batch": settings.batch,
+                "clips": sum(d["clips"] for d in data),
+                "flops_per_sample": job.flops_per_sample,
+                "seed": settings.seed,
+            },
+            **content,
+        )
+    logger.info("%s is trained: %s", role.name, export)
+
+
+def check_role(experiment: Experiment, role: Role) -> None:
+    clusters = experiment.partition.num_clusters
+    if role.kind == "expert" and role.cluster is None:
+        raise Refused(f"--role=expert needs --cluster=K, from 0 to {clusters - 1}")
+    if role.kind == "expert" and not 0 <= role.cluster < clusters:
+        raise Refused(f"--cluster={role.cluster}: this experiment has clusters 0 to {clusters - 1}")
+    if role.kind != "expert" and role.cluster is not None:
+        raise Refused(f"--cluster={role.cluster} goes with --role=expert only; leave it out for --role={role.kind}")
+
+
+def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[Any]:
+    """The folders a role learns from: an expert's own cluster, or all of them."""
+    wanted = [role.cluster] if role.kind == "expert" else range(experiment.partition.num_clusters)
+    return [run.cluster(k) for k in wanted]
+
+
+def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[str, Any]:
+    """A cluster folder's manifest; refuses one that is missing, damaged or of another config."""
+    if not manifest.exists(folder):
+        raise Refused(f"{folder} is not there yet; run 'paris-jax cluster --config=... --workdir={run}' first")
+    found = manifest.read(folder, "cluster")
+    if found["config_hash"] != experiment.hash:
+        raise Refused(f"{folder} was made with another config; cluster again in a new --workdir, or use the config it was made with")
+    return found
+
+
+def network_config(experiment: Experiment, role: Role, channels: int, text: dict[str, Any], dtype: str) -> functional.Config:
+    """The config of a role's network for a latent of `channels` and a described text encoder."""
+    encoder = texts.from_description(text)
+    settings = experiment.network
+    given = {"channels": channels, "pooled_width": encoder.pooled_width, "dtype": dtype, "remat": settings.remat == "full"}
+    if role.kind == "router":
+        return presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
+    return presets.network_config(settings, text_width=encoder.width, **given)
+
+
+def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> loop.Job:
+    settings = experiment.router_training if role.kind == "router" else experiment.training
+    shape = tuple(data["latent"]["shape"])
+    config = network_config(experiment, role, shape[-1], data["text"], compute_dtype(settings.compute_dtype))
+    shift = sampling_shift(experiment, shape)
+    law = TimeLaw(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
+    cost = flops.training(config, shape, data["text_length"])
+    return loop.Job(role.name, run.role(role), config, settings, experiment.steps(role.kind), law, cost)
+
+
+def sampling_shift(experiment: Experiment, latent_shape: Any) -> float:
+    """The shift of times, given or by Open-Sora 2.0's rule: the same in training and sampling."""
+    T, H, W, _ = latent_shape
+    return experiment.diffusion.shift or times.open_sora_shift((H // PATCH) * (W // PATCH), T)
+
+
+def compute_dtype(name: str) -> str:
+    """ "auto" is bfloat16 where the device computes in it natively, float32 on CPUs."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def describe(job: loop.Job, clips: int) -> str:
+    work = job.steps * job.settings.batch * job.flops_per_sample
+    return (
+        f"{functional.count(job.config) / 1e6:.2f}M parameters, {clips} clips, {job.steps} steps of {job.settings.batch}, "
+        f"{work / 1e12:.3g} TFLOP on {jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
+    )

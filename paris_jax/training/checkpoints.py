@@ -1,0 +1,90 @@
+"""Orbax checkpoints of everything a job needs to go on exactly: the state, the position in the data, the clocks."""
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from paris_jax.errors import Refused
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one training job, saved without blocking the next step."""
+
+    def __init__(self, folder: epath.PathLike, keep: int):
+        self.folder = epath.Path(folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data: dict[str, Any], clocks: dict[str, Any]) -> None:
+        """Starts saving; errors of an earlier save surface here or in `close`."""
+        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonSave(clocks)))
+        except (OSError, ValueError) as error:
+            raise _cannot_save(self.folder, step, error) from error
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
+        """The newest readable checkpoint as (step, state, data, clocks), or None where there is none at all.
+
+        Args:
+          abstract_state: shapes, dtypes and the shardings of the mesh at hand, whatever mesh saved it.
+
+        Raises:
+          Refused: checkpoints exist and none can be read; training never starts over in silence.
+        """
+        failures = []
+        for step in reversed(self.steps()):
+            try:
+                items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
+                found = self._manager.restore(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonRestore()))
+                if int(found["state"].step) != step:
+                    raise ValueError(f"it holds step {int(found['state'].step)}")
+                return step, found["state"], found["data"], found["clocks"]
+            except Exception as error:  # whatever a damaged file makes a reader raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                failures.append(f"step {step}: {reason}")
+                logger.warning("checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason)
+        leftovers = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.exists() else []
+        if failures or leftovers:
+            raise Refused(
+                f"{self.folder} holds checkpoints and none can be read ({'; '.join(failures) or ', '.join(leftovers)}); "
+                "restore one from a copy, or delete the folder to train from the start"
+            )
+        return None
+
+    def delete_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: unreadable ones, in the way of saving those steps again."""
+        for newer in [s for s in self.steps() if s > step]:
+            self._manager.delete(newer)
+
+    def wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise _cannot_save(self.folder, None, error) from error
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refused:
+    which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Refused(
+        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: free some space, then run the command again"
+    )
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with the shardings to restore into."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)

@@ -1,0 +1,60 @@
+"""One formula for the work of a network: what both arms' compute, and the share of peak, are counted with.
+
+Matrix products only (2 m n k each), backward counted as twice the forward, recomputation not counted.
+"""
+
+import jax
+
+from paris_jax.models.blocks import TIME_FEATURES
+from paris_jax.models.dit import PATCH, DiTConfig
+from paris_jax.models.router import RouterConfig
+
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets; jax counts one device a chip on these.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
+    """FLOPs of one forward pass on one sample.
+
+    Args:
+      latent_shape: (T, H, W, C).
+      text_length: text tokens a sample, padding included (the router reads none).
+    """
+    T, H, W, C = latent_shape
+    N, D, M = T * (H // PATCH) * (W // PATCH), config.hidden, config.mlp_ratio
+    patch = C * PATCH * PATCH
+    conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
+    final = 2 * D * 2 * D  # modulation
+    if isinstance(config, RouterConfig):
+        S = N + 1
+        block = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * D * 6 * D
+        return 2 * N * patch * D + conditioning + config.blocks * block + final + 2 * D * config.clusters
+    L, S = text_length, N + text_length
+    double = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * 2 * D * 6 * D
+    single = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * D * 3 * D
+    embed = 2 * N * patch * D + 2 * L * config.text_width * D
+    return (
+        embed + conditioning + config.double_blocks * double + config.single_blocks * single + final + 2 * N * D * patch
+    )
+
+
+def training(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
+    """FLOPs of one training step on one sample: forward, and backward at twice its cost."""
+    return 3 * forward(config, latent_shape, text_length)
+
+
+def peak(device: jax.Device) -> float | None:
+    """The device's peak in bfloat16, FLOP/s, or None where none is stated (CPUs)."""
+    kind = device.device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None

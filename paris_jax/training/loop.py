@@ -1,0 +1,216 @@
+"""The training loop, for every role: save, fetch, step, log, in this order, so that state and data always agree."""
+
+import dataclasses
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from paris_jax.errors import Preempted, Refused
+from paris_jax.models import functional
+from paris_jax.training import checkpoints, flops, metrics, sharding
+from paris_jax.training import state as states
+from paris_jax.training.settings import Training
+from paris_jax.training.state import TrainState
+from paris_jax.training.step import TimeLaw, make_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One network to train on one slice."""
+
+    name: str  # for people: "expert 0"
+    folder: epath.Path  # where checkpoints and metrics go
+    config: functional.Config
+    settings: Training
+    steps: int
+    time_law: TimeLaw
+    flops_per_sample: int  # of a training step
+
+
+@dataclasses.dataclass
+class Clocks:
+    """Seconds since the last log line, and of the whole job over all its restarts."""
+
+    trained: float = 0.0  # seconds of training before this start
+    waited: float = 0.0  # seconds waiting for data since the last line
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    lined: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def total(self) -> float:
+        return self.trained + time.perf_counter() - self.began
+
+
+class StopRequest:
+    """Set by SIGTERM: finish the step, save, and leave with exit code 75."""
+
+    def __init__(self):
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def train(job: Job, batches: Callable[[], Any]) -> TrainState:
+    """Trains to `job.steps`, going on from the newest checkpoint where there is one.
+
+    Args:
+      batches: makes the data iterator, with get_state and set_state (JSON) for its position.
+
+    Returns:
+      The final state, also saved as a checkpoint.
+
+    Raises:
+      Preempted: after SIGTERM, with everything saved.
+      Refused: unreadable checkpoints, or a loss that is not finite.
+    """
+    mesh = sharding.make_mesh(job.settings.fsdp, job.settings.batch)
+    make_state = functools.partial(states.create, job.config, job.settings, job.steps)
+    shapes = jax.eval_shape(make_state, jax.random.key(0))
+    shardings = sharding.state_shardings(shapes, mesh)
+    saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep)
+    iterator = batches()
+    found = saved.restore(checkpoints.abstract(shapes, shardings))
+    if found is None:
+        start, clocks = 0, Clocks()
+        state = jax.jit(make_state, out_shardings=shardings)(jax.random.key(job.settings.seed))
+    else:
+        start, state, position, kept = found
+        clocks = Clocks(trained=kept["trained"])
+        iterator.set_state(position)
+        saved.delete_after(start)
+        logger.info("%s goes on from step %d", job.name, start)
+    written = metrics.Metrics(job.folder, start)
+    # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
+    step_fn = jax.jit(
+        make_step(job.config, job.settings, job.steps, job.time_law), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    try:
+        with StopRequest() as stop, _progress(job, start) as advance:
+            return _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, stop, advance)
+    finally:
+        written.close()
+        saved.close()
+
+
+def _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, stop, advance) -> TrainState:
+    window: list[dict[str, jax.Array]] = []
+
+    def line(step: int) -> None:
+        """Waits for the steps of the window, stops on a value that is not finite, and writes their averages."""
+        if not window:
+            return
+        values = jax.device_get(window)
+        bad = metrics.first_not_finite(values)
+        if bad is not None:
+            _refuse_not_finite(job, step - len(values) + bad + 1, saved)
+        scalars = metrics.average(values) | _speed(job, len(values), clocks, mesh)
+        written.write(step, scalars)
+        advance(step, scalars)
+        window.clear()
+
+    last_saved = start if start else -1
+    for step in range(start, job.steps + 1):
+        due = step == job.steps or stop.asked or (step > start and step % job.settings.checkpoint_every == 0)
+        if due and step != last_saved:
+            line(step)
+            saved.save(step, state, iterator.get_state(), {"trained": clocks.total()})
+            last_saved = step
+        if step == job.steps:
+            return state
+        if stop.asked:
+            saved.wait()
+            raise Preempted(f"{job.name} was asked to stop and is saved at step {step} of {job.steps}")
+        asked_data = time.perf_counter()
+        batch = sharding.place_batch(next(iterator), mesh)
+        clocks.waited += time.perf_counter() - asked_data
+        state, values = step_fn(state, batch)
+        window.append(values)
+        if (step + 1) % job.settings.log_every == 0:
+            line(step + 1)
+    raise AssertionError("the loop ends by returning")
+
+
+def _refuse_not_finite(job: Job, step: int, saved: checkpoints.Checkpoints) -> None:
+    saved.wait()
+    good = saved.steps()
+    kept = f"the checkpoint of step {good[-1]} is kept" if good else "no checkpoint was made yet"
+    raise Refused(
+        f"{job.name}: the loss, its gradient or the parameters are not finite at step {step}; {kept}: "
+        f"lower training.learning_rate={job.settings.learning_rate} or training.clip_norm={job.settings.clip_norm} "
+        "in a new --workdir, or look at the data of that step"
+    )
+
+
+def _speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Step time, clips a second, share of peak and share of time spent waiting for data, since the last line."""
+    now = time.perf_counter()
+    elapsed, clocks.lined = now - clocks.lined, now
+    waited, clocks.waited = clocks.waited, 0.0
+    scalars = {
+        "seconds_per_step": elapsed / steps,
+        "clips_per_second": steps * job.settings.batch / elapsed,
+        "data_wait": waited / elapsed,
+        "seconds_trained": clocks.total(),
+    }
+    peak = flops.peak(mesh.devices.flat[0])
+    if peak:
+        scalars["share_of_peak"] = (
+            scalars["clips_per_second"] * job.flops_per_sample / (peak * mesh.devices.size)
+        )
+    return scalars
+
+
+class _progress:
+    """A progress bar on a terminal; elsewhere a log line at least every ten seconds."""
+
+    def __init__(self, job: Job, start: int):
+        self._job, self._last = job, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self._task = self._bar.add_task(job.name, total=job.steps, completed=start, note="compiling")
+
+    def __enter__(self) -> Callable[[int, dict[str, float]], None]:
+        if self._bar.console.is_terminal:
+            self._bar.start()
+        return self._advance
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def _advance(self, step: int, scalars: dict[str, float]) -> None:
+        peak = f", {scalars['share_of_peak']:.0%} of peak" if "share_of_peak" in scalars else ""
+        note = (
+            f"loss {scalars['loss']:.4f}, {scalars['seconds_per_step'] * 1e3:.0f} ms a step{peak}, "
+            f"{scalars['data_wait']:.1%} waiting for data"
+        )
+        self._bar.update(self._task, completed=step, note=note)
+        now = time.perf_counter()
+        if not self._bar.console.is_terminal and (now - self._last > 10 or step == self._job.steps):
+            self._last = now
+            logger.info("%s: step %d of %d, %s", self._job.name, step, self._job.steps, note)
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of device arrays as numpy arrays, gathered from all devices of this job."""
+    return jax.tree.map(np.asarray, jax.device_get(tree))

@@ -1,0 +1,98 @@
+"""What a job says about itself: JSON lines and TensorBoard files, averaged over the steps since the last line."""
+
+import importlib.util
+import json
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from paris_jax.training.step import TIME_BINS
+
+
+class Writer(Protocol):
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoardX:
+    """TensorBoard files without TensorFlow."""
+
+    def __init__(self, folder: epath.PathLike):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def tensorboard(folder: epath.PathLike) -> Writer:
+    """clu's writer where TensorFlow is installed, otherwise one that needs none."""
+    if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
+        from clu import metric_writers
+
+        return metric_writers.SummaryWriter(str(folder))
+    return _TensorBoardX(folder)
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped."""
+
+    def __init__(self, folder: epath.PathLike, start: int):
+        self.path = epath.Path(folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a")
+        self._board = tensorboard(epath.Path(folder) / "tensorboard")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        self._board.write_scalars(step, scalars)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read(path: epath.PathLike) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, oldest first."""
+    return _whole_lines(epath.Path(path))
+
+
+def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the last line of a killed job
+            break
+    return lines
+
+
+def average(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Means over the steps of a window; the loss by time bin weighs every sample equally and leaves empty bins out."""
+    scalars = {
+        name: float(np.mean([w[name] for w in window])) for name in window[0] if not name.startswith("bin_")
+    }
+    sums, counts = (np.sum([w[name] for w in window], axis=0) for name in ("bin_sum", "bin_count"))
+    for b in range(TIME_BINS):
+        if counts[b]:
+            scalars[f"loss_t/{b / TIME_BINS:.3f}"] = float(sums[b] / counts[b])
+    return scalars
+
+
+def first_not_finite(window: list[dict[str, np.ndarray]]) -> int | None:
+    """Index of the first step of the window whose loss or parameters are not finite, or None when all are."""
+    for i, w in enumerate(window):
+        if not (math.isfinite(w["loss"]) and math.isfinite(w["param_norm"]) and math.isfinite(w["grad_norm"])):
+            return i
+    return None

@@ -1,0 +1,60 @@
+"""What a training job is told: the times it sees, and how it optimises."""
+
+import dataclasses
+
+from paris_jax import checks
+from paris_jax.checks import Problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """Times seen in training and walked through in sampling."""
+
+    time_mean: float = 0.0  # t = sigmoid(normal(mean, std)), then shifted
+    time_std: float = 1.0
+    shift: float = 0.0  # t <- a t / (1 + (a - 1) t); 0: Open-Sora 2.0's rule from the size of the latent
+
+    def problems(self) -> Problems:
+        yield from checks.above(0, time_std=self.time_std)
+        yield from checks.at_least(0, shift=self.shift)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training job. `steps` is an expert's (or the router's); the monolith takes the sum over the experts."""
+
+    steps: int = 1000
+    batch: int = 32  # clips a step, over all devices of the job
+    learning_rate: float = 1e-3
+    warmup: int = 50  # steps, linear from 0
+    decay: str = "cosine"  # after warm-up: "cosine" to 0 or "constant"
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported
+    times: str = "logit_normal"  # or "uniform", for the router: its weights matter equally at every time
+    drop_tokens: float = 0.3162  # probability of training without the token sequence
+    drop_pooled: float = 0.3162  # and, independently, without the pooled vector
+    compute_dtype: str = "auto"  # "auto" (bfloat16 where the device has it), "float32", "bfloat16"
+    fsdp: int = 1  # devices over which parameters are split; the rest split the batch
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep: int = 2  # newest checkpoints kept
+    seed: int = 0
+
+    def problems(self) -> Problems:
+        yield from checks.at_least(1, steps=self.steps, batch=self.batch, fsdp=self.fsdp, log_every=self.log_every)
+        yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
+        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
+        yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
+        yield from checks.choice("decay", self.decay, ("cosine", "constant"))
+        yield from checks.choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        yield from checks.between(0.0, 1.0, drop_tokens=self.drop_tokens, drop_pooled=self.drop_pooled)
+        for name in ("b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)}: must be at least 0 and below 1"
+        if self.warmup >= self.steps:
+            yield f"warmup={self.warmup}: must be below steps={self.steps}"

@@ -1,0 +1,97 @@
+"""One training step as a pure function: (state, batch) -> (state, metrics)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from paris_jax.diffusion import objectives, path, randomness, times
+from paris_jax.models import functional
+from paris_jax.models.router import RouterConfig
+from paris_jax.training import state as states
+from paris_jax.training.settings import Training
+from paris_jax.training.state import TrainState
+
+TIME_BINS = 8
+
+Batch = dict[str, jax.Array]
+Losses = Callable[[functional.Params, Batch, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLaw:
+    """The law of training times: sigmoid(normal(mean, std)) or uniform, then shifted."""
+
+    kind: str
+    mean: float
+    std: float
+    shift: float
+
+    def draw(self, keys_B: jax.Array) -> jax.Array:
+        if self.kind == "uniform":
+            return times.shift(jax.vmap(jax.random.uniform)(keys_B), self.shift)
+        return times.logit_normal(randomness.normal(keys_B, ()), self.mean, self.std, self.shift)
+
+
+def drop_text(batch: Batch, keys_B: jax.Array, settings: Training) -> Batch:
+    """Replaces the token sequence and, independently, the pooled vector of some samples by "no text" (zeros)."""
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    keep_tokens, keep_pooled = chance[:, 0] >= settings.drop_tokens, chance[:, 1] >= settings.drop_pooled
+    return batch | {
+        "tokens": batch["tokens"] * keep_tokens[:, None, None],
+        "length": jnp.where(keep_tokens, batch["length"], 1),
+        "pooled": batch["pooled"] * keep_pooled[:, None],
+    }
+
+
+def velocity_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+    """Flow-matching loss of each sample, (B,)."""
+    text = batch["tokens"], batch["length"], batch["pooled"]
+    return objectives.flow_matching(lambda x, t: functional.apply(config, params, x, t, *text), x_0, noise, t_B)
+
+
+def router_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+    """Cross-entropy of each sample's cluster given its noised latent, (B,)."""
+    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, batch["pooled"])
+    return objectives.cross_entropy(logits, batch["cluster"])
+
+
+def make_step(
+    config: functional.Config, settings: Training, steps: int, time_law: TimeLaw
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Builds the step of an expert, a monolith or a router (told by its config), not yet jitted."""
+    losses_of = router_losses if isinstance(config, RouterConfig) else velocity_losses
+    transform, schedule = states.optimizer(settings, steps), states.learning_rate(settings, steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        keys = randomness.sample_keys(settings.seed, state.step, batch["index"])
+        noise_keys, time_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        x_0 = batch["latent"]
+        noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
+        inputs = drop_text(batch, drop_keys, settings)
+
+        def mean_loss(params: functional.Params) -> tuple[jax.Array, jax.Array]:
+            losses_B = losses_of(config, params, inputs, x_0, noise, t_B)
+            return losses_B.mean(), losses_B
+
+        (loss, losses_B), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = states.ema_decay(settings, state.step)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        bin_sum, bin_count = objectives.by_time_bin(losses_B, t_B, TIME_BINS)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+            "learning_rate": schedule(state.step),
+            "bin_sum": bin_sum,
+            "bin_count": bin_count,
+        }
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return step

@@ -1,0 +1,149 @@
+"""The latent cache: exact, reproducible to the byte, and never half-written."""
+
+import dataclasses
+import pickle
+import resource
+
+import numpy as np
+import pytest
+
+from paris_jax import manifest
+from paris_jax.data import records
+from paris_jax.data.records import Record
+from paris_jax.errors import Refused
+
+
+def make(number: int, cluster: int | None = None) -> Record:
+    rng = np.random.default_rng(number)
+    return Record(
+        id=f"clip-{number:03d}",
+        latent=rng.normal(size=(2, 3, 3, 4)).astype(np.float16),
+        tokens=rng.normal(size=(1 + number % 5, 8)).astype(np.float16),
+        pooled=rng.normal(size=8).astype(np.float16),
+        feature=rng.normal(size=6).astype(np.float32),
+        caption=f"café {number} 動画",
+        attributes={"world": "flat", "colour": "red"} if number % 2 else {},
+        cluster=cluster,
+    )
+
+
+CONTRACT = {
+    "codec": {"name": "pixels"},
+    "text": {"name": "words"},
+    "features": {"name": "statistics"},
+    "latent": {"shape": [2, 3, 3, 4], "mean": [0.0], "spread": [1.0]},
+    "text_length": 5,
+    "fps": 8.0,
+    "source": {"name": "test"},
+}
+
+
+def write_folder(folder, numbers, shard_size=4, kind="data", **content):
+    """A folder of made records with a manifest; for the other tests of this room too."""
+    made = [make(n) for n in numbers]
+    shards = [made[i : i + shard_size] for i in range(0, len(made), shard_size)]
+    names = [records.shard_name("data", i, len(shards)) for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        records.write_shard(folder / name, shard)
+    return manifest.write(folder, kind, names, "hash", clips=len(made), **(CONTRACT | content))
+
+
+def assert_equal(a: Record, b: Record) -> None:
+    for field in dataclasses.fields(Record):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+        else:
+            assert x == y
+
+
+def test_a_record_comes_back_as_it_was():
+    for number in range(4):
+        for cluster in (None, 0, 7):
+            record = make(number, cluster)
+            assert_equal(records.decode_record(records.encode_record(record)), record)
+
+
+def test_equal_records_and_shards_are_equal_to_the_byte(tmp_path):
+    assert records.encode_record(make(1)) == records.encode_record(make(1))
+    for name in ("a", "b"):
+        records.write_shard(tmp_path / name, map(make, range(9)))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_folders_are_read_by_number_in_any_order(tmp_path):
+    write_folder(tmp_path / "a", range(10))
+    write_folder(tmp_path / "b", range(10, 13))
+    both = records.read_records([tmp_path / "a", tmp_path / "b"])
+    assert len(both) == 13
+    for number in (12, 0, 9, 10, 4):
+        assert_equal(both[number], make(number))
+    assert_equal(both[-1], make(12))
+    assert [record.id for record in both[8:11]] == ["clip-008", "clip-009", "clip-010"]
+    assert [record.id for record in both] == [f"clip-{n:03d}" for n in range(13)]
+    with pytest.raises(IndexError):
+        both[13]
+    assert_equal(pickle.loads(pickle.dumps(records.read_records(str(tmp_path / "a"))))[3], make(3))
+
+
+def test_copies_are_the_chosen_records_with_their_cluster(tmp_path):
+    written = write_folder(tmp_path / "data", range(12))
+    names = records.copy_records(tmp_path / "data", [7, 1, 10, 4, 2], [1, 0, 1, 0, 0], tmp_path / "out", shard_size=2)
+    assert names == [f"clips-0000{i}-of-00003.array_record" for i in range(3)]
+    content = records.data_contract(written)
+    assert content == CONTRACT
+    manifest.write(tmp_path / "out", "heldout", names, "hash", clips=5, **content)
+    copied = records.read_records(tmp_path / "out")
+    for record, number, cluster in zip(copied, (7, 1, 10, 4, 2), (1, 0, 1, 0, 0), strict=True):
+        assert_equal(record, make(number, cluster))
+    with pytest.raises(ValueError, match="must be as many"):
+        records.copy_records(tmp_path / "data", [1, 2], [0], tmp_path / "out")
+
+
+def test_nothing_chosen_makes_one_empty_shard(tmp_path):
+    write_folder(tmp_path / "data", range(3))
+    names = records.copy_records(tmp_path / "data", [], [], tmp_path / "out")
+    manifest.write(tmp_path / "out", "heldout", names, "hash", clips=0, **CONTRACT)
+    assert len(records.read_records(tmp_path / "out")) == 0
+
+
+def test_only_finished_folders_of_records_are_read(tmp_path):
+    records.write_shard(tmp_path / "data-00000-of-00001.array_record", map(make, range(3)))
+    with pytest.raises(Refused, match=r"manifest\.json does not exist"):
+        records.read_records(tmp_path)
+    manifest.write(tmp_path, "ensemble", [], "hash")
+    with pytest.raises(Refused, match="describes a 'ensemble', where one of data, cluster, heldout"):
+        records.read_records(tmp_path)
+
+
+def test_a_missing_or_cut_shard_is_refused_by_name(tmp_path):
+    write_folder(tmp_path, range(8))
+    shard = tmp_path / "data-00001-of-00002.array_record"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(Refused, match=r"data-00001-of-00002\.array_record has \d+ bytes"):
+        records.read_records(tmp_path)
+    shard.unlink()
+    with pytest.raises(Refused, match=r"data-00001-of-00002\.array_record is missing"):
+        records.read_records(tmp_path)
+
+
+def test_a_disk_that_takes_no_more_leaves_no_shard(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(Refused, match=r"Cannot write .*shard.*free some space"):
+            records.write_shard(tmp_path / "shard", map(make, range(3000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_record_is_told_as_it_is_and_leaves_no_shard(tmp_path):
+    def failing():
+        yield make(0)
+        raise ValueError("not about the disk")
+
+    with pytest.raises(ValueError, match="not about the disk"):
+        records.write_shard(tmp_path / "shard", failing())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,61 @@
+"""Video to latent and back, exactly."""
+
+import numpy as np
+import pytest
+
+from paris_jax.data.shapes import ShapesSource
+from paris_jax.encoders import codecs
+from paris_jax.errors import Refused
+
+VIDEO = ShapesSource(0, 4, 8, 20, 20, 8.0)[1].video
+
+
+@pytest.mark.parametrize("blocks", [(2, 2, 2), (1, 1, 1), (4, 5, 2), (8, 20, 20)])
+def test_pixels_are_packed_and_unpacked_exactly(blocks):
+    codec = codecs.Pixels(*blocks)
+    latent = codec.encode(VIDEO)
+    assert latent.shape == codec.latent_shape(*VIDEO.shape[:3])
+    assert latent.dtype == np.float32
+    assert latent.min() >= -1
+    assert latent.max() <= 1
+    np.testing.assert_array_equal(codec.decode(latent), codecs.to_float(VIDEO))
+    # Half precision, in which latents are stored, still gives every level back.
+    np.testing.assert_array_equal(codecs.to_uint8(codec.decode(latent.astype(np.float16))), VIDEO)
+
+
+def test_a_channel_block_is_one_block_of_pixels():
+    latent = codecs.Pixels(2, 2, 2).encode(VIDEO)
+    block = codecs.to_float(VIDEO[2:4, 6:8, 10:12])
+    np.testing.assert_array_equal(latent[1, 3, 5], block.ravel())
+
+
+def test_batches_and_jax_arrays_are_treated_alike():
+    import jax.numpy as jnp
+
+    codec = codecs.Pixels()
+    batch = np.stack([VIDEO, VIDEO[::-1]])
+    latents = codec.encode(batch)
+    np.testing.assert_array_equal(latents[1], codec.encode(VIDEO[::-1]))
+    np.testing.assert_array_equal(codec.decode(jnp.asarray(latents)), codec.decode(latents))
+
+
+def test_sizes_that_the_blocks_do_not_divide_are_refused():
+    with pytest.raises(Refused, match="width=21: must be a multiple of the codec's 2"):
+        codecs.Pixels().latent_shape(8, 20, 21)
+
+
+def test_a_codec_is_rebuilt_from_its_description():
+    codec = codecs.codec("pixels", time=1, height=4, width=2)
+    assert codecs.from_description(codec.describe()) == codec
+    with pytest.raises(Refused, match=r"'pixel'.*did you mean 'pixels'"):
+        codecs.codec("pixel")
+
+
+@pytest.mark.parametrize(("mean", "spread"), [((0.25,), (0.5,)), ((0.0, 0.5, -1.0), (1.0, 2.0, 0.25))])
+def test_latents_are_normalised_and_back(mean, spread):
+    latent = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float16)
+    scale = codecs.LatentScale.from_manifest({"shape": [2, 4, 4, 3], "mean": list(mean), "spread": list(spread)})
+    normal = scale.normalise(latent)
+    np.testing.assert_allclose(normal, (latent.astype(np.float64) - mean) / spread, rtol=1e-5, atol=1e-6)
+    assert normal.dtype == np.float32
+    np.testing.assert_allclose(scale.denormalise(normal), latent, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,116 @@
+"""Results and videos as an evaluation would write them, made up from a seed: what the report's tests show."""
+
+import numpy as np
+
+from paris_jax.data.shapes import ShapesSource
+from paris_jax.evaluation import compute, estimates, results
+
+
+def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
+    """Returns results (see results.py) and the shown videos by arm."""
+    rng = np.random.default_rng(0)
+    edges = [b / 8 for b in range(9)]
+
+    def estimate(value: float, stderr: float = 0.01, n: int = 96) -> estimates.Estimate:
+        return {"value": float(value), "stderr": float(stderr), "n": n}
+
+    curve = 0.55 + 1.2 * (np.arange(8) / 8 - 0.45) ** 2
+    gap = np.linspace(-0.03, 0.012, 8)
+    source = ShapesSource(seed=5, num_clips=shown, frames=8, height=20, width=20, fps=8.0)
+    real = np.stack([clip.video for clip in source])
+    videos = {"real": real, "ensemble": _worse(real, rng, 20), "monolith": _worse(real, rng, 45)}
+    clips = [_shown(clip, i, attributes) for i, clip in enumerate(source)]
+    jobs = [compute.Job(f"expert {k}", 1000, 32, 123_456_789) for k in range(3)]
+    comparisons = [
+        results.comparison(
+            "frechet",
+            "Frechet distance (shapes judge)",
+            "lower",
+            estimate(3.1, 0.22),
+            estimate(4.4, 0.3),
+            estimate(-1.3, 0.25),
+            reference=estimate(0.9, 0.1),
+            reference_label="floor: real against real",
+        ),
+        results.comparison(
+            "loss", "Held-out flow loss", "lower", estimate(0.6123, 0.004, 192), estimate(0.609, 0.004, 192),
+            estimate(0.003, 0.0021, 192),
+        ),
+        results.comparison(
+            "motion", "Motion", None, estimate(0.21, 0.01), estimate(0.19, 0.01), estimate(0.02, 0.01),
+            unit="px/frame", reference=estimate(0.24, 0.01), reference_label="held-out clips",
+        ),
+    ]  # fmt: skip
+    agreement = None
+    if attributes:
+        both = estimate(0.719, 0.046), estimate(0.594, 0.05), estimate(0.125, 0.05)
+        ceiling = {"reference": estimate(0.96, 0.02), "reference_label": "ceiling: held-out clips"}
+        row = results.comparison(
+            "agreement", "Agreement with the prompt", "higher", *both, unit="share", note="every attribute right", **ceiling
+        )
+        comparisons.insert(0, row)
+        agreement = {
+            name: {"ensemble": estimate(e, 0.03), "monolith": estimate(m, 0.03), "reference": estimate(0.99, 0.01)}
+            for name, e, m in zip(
+                ("world", "object", "colour", "size", "direction", "speed", "ground", "all"),
+                (1, 0.8, 0.97, 0.95, 0.86, 0.9, 0.99, 0.719),
+                (0.99, 0.7, 0.95, 0.96, 0.75, 0.86, 0.98, 0.594),
+                strict=True,
+            )
+        }
+    use = np.array([[0.4, 0.3, 0.3]] * 20) + 0.2 * np.sin(np.arange(20) / 4)[:, None] * [1, -0.5, -0.5]
+    return {
+        "schema": results.SCHEMA,
+        "experiment": "shapes-tiny",
+        "config_hash": "0123456789abcdef" * 4,
+        "evaluation_hash": "fedcba9876543210" * 4,
+        "left_out": [] if attributes else ["Agreement is left out: the clips carry no attributes."],
+        "protocol": {
+            "prompts": 96,
+            "solver": "euler, 20 steps",
+            "guidance": 3.0,
+            "routing": "top_k, 1",
+            "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        },
+        "comparisons": comparisons,
+        "loss_by_time": {
+            "edges": edges,
+            "ensemble": [estimate(v, 0.012, 192) for v in curve + gap],
+            "monolith": [estimate(v, 0.012, 192) for v in curve],
+            "difference": [estimate(v, 0.004, 192) for v in gap],
+        },
+        "error_by_time": {"edges": edges, "ensemble": [], "monolith": [], "difference": []},
+        "loss_by_cluster": {
+            "clusters": [0, 1, 2],
+            "ensemble": [estimate(v, 0.01, 64) for v in (0.5, 0.71, 0.62)],
+            "monolith": [estimate(v, 0.01, 64) for v in (0.52, 0.7, 0.66)],
+            "difference": [estimate(v, 0.01, 64) for v in (-0.02, 0.01, -0.04)],
+        },
+        "agreement": agreement,
+        "router": {
+            "edges": edges,
+            "accuracy": [estimate(v, 0.02, 192) for v in (0.99, 0.99, 0.98, 0.97, 0.96, 0.97, 0.95, 0.94)],
+            "chance": 0.36,
+        },
+        "expert_use": {
+            "clusters": [0, 1, 2],
+            "by_step": use.tolist(),
+            "by_cluster": {"0": [0.97, 0.02, 0.01], "1": [0.05, 0.93, 0.02], "2": [0.02, 0.01, 0.97]},
+        },
+        "compute": compute.identity(
+            jobs, compute.Job("monolith", 3000, 32, 123_456_789), compute.Job("router", 600, 32, 20_000_000)
+        ),
+        "shown": clips,
+    }, videos
+
+
+def _worse(videos: np.ndarray, rng: np.random.Generator, spread: float) -> np.ndarray:
+    return np.clip(videos + rng.normal(0, spread, videos.shape), 0, 255).astype(np.uint8)
+
+
+def _shown(clip, index: int, attributes: bool) -> dict:
+    asked = clip.attributes if attributes else {}
+    wrong = asked | ({"speed": "slow", "colour": "cyan"} if attributes else {})
+    read = {"real": asked, "ensemble": asked, "monolith": wrong} if attributes else {}
+    use = [0.94, 0.06, 0.0]
+    return {"id": clip.id, "caption": clip.caption, "cluster": index % 3, "asked": asked, "read": read, "use": use}

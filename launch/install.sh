@@ -111,13 +111,10 @@ install_into() {
   printf '%s\n%s\n' "$stamp" "$extras" >"$mark"
 }
 
-# uv installs in seconds what takes pip a minute; pip is always there.
+# uv installs in seconds what takes pip a minute; but only pip knows an index that was configured for pip.
 _install() {
-  local folder=$1 constraints=$2 project=".${3:+[$3]}" index
+  local folder=$1 constraints=$2 project=".${3:+[$3]}"
   if "$folder/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.5,<1'; then
-    # uv does not read pip's configuration: an index that someone chose for pip holds here too.
-    index=$("$folder/bin/python" -m pip config get global.index-url 2>/dev/null || true)
-    [ -z "${PIP_INDEX_URL:-$index}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$index}}"
     "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --constraints "$constraints" --editable "$project" &&
       return
     say "uv could not install; trying pip"

@@ -186,8 +186,9 @@ def refuse(message: str) -> NoReturn:
 
 
 def find_program() -> str:
+    """paris-jax of the environment whose Python runs this file, or else the one on PATH."""
     beside = Path(sys.executable).parent / "paris-jax"
-    return shutil.which("paris-jax") or (str(beside) if beside.exists() else "")
+    return str(beside) if beside.exists() else shutil.which("paris-jax") or ""
 
 
 def read_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

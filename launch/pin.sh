@@ -9,9 +9,9 @@ for minor in 11 12; do
   file=launch/constraints-py3$minor.txt
   {
     echo "# Versions that were tested together on Python 3.$minor; made by ./launch/pin.sh"
-    # The file names no index: whoever installs uses their own.
+    # Names and versions only, no address: whoever installs uses their own index.
     "$UV" pip compile --quiet --no-config --all-extras --python-version="3.$minor" --upgrade \
-      --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml
+      --no-header --no-annotate pyproject.toml
   } >"$file.new"
   mv "$file.new" "$file"
 done

@@ -9,20 +9,51 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.logging import RichHandler
 
 from paris_jax import __version__
+from paris_jax.config_file import EXAMPLE, change, embedded, load
 from paris_jax.errors import Preempted, Refused, nearest
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
 
 PREEMPTED = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What was typed after a command: its flags, and the fields of the config that they change ("a.b=value")."""
+
+    flags: flags.FlagValues
+    changes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.flags[name].value
+
+    @property
+    def run(self) -> RunFolder:
+        if not self["workdir"]:
+            raise Refused("--workdir is missing; name the run folder, for example --workdir=runs/shapes")
+        return RunFolder(self["workdir"])
+
+    def experiment(self, run: RunFolder) -> Experiment:
+        """The config given, or else the one the run folder was made with, with the changes."""
+        file = self["config"] if "config" in self.flags else None
+        if "config" in self.flags and not file and not run.config.exists():
+            raise Refused(f"--config is missing, and {run} has none yet; name a config file, such as {EXAMPLE}")
+        config = load(file) if file else run.stored_config()["config"]
+        change(config, self.changes)
+        return Experiment.from_config(config)
+
+    @property
+    def config_flags(self) -> tuple[str, ...]:
+        """The flags that give another command the same config."""
+        given = (f"--config={self['config']}",) if self["config"] else ()
+        return (*given, *(f"--config.{c}" for c in self.changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +63,12 @@ class Command:
     does: str
     examples: tuple[str, ...]
     define: tuple[Callable[[flags.FlagValues], None], ...]
-    run: Callable[[flags.FlagValues], Any]
+    run: Callable[[Call], Any]
 
 
 def _config(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "config file, with its argument after a colon; fields: --config.a.b=value", flag_values=values
-    )
+    text = "config file, with its argument after a colon; --config.a.b=value changes a field"
+    flags.DEFINE_string("config", None, text, flag_values=values)
 
 
 def _workdir(values: flags.FlagValues) -> None:
@@ -69,60 +99,47 @@ def _sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", **define)
 
 
-def _experiment(values: flags.FlagValues, run: RunFolder) -> Experiment:
-    """The config given, or else the one the run folder was made with."""
-    if values["config"].value is not None:
-        return Experiment.from_config(values["config"].value)
-    return Experiment.from_config(run.stored_config()["config"])
+def _placing(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("devices", "auto", "auto (all there are), cpu, gpu:0,1 or tpu:0,1,2,3", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print the commands and their devices, run nothing", flag_values=values)
 
 
-def _run(values: flags.FlagValues) -> RunFolder:
-    if not values["workdir"].value:
-        raise Refused("--workdir is missing; name the run folder, for example --workdir=runs/shapes")
-    return RunFolder(values["workdir"].value)
-
-
-def _prepare(values: flags.FlagValues) -> None:
+def _prepare(call: Call) -> None:
     from paris_jax.stages.prepare import prepare
 
-    run = _run(values)
-    if values["config"].value is None and not run.config.exists():
-        raise Refused("--config is missing; name a config file, for example --config=configs/shapes.py:tiny")
-    prepare(_experiment(values, run), run)
+    prepare(call.experiment(call.run), call.run)
 
 
-def _cluster(values: flags.FlagValues) -> None:
+def _cluster(call: Call) -> None:
     from paris_jax.stages.cluster import cluster
 
-    run = _run(values)
-    cluster(_experiment(values, run), run)
+    cluster(call.experiment(call.run), call.run)
 
 
-def _train(values: flags.FlagValues) -> None:
+def _train(call: Call) -> None:
     from paris_jax.stages.train import train
 
-    run = _run(values)
-    if values["role"].value is None:
+    run = call.run
+    if call["role"] is None:
         raise Refused("--role is missing; it is expert (with --cluster=K), monolith or router")
-    train(_experiment(values, run), run, Role(values["role"].value, values["cluster"].value))
+    train(call.experiment(run), run, Role(call["role"], call["cluster"]))
 
 
-def _assemble(values: flags.FlagValues) -> None:
+def _assemble(call: Call) -> None:
     from paris_jax.stages.assemble import assemble
 
-    run = _run(values)
-    assemble(_experiment(values, run), run, values["allow_missing"].value)
+    assemble(call.experiment(call.run), call.run, call["allow_missing"])
 
 
-def _sample(values: flags.FlagValues) -> None:
+def _sample(call: Call) -> None:
     from paris_jax.stages.sample import sample
 
-    given = {name: values[name].value for name in values if name not in ("ensemble", "prompt", "out", "help", "h")}
-    if not values["ensemble"].value:
+    given = {name: call[name] for name in call.flags if name not in ("ensemble", "prompt", "out", "help", "h")}
+    if not call["ensemble"]:
         raise Refused("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
     if given["experts"] is not None:
         given["experts"] = _schedule(given["experts"])
-    sample(values["ensemble"].value, values["prompt"].value, values["out"].value, **given)
+    sample(call["ensemble"], call["prompt"], call["out"], **given)
 
 
 def _schedule(experts: list[str]) -> int | list[int]:
@@ -133,48 +150,42 @@ def _schedule(experts: list[str]) -> int | list[int]:
     return schedule[0] if len(schedule) == 1 else schedule
 
 
-def _evaluate(values: flags.FlagValues) -> None:
+def _evaluate(call: Call) -> None:
     from paris_jax.stages.evaluate import evaluate
 
-    run = _run(values)
-    evaluate(_experiment(values, run), run)
+    evaluate(call.experiment(call.run), call.run)
 
 
-def _status(values: flags.FlagValues) -> None:
+def _status(call: Call) -> None:
     from paris_jax.stages.status import status
 
-    status(_run(values))
+    status(call.run)
 
 
-def _quickstart(values: flags.FlagValues) -> None:
+def _quickstart(call: Call) -> None:
     from paris_jax.stages.quickstart import quickstart
 
-    config = values["config"].value
-    if config is None:
-        config = embedded_config("tiny")
-    quickstart(Experiment.from_config(config), RunFolder(values["workdir"].value or "runs/quickstart"))
-
-
-def embedded_config(arg: str) -> Any:
-    """`configs/shapes.py` of the checkout, or the copy that a wheel carries."""
-    import runpy
-
-    package = Path(__file__).parent
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "shapes.py").exists():
-            return runpy.run_path(str(folder / "shapes.py"))["get_config"](arg)
-    raise Refused("configs/shapes.py is not beside the package; give --config=F.py:arg")
+    run = RunFolder(call["workdir"] or "runs/quickstart")
+    if not call["config"] and not run.config.exists():
+        call.flags["config"].value = f"{embedded()}:tiny"
+    quickstart(call.experiment(run), run, call.config_flags, call["devices"], call["dry_run"])
 
 
 _STAGE = "--config=configs/shapes.py:tiny --workdir=runs/shapes"
 COMMANDS = {
     "quickstart": Command(
-        "every stage below on this machine, on the embedded data",
-        ("paris-jax quickstart", "paris-jax quickstart --workdir=runs/mine --config=configs/shapes.py:small"),
-        (_config, _workdir),
+        "every stage below on this machine, the roles side by side; by default on the embedded data",
+        (
+            "paris-jax quickstart",
+            "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled",
+            "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/x --devices=gpu:0,1,2,3 --dry_run",
+        ),
+        (_config, _workdir, _placing),
         _quickstart,
     ),
-    "prepare": Command("clips to latents, text and features", (f"paris-jax prepare {_STAGE}",), (_config, _workdir), _prepare),
+    "prepare": Command(
+        "clips to latents, text and features", (f"paris-jax prepare {_STAGE}",), (_config, _workdir), _prepare
+    ),
     "cluster": Command(
         "features to K clusters, one data folder each", (f"paris-jax cluster {_STAGE}",), (_config, _workdir), _cluster
     ),
@@ -201,12 +212,18 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "ensemble and monolith side by side, to RUN/evaluation/report.html",
-        ("paris-jax evaluate --workdir=runs/shapes", "paris-jax evaluate --workdir=runs/shapes --config.evaluation.clips=256"),
+        (
+            "paris-jax evaluate --workdir=runs/shapes",
+            "paris-jax evaluate --workdir=runs/shapes --config.evaluation.clips=256",
+        ),
         (_config, _workdir),
         _evaluate,
     ),
     "status": Command(
-        "what is done, what is missing, the next command", ("paris-jax status --workdir=runs/shapes",), (_workdir,), _status
+        "what is done, what is missing, the next command",
+        ("paris-jax status --workdir=runs/shapes",),
+        (_workdir,),
+        _status,
     ),
 }
 
@@ -224,7 +241,7 @@ def help_of(name: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
+def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     """The command and its flags; refuses an unknown command, flag or value."""
     name = arguments[0]
     if name not in COMMANDS:
@@ -233,17 +250,25 @@ def parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=values)
     for define in COMMANDS[name].define:
         define(values)
+    takes_config = "config" in values
+    changes = [a for a in arguments[1:] if takes_config and a.startswith("--config.")]
+    if half := next((c for c in changes if "=" not in c), None):
+        raise Refused(f"paris-jax {name}: {half} has no value; write {half}=value")
     try:
-        rest = values([f"paris-jax {name}", *arguments[1:]])
-    except (flags.Error, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        rest = values([f"paris-jax {name}", *(a for a in arguments[1:] if a not in changes)])
+    except flags.UnrecognizedFlagError as error:
+        flag = f"--{error.flagname}"
+        near = nearest(flag, [f"--{known}" for known in values])
+        raise Refused(f"paris-jax {name}: {flag} is unknown{near}; see 'paris-jax {name} --help'") from error
+    except flags.Error as error:
         raise Refused(f"paris-jax {name}: {' '.join(str(error).split())}; see 'paris-jax {name} --help'") from error
     if len(rest) > 1:
         raise Refused(f"paris-jax {name}: {rest[1]!r} is not a flag; flags look like --name=value")
-    return name, values
+    return name, Call(values, tuple(c.removeprefix("--config.") for c in changes))
 
 
-def start() -> None:
-    """Logging, the compilation cache, and Grain's workers, once a process."""
+def start(name: str) -> None:
+    """Logging, the compilation cache, Grain's flags and, to train, the other hosts of the slice; once a process."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("paris_jax").setLevel(logging.INFO)
@@ -255,6 +280,10 @@ def start() -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if name == "train":
+        from paris_jax.training.hosts import join_hosts
+
+        join_hosts()
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -266,12 +295,12 @@ def run(arguments: Sequence[str]) -> int:
         print(__version__)
         return 0
     try:
-        name, values = parse(arguments)
-        if values["help"].value:
-            print(help_of(name, values))
+        name, call = parse(arguments)
+        if call["help"]:
+            print(help_of(name, call.flags))
             return 0
-        start()
-        COMMANDS[name].run(values)
+        start(name)
+        COMMANDS[name].run(call)
         return 0
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
@@ -285,7 +314,9 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        print(f"refused: {error.strerror}: {error.filename or 'the run folder'}; make room or choose another --workdir, then run the same command again", file=sys.stderr)
+        where = error.filename or "the run folder"
+        remedy = "make room or choose another --workdir, then run the same command again"
+        print(f"refused: {error.strerror}: {where}; {remedy}", file=sys.stderr)
         return 1
 
 

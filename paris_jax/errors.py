@@ -12,6 +12,11 @@ class Preempted(Exception):
     """The job was asked to stop, saved its state, and goes on when the same command runs again."""
 
 
+def not_yet(what: str, field: str, instead: str) -> Refused:
+    """The refusal of something published whose sizes are known here, but which cannot be run yet."""
+    return Refused(f"{what} is not in this version yet: it can be planned with, not run; use {field}={instead!r}")
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the allowed name closest to `name`, or ''."""
     matches = difflib.get_close_matches(name, list(allowed), n=1)

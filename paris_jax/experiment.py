@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from paris_jax import checks, manifest
 from paris_jax.checks import Problems
+from paris_jax.encoders import codecs, features, text
 from paris_jax.errors import Refused, nearest
+from paris_jax.models.presets import Network, Router
 from paris_jax.training.settings import Diffusion, Training
 
 
@@ -43,7 +45,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Video to latent. `pixels` packs time x height x width blocks into channels, without loss."""
+    """Video to latent. `pixels` packs time x height x width blocks into channels, without loss.
+
+    `hunyuan` (HunyuanVideo's causal VAE, 4 x 8 x 8) can be planned with, not run yet.
+    """
 
     name: str = "pixels"
     time: int = 2
@@ -51,20 +56,23 @@ class Codec:
     width: int = 2
 
     def problems(self) -> Problems:
-        yield from checks.choice("name", self.name, ("pixels",))
+        yield from checks.choice("name", self.name, codecs.SIZES)
         yield from checks.at_least(1, time=self.time, height=self.height, width=self.width)
+        blocks = self.time, self.height, self.width
+        if self.name == "hunyuan" and blocks != (published := dataclasses.astuple(codecs.HunyuanVideo())):
+            yield f"time, height, width={blocks}: hunyuan has {published}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
     """Caption to token sequence and pooled vector."""
 
-    name: str = "words"  # "words" (frozen table) or "minilm" (real embeddings, from an optional package)
-    width: int = 64  # of the frozen table; minilm has its own (384)
+    name: str = "words"  # "words" (frozen table), "minilm" (optional package), "t5+clip" (to plan with, not run yet)
+    width: int = 64  # of the frozen table; the others have their own
     max_tokens: int = 24
 
     def problems(self) -> Problems:
-        yield from checks.choice("name", self.name, ("words", "minilm"))
+        yield from checks.choice("name", self.name, text.NAMES)
         yield from checks.at_least(8, width=self.width)
         yield from checks.at_least(1, max_tokens=self.max_tokens)
 
@@ -73,10 +81,10 @@ class Text:
 class Features:
     """Clip to the vector that is clustered."""
 
-    name: str = "statistics"
+    name: str = "statistics"  # or "dinov2" (to plan with, not run yet)
 
     def problems(self) -> Problems:
-        yield from checks.choice("name", self.name, ("statistics",))
+        yield from checks.choice("name", self.name, features.NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,41 +98,11 @@ class Partition:
     seed: int = 0
 
     def problems(self) -> Problems:
-        yield from checks.at_least(1, num_clusters=self.num_clusters, iterations=self.iterations, restarts=self.restarts)
+        yield from checks.at_least(
+            1, num_clusters=self.num_clusters, iterations=self.iterations, restarts=self.restarts
+        )
         if self.fine_clusters and self.fine_clusters < self.num_clusters:
             yield f"fine_clusters={self.fine_clusters}: must be 0 or at least num_clusters={self.num_clusters}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """The experts' and the monolith's network: a preset of `models/presets.py`, with fields to override (0 = keep)."""
-
-    preset: str = "tiny"
-    hidden: int = 0
-    heads: int = 0
-    double_blocks: int = -1
-    single_blocks: int = -1
-    remat: str = "none"  # "none" or "full": recompute each block's activations in the backward pass
-
-    def problems(self) -> Problems:
-        from paris_jax.models.presets import NETWORKS
-
-        yield from checks.choice("preset", self.preset, NETWORKS)
-        yield from checks.choice("remat", self.remat, ("none", "full"))
-        yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
-        yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Router:
-    """The router's network: a preset of `models/presets.py`."""
-
-    preset: str = "tiny"
-
-    def problems(self) -> Problems:
-        from paris_jax.models.presets import ROUTERS
-
-        yield from checks.choice("preset", self.preset, ROUTERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,26 +175,38 @@ class Experiment:
 
     def problems(self) -> Problems:
         """What no section can see alone."""
-        from paris_jax.models.presets import network_problems
-
         codec, data = self.codec, self.data
-        for axis, size, factor in (
-            ("frames", data.frames, codec.time),
-            ("height", data.height, codec.height * 2),
-            ("width", data.width, codec.width * 2),
+        for axis, size, first, factor in (
+            ("frames", data.frames, codecs.SIZES[codec.name].first, codec.time),
+            ("height", data.height, 0, codec.height * 2),
+            ("width", data.width, 0, codec.width * 2),
         ):
-            if size % factor:
-                near = max(factor, round(size / factor) * factor)
-                yield f"data.{axis}={size}: must be a multiple of {factor} (codec and 2 x 2 packing), for example {near}"
+            if (size - first) % factor:
+                near = first + max(factor, round((size - first) / factor) * factor)
+                more = f"{first} more than " if first else ""
+                yield (
+                    f"data.{axis}={size}: must be {more}a multiple of {factor} (codec and 2 x 2 packing), "
+                    f"for example {near}"
+                )
         if self.sampling.top_k > self.partition.num_clusters:
             yield (
                 f"sampling.top_k={self.sampling.top_k}: must be at most "
                 f"partition.num_clusters={self.partition.num_clusters}"
             )
-        yield from network_problems(self.network)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(T, H, W, C) of a clip's latent."""
+        data = self.data
+        return codecs.sizes(**dataclasses.asdict(self.codec)).latent_shape(data.frames, data.height, data.width)
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the text's tokens and of its pooled vector."""
+        return text.widths(self.text.name, self.text.width)
 
     @property
     def hash(self) -> str:
@@ -233,7 +223,7 @@ class Experiment:
 
 def default_config() -> ConfigDict:
     """Every field with its default, to change in a config file; a field that does not exist cannot be set."""
-    return ConfigDict(Experiment().to_dict())
+    return ConfigDict(Experiment().to_dict()).lock()
 
 
 def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:

@@ -70,7 +70,9 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: epath.PathLike, remedy: str = "restore it from a copy, or delete it and run its stage again") -> Any:
+def read_json(
+    path: epath.PathLike, remedy: str = "restore it from a copy, or delete it and run its stage again"
+) -> Any:
     path = epath.Path(path)
     try:
         return json.loads(path.read_text())

@@ -1,10 +1,10 @@
 """Names inside a run folder: the only place that knows its paths, and what makes a folder belong to a config.
 
-    RUN/config.json                    the resolved config and its hash
-    RUN/data/                          all clips as latents
-    RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
-    RUN/experts/K/ monolith/ router/   checkpoints/, metrics, export/
-    RUN/ensemble/ samples/ evaluation/
+RUN/config.json                    the resolved config and its hash
+RUN/data/                          all clips as latents
+RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
+RUN/experts/K/ monolith/ router/   checkpoints/, metrics, export/
+RUN/ensemble/ samples/ evaluation/
 """
 
 import dataclasses
@@ -82,7 +82,9 @@ class RunFolder:
     def stored_config(self) -> dict[str, Any]:
         """Returns {"hash", "config"} of config.json, or refuses where there is none."""
         if not self.config.exists():
-            raise Refused(f"{self.config} does not exist; start with 'paris-jax prepare --config=... --workdir={self.path}'")
+            raise Refused(
+                f"{self.config} does not exist; start with 'paris-jax prepare --config=... --workdir={self.path}'"
+            )
         stored = manifest.read_json(self.config)
         if not isinstance(stored, dict) or not {"hash", "config"} <= stored.keys():
             raise Refused(f"{self.config} is not a paris_jax config; restore it from a copy, or use a new --workdir")

@@ -1,1 +1,1 @@
-"""Pure functions of diffusion: the path, times, objectives, solvers and guidance. Knows nothing of files or networks."""
+"""Pure functions: the path, times, objectives, solvers and guidance. Knows nothing of files or networks."""

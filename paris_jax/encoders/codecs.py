@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest
+from paris_jax.errors import Refused, nearest, not_yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +23,11 @@ class Pixels:
     width: int = 2
 
     one_scale: ClassVar[bool] = True  # the channels are alike: one mean and spread normalises all
+    first: ClassVar[int] = 0  # frames at the start that stand outside the blocks of `time`
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Returns (T, H, W, C) of a video's latent; refuses sizes that the blocks do not divide."""
-        for axis, size, block in (
-            ("frames", frames, self.time),
-            ("height", height, self.height),
-            ("width", width, self.width),
-        ):
-            if size % block:
-                raise Refused(f"{axis}={size}: must be a multiple of the codec's {block}")
+        check_divisible(self, frames, height, width)
         channels = 3 * self.time * self.height * self.width
         return frames // self.time, height // self.height, width // self.width, channels
 
@@ -58,14 +53,56 @@ class Pixels:
         return {"name": "pixels", "time": self.time, "height": self.height, "width": self.width}
 
 
-CODECS = {"pixels": Pixels}
+@dataclasses.dataclass(frozen=True)
+class HunyuanVideo:
+    """The sizes of HunyuanVideo's causal VAE, the codec of Paris 2.0; its weights are not read yet."""
+
+    time: int = 4
+    height: int = 8
+    width: int = 8
+
+    channels: ClassVar[int] = 16
+    first: ClassVar[int] = 1  # causal: the first frame is a latent frame of its own
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns (T, H, W, C), T = 1 + (frames - 1) / 4; refuses sizes that the blocks do not divide."""
+        check_divisible(self, frames, height, width)
+        return (
+            self.first + (frames - self.first) // self.time,
+            height // self.height,
+            width // self.width,
+            self.channels,
+        )
+
+
+def check_divisible(blocks: "Pixels | HunyuanVideo", frames: int, height: int, width: int) -> None:
+    """Refuses a video's size that a codec's blocks do not divide."""
+    for axis, size, first, block in (
+        ("frames", frames, blocks.first, blocks.time),
+        ("height", height, 0, blocks.height),
+        ("width", width, 0, blocks.width),
+    ):
+        if (size - first) % block:
+            more = f"{first} more than " if first else ""
+            raise Refused(f"{axis}={size}: must be {more}a multiple of the codec's {block}")
+
+
+CODECS = {"pixels": Pixels}  # can encode and decode
+SIZES = {**CODECS, "hunyuan": HunyuanVideo}  # the size of whose latent is known
 
 
 def codec(name: str, **settings: Any) -> Pixels:
     """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2)."""
+    if name in SIZES and name not in CODECS:
+        raise not_yet(f"The codec {name!r}", "codec.name", "pixels")
     if name not in CODECS:
         raise Refused(f"codec {name!r}: must be one of {', '.join(CODECS)}{nearest(name, CODECS)}")
     return CODECS[name](**settings)
+
+
+def sizes(name: str, **settings: Any) -> Pixels | HunyuanVideo:
+    """Returns a codec as far as `latent_shape` goes, also where it cannot be run yet."""
+    return SIZES[name](**settings)
 
 
 def from_description(description: dict[str, Any]) -> Pixels:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest
+from paris_jax.errors import Refused, nearest, not_yet
 
 THUMBNAIL = 4  # cells along each side
 BINS = 8  # of each colour channel's histogram
@@ -76,10 +76,13 @@ def _change(video: np.ndarray) -> np.ndarray:
 
 
 FEATURES = {"statistics": Statistics}
+NAMES = (*FEATURES, "dinov2")
 
 
 def features(name: str, **settings: Any) -> Statistics:
     """Returns the feature encoder of this name."""
+    if name in NAMES and name not in FEATURES:
+        raise not_yet(f"The feature encoder {name!r}", "features.name", "statistics")
     if name not in FEATURES:
         raise Refused(f"features {name!r}: must be one of {', '.join(FEATURES)}{nearest(name, FEATURES)}")
     return FEATURES[name](**settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest
+from paris_jax.errors import Refused, nearest, not_yet
 
 UNKNOWN = "<unknown>"
 
@@ -124,6 +124,16 @@ def words_of(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({word for caption in captions for word in split(caption)}))
 
 
+# Widths (token sequence, pooled vector) of encoders that have their own; T5-v1.1-XXL and CLIP ViT-L/14 are Paris 2.0's.
+WIDTHS = {"minilm": (384, 384), "t5+clip": (4096, 768)}
+NAMES = ("words", *WIDTHS)
+
+
+def widths(name: str, width: int) -> tuple[int, int]:
+    """Returns (token width, pooled width) of an encoder; `width` is the frozen table's."""
+    return WIDTHS.get(name, (width, width))
+
+
 def text_encoder(name: str, **settings: Any) -> Any:
     """Returns the text encoder of this name, e.g. text_encoder("words", vocabulary=..., width=64, max_tokens=24)."""
     if name == "words":
@@ -132,6 +142,8 @@ def text_encoder(name: str, **settings: Any) -> Any:
         from paris_jax.encoders.minilm import MiniLM  # reads 90 MB of weights: only where it is asked for
 
         return MiniLM(**settings)
+    if name == "t5+clip":
+        raise not_yet(f"The text encoder {name!r}", "text.name", "words")
     raise Refused(f"text encoder {name!r}: must be one of words, minilm{nearest(name, ('words', 'minilm'))}")
 
 

@@ -1,8 +1,8 @@
 """`Ensemble`: what people hold in their hands.
 
-    ensemble = Ensemble.load("RUN/ensemble")            # or "bundled:shapes"
-    samples = ensemble.sample(["a small red circle moving left slowly on a white ground"], seed=0)
-    samples.save("out.mp4")
+ensemble = Ensemble.load("RUN/ensemble")            # or "bundled:shapes"
+samples = ensemble.sample(["a small red circle moving left slowly on a white ground"], seed=0)
+samples.save("out.mp4")
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from paris_jax.errors import Refused
 # What all parts of an ensemble must agree on: the space they work in and the words they were told.
 SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps")
 BUNDLED = "bundled:"
+SHIPPED = epath.Path(__file__).parent / "bundled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,9 @@ def resolve(path: epath.PathLike) -> epath.Path:
     name = os.fspath(path)
     if not name.startswith(BUNDLED):
         return epath.Path(path)
-    shipped = epath.Path(__file__).parent / "bundled"
-    folder = shipped / name.removeprefix(BUNDLED)
+    folder = SHIPPED / name.removeprefix(BUNDLED)
     if not manifest.exists(folder):
-        known = sorted(BUNDLED + p.name for p in shipped.iterdir() if manifest.exists(p)) if shipped.exists() else []
+        known = sorted(BUNDLED + p.name for p in SHIPPED.iterdir() if manifest.exists(p)) if SHIPPED.exists() else []
         raise Refused(f"There is no ensemble {name!r} in this package; it ships {', '.join(known) or 'none'}")
     return folder
 
@@ -56,16 +56,22 @@ def check_together(experts: dict[int, Part], router: Part | None) -> None:
                 )
     for cluster, part in experts.items():
         if part.manifest["role"] != "monolith" and part.manifest["cluster"] != cluster:
-            raise Refused(f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}")
+            raise Refused(
+                f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}"
+            )
         if part.manifest["network"]["kind"] != "dit" or part.config != first.config:
-            raise Refused(f"{part.folder} has another network than {first.folder}; experts of one size are supported so far")
+            raise Refused(
+                f"{part.folder} has another network than {first.folder}; experts of one size are supported so far"
+            )
     if router is None and len(experts) > 1:
         raise Refused("An ensemble of several experts needs a router; train it with 'paris-jax train --role=router'")
     if router and router.manifest["network"]["kind"] != "router":
         raise Refused(f"{router.folder} is not a router")
 
 
-def write(folder: epath.Path, experts: dict[int, Part], router: Part, sampling: dict[str, Any], config_hash: str) -> None:
+def write(
+    folder: epath.Path, experts: dict[int, Part], router: Part, sampling: dict[str, Any], config_hash: str, **content: Any
+) -> None:
     """Writes the ensemble's manifest, naming each part by relative path and by the hash of its manifest."""
     check_together(experts, router)
 
@@ -81,7 +87,8 @@ def write(folder: epath.Path, experts: dict[int, Part], router: Part, sampling: 
         experts={str(k): entry(part) for k, part in sorted(experts.items())},
         router=entry(router),
         sampling=sampling,
-        clusters=router.config.clusters,
+        clusters=router.manifest["clusters"],
+        **content,
     )
 
 
@@ -107,5 +114,6 @@ def read(path: epath.PathLike) -> Bundle:
 def single(folder: epath.PathLike, sampling: dict[str, Any]) -> Bundle:
     """One trained network on its own, such as the monolith, used through the same sampler."""
     part = parts.read(folder)
-    check_together({0: part}, None)
-    return Bundle({0: part}, None, sampling)
+    experts = {part.manifest["cluster"] or 0: part}
+    check_together(experts, None)
+    return Bundle(experts, None, sampling)

@@ -39,15 +39,27 @@ class Part:
 
 
 def write(
-    folder: epath.PathLike, config: functional.Config, params: functional.Params, config_hash: str, dtype: str, **content: Any
+    folder: epath.PathLike,
+    config: functional.Config,
+    params: functional.Params,
+    config_hash: str,
+    dtype: str,
+    **content: Any,
 ) -> None:
-    """Writes a part; `content` is what its readers need besides the network (role, cluster, latent, codec, text, ...)."""
+    """Writes a part; `content` is what its readers need besides the network: role, cluster, latent, codec, text."""
     flat = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in functional.to_names(params).items()}
     manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
     kind = "router" if isinstance(config, RouterConfig) else "dit"
     network = {"kind": kind, **dataclasses.asdict(config)}
     manifest.write(
-        folder, "part", [WEIGHTS], config_hash, network=network, parameters=functional.count(config), dtype=dtype, **content
+        folder,
+        "part",
+        [WEIGHTS],
+        config_hash,
+        network=network,
+        parameters=functional.count(config),
+        dtype=dtype,
+        **content,
     )
 
 
@@ -80,7 +92,9 @@ def _network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
         raise Refused(f"{folder} is a network of an unknown kind; this version knows {', '.join(NETWORK_KINDS)}")
     unknown = sorted(network.keys() - {f.name for f in dataclasses.fields(kind)})
     if unknown:
-        raise Refused(f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax")
+        raise Refused(
+            f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax"
+        )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
 
 

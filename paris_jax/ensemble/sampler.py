@@ -1,6 +1,8 @@
 """The ensemble's velocity, and the whole solver loop in one compiled call.
 
-    v(x, t, c) = sum_k weight_k(x, t, c) v_k(x, t, c),   guidance inside the sum, with the same weights for both branches
+    v(x, t, c) = sum_k weight_k(x, t, c) v_k(x, t, c)
+
+Guidance stands inside the sum, with the same weights for both branches.
 
 Experts have one architecture and stand stacked on a leading axis, so that the expert of a sample is an index.
 """
@@ -17,8 +19,6 @@ from paris_jax.diffusion import guidance as guidances
 from paris_jax.diffusion import solvers
 from paris_jax.ensemble.routing import Routing, weights
 from paris_jax.models import functional
-from paris_jax.models.dit import DiTConfig
-from paris_jax.models.router import RouterConfig
 
 
 @jax.tree_util.register_dataclass
@@ -55,14 +55,14 @@ class Text:
 class Plan:
     """What decides the compiled code: new values of anything else do not recompile."""
 
-    network: DiTConfig
-    router: RouterConfig | None
+    network: functional.Config
+    router: functional.Config | None
     routing: Routing
     solver: str = "euler"
     guided: bool = True
 
 
-def expert_velocity(network: DiTConfig, params: functional.Params, x, t_B, text: Text, scale: jax.Array | None):
+def expert_velocity(network: functional.Config, params: functional.Params, x, t_B, text: Text, scale: jax.Array | None):
     """One expert's velocity, guided where a scale is given (both branches in one batch)."""
     if scale is None:
         return functional.apply(network, params, x, t_B, text.tokens, text.length, text.pooled)
@@ -70,13 +70,14 @@ def expert_velocity(network: DiTConfig, params: functional.Params, x, t_B, text:
     v = functional.apply(
         network, params, jnp.concatenate([x, x]), jnp.concatenate([t_B, t_B]), both.tokens, both.length, both.pooled
     )
-    return guidances.classifier_free(*jnp.split(v, 2), scale)
+    conditional, unconditional = jnp.split(v, 2)
+    return guidances.classifier_free(conditional, unconditional, scale)
 
 
 def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, text: Text) -> jax.Array:
     """The router's logits for the experts that are present, (B, E)."""
     experts = arrays.clusters.shape[0]
-    if plan.router is None:
+    if plan.router is None or arrays.router is None:
         return jnp.zeros((x.shape[0], experts), jnp.float32)
     return functional.apply(plan.router, arrays.router, x, t_B, text.pooled)[:, arrays.clusters]
 
@@ -106,8 +107,8 @@ def merge(plan: Plan, arrays: Weights, weight_BE: jax.Array, x, t_B, text: Text,
 
         def run() -> jax.Array:
             params = jax.tree.map(lambda a: a[chosen], arrays.experts)
-            own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, sample, 1), (x, t_B, text))
-            return expert_velocity(plan.network, params, *own, scale)[0]
+            x_1, t_1, text_1 = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, sample, 1), (x, t_B, text))
+            return expert_velocity(plan.network, params, x_1, t_1, text_1, scale)[0]
 
         skip = plan.routing.rule == "threshold"  # only there may a slot be empty
         return jax.lax.cond(weight_BS.reshape(-1)[i] > 0, run, lambda: jnp.zeros(x.shape[1:])) if skip else run()

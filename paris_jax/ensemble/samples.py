@@ -3,6 +3,8 @@
 import base64
 import dataclasses
 import html
+import textwrap
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -12,6 +14,8 @@ from paris_jax.encoders.codecs import to_uint8
 from paris_jax.errors import Refused
 
 FORMATS = (".mp4", ".gif", ".webm", ".png")
+COLOURS = ("#d9822b", "#2a8f83", "#7a63c7", "#c2557f", "#5b8bd0", "#8f9a3b", "#a0673f", "#7d8590")
+SHOWN = 12  # panels of a plot at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,35 +72,86 @@ class Samples:
 
     def bars(self, width: int = 40) -> str:
         """Expert use as text, one bar an expert."""
+        digits = max(len(str(cluster)) for cluster in self.clusters)
         return "\n".join(
-            f"expert {cluster}  {'█' * round(share * width):<{width}} {share:6.1%}"
+            f"expert {cluster:>{digits}}  {'█' * round(share * width):<{width}} {share:6.1%}"
             for cluster, share in zip(self.clusters, self.usage(), strict=True)
         )
 
     def plot_routing(self):
-        """Weights over the steps, one panel a sample (a matplotlib figure)."""
+        """Each expert's weight over the steps, a panel for each of the first samples (a matplotlib figure)."""
         import matplotlib.pyplot as plt
 
-        shown = min(len(self), 12)
-        figure, axes = plt.subplots(1, shown, figsize=(2.2 * shown + 1, 2.4), sharey=True, squeeze=False)
-        steps = np.arange(self.routing.shape[0])
-        for i, axis in enumerate(axes[0]):
-            labels = [f"expert {k}" for k in self.clusters]
-            axis.stackplot(steps, self.routing[:, i].T, labels=labels, step="mid")
-            axis.set(title=f"sample {i}", xlabel="step (noise to data)", xlim=(0, max(len(steps) - 1, 1)), ylim=(0, 1))
-        axes[0][0].set_ylabel("weight")
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.tight_layout()
+        shown = min(len(self), SHOWN)
+        columns = min(shown, 4)
+        rows = -(-shown // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(2.9 * columns, 0.5 + 2.3 * rows), sharex=True, sharey=True, squeeze=False
+        )
+        # One flat stretch a step, also where there is only one.
+        edges = np.arange(len(self.routing) + 1)
+        for i, axis in enumerate(axes.flat):
+            if i >= shown:
+                axis.set_visible(False)
+                continue
+            weights = np.concatenate([self.routing[:, i], self.routing[-1:, i]]).T
+            axis.stackplot(edges, weights, colors=self._colours(), step="post", linewidth=0)
+            axis.set(xlim=(0, edges[-1]), ylim=(0, 1), xlabel="step, noise to data" if i >= shown - columns else "")
+            axis.set_title(textwrap.fill(self.prompts[i], 34), fontsize=8)
+            axis.tick_params(labelsize=8, labelbottom=i >= shown - columns)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("weight")
+        patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in self._colours()]
+        labels = [f"expert {cluster}" for cluster in self.clusters]
+        figure.legend(patches, labels, loc="lower center", ncols=min(len(labels), 8), frameon=False)
+        figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
+        plt.close(figure)  # a notebook shows what a cell returns; an open figure would be shown a second time
         return figure
+
+    def _colours(self) -> list[str]:
+        return [COLOURS[cluster % len(COLOURS)] for cluster in self.clusters]
 
     def _repr_html_(self) -> str:
         """A notebook shows each video, playing, above its prompt."""
-        cells = []
-        for pixels, prompt in zip(self.pixels(), self.prompts, strict=True):
-            data = base64.b64encode(video_io.video_bytes(pixels, self.fps)).decode()
-            cells.append(
-                '<figure style="margin:6px;width:180px"><video autoplay loop muted playsinline width="180" '
-                f'src="data:video/mp4;base64,{data}"></video><figcaption style="font-size:12px">{html.escape(prompt)}'
-                "</figcaption></figure>"
+        shown = zip(self.pixels(), self.prompts, strict=True)
+        cells = (_figure(video, self.fps, html.escape(prompt)) for video, prompt in shown)
+        return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(cells)}</div>'
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Samples of the same prompts side by side: a row a prompt, a column a way of sampling."""
+
+    columns: dict[str, Samples]
+
+    def _repr_html_(self) -> str:
+        first = next(iter(self.columns.values()))
+        cell = 'style="padding:4px 8px;text-align:left;vertical-align:top;max-width:180px"'
+        head = "".join(f"<th {cell}>{html.escape(name)}</th>" for name in ("", *self.columns))
+        rows = []
+        for i, prompt in enumerate(first.prompts):
+            videos = (_figure(s.pixels()[i], s.fps, "") for s in self.columns.values())
+            rows.append(
+                f"<tr><td {cell}>{html.escape(prompt)}</td>{''.join(f'<td {cell}>{v}</td>' for v in videos)}</tr>"
             )
-        return f'<div style="display:flex;flex-wrap:wrap">{"".join(cells)}</div>'
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def compare(columns: Mapping[str, Samples]) -> Comparison:
+    """Puts samples of the same prompts side by side, each under its name, to be shown in a notebook."""
+    if not columns:
+        raise Refused("There is nothing to compare; name at least one set of samples")
+    prompts = [samples.prompts for samples in columns.values()]
+    if any(p != prompts[0] for p in prompts):
+        raise Refused("Samples of different prompts cannot stand side by side; sample the same prompts for each")
+    return Comparison(dict(columns))
+
+
+def _figure(video: np.ndarray, fps: float, caption: str) -> str:
+    """One video (T, H, W, 3) uint8 as HTML that plays on its own, over a caption that is already escaped."""
+    data = base64.b64encode(video_io.video_bytes(video, fps)).decode()
+    return (
+        '<figure style="margin:0;width:160px"><video autoplay loop muted playsinline width="160" '
+        f'style="border-radius:6px;display:block" src="data:video/mp4;base64,{data}"></video>'
+        f'<figcaption style="font-size:12px;line-height:1.3;margin-top:4px">{caption}</figcaption></figure>'
+    )

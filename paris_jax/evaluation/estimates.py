@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 Z95 = 1.959964  # half width of a two-sided 95 % interval, in standard errors
+FEWEST = 8  # clips: below, a standard error is too uncertain itself for a verdict
 
 
 class Estimate(TypedDict):
@@ -61,7 +62,7 @@ def jackknife(statistic: Callable[[np.ndarray], float], n: int, groups: int = 16
 
 
 def winner(delta: Estimate, better: Literal["lower", "higher"]) -> Literal["first", "second", "none"]:
-    """Who wins by the 95 % interval of delta = first - second; "none" if it holds 0 or rests on fewer than 2 clips."""
-    if delta["n"] < 2 or not abs(delta["value"]) > Z95 * delta["stderr"]:
+    """Who wins by the 95 % interval of delta = first - second; "none" if it holds 0 or rests on few clips."""
+    if delta["n"] < FEWEST or not abs(delta["value"]) > Z95 * delta["stderr"]:
         return "none"
     return "first" if (delta["value"] > 0) == (better == "higher") else "second"

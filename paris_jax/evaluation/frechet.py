@@ -29,7 +29,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     x, y = (first - mean1) / scale, (second - mean2) / scale
     # The singular values of X Y^T are those of a (min(N, F), same) matrix: with N > F, reduce by QR first.
     if len(x) > x.shape[1]:
-        cross = np.linalg.qr(x, mode="r") @ np.linalg.qr(y, mode="r").T
+        cross = np.linalg.qr(x).R @ np.linalg.qr(y).R.T
     else:
         cross = x @ y.T
     coupling = np.linalg.svd(cross, compute_uv=False).sum()

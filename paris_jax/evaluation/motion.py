@@ -45,13 +45,16 @@ def optical_flow(first: np.ndarray, second: np.ndarray, levels: int = 2) -> np.n
         if level:
             flow = 2 * _grow(flow, a.shape[1:])
         for _ in range(_ITERATIONS):
-            flow = flow + _lucas_kanade_step(a, _warp(b, flow))
+            flow = flow + _lucas_kanade_step(a, *_warp(b, flow))
     return flow
 
 
-def _lucas_kanade_step(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Least-squares flow from a to b in windows, (B, H, W) -> (B, H, W, 2); at most one pixel an iteration."""
-    rows, columns = np.gradient((a + b) / 2, axis=(1, 2))
+def _lucas_kanade_step(a: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Least-squares flow from a to b in windows, (B, H, W) -> (B, H, W, 2); at most one pixel an iteration.
+
+    Pixels that are not `seen` in b, because they left the picture, do not count.
+    """
+    rows, columns = (seen * slope for slope in np.gradient((a + b) / 2, axis=(1, 2)))
     change = b - a
     rr, cc, rc = _box(rows * rows) + _FLATNESS, _box(columns * columns) + _FLATNESS, _box(rows * columns)
     rt, ct = _box(rows * change), _box(columns * change)
@@ -82,14 +85,16 @@ def _grow(flow: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return flow.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
 
 
-def _warp(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """image(p + flow(p)) by bilinear interpolation, edges repeated."""
+def _warp(image: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """image(p + flow(p)) by bilinear interpolation, edges repeated, and whether p + flow(p) is in the picture."""
     batch, height, width = image.shape
-    row = np.clip(np.arange(height)[:, None] + flow[..., 0], 0, height - 1)
-    column = np.clip(np.arange(width) + flow[..., 1], 0, width - 1)
+    row = np.arange(height)[:, None] + flow[..., 0]
+    column = np.arange(width) + flow[..., 1]
+    seen = (row >= -0.5) & (row <= height - 0.5) & (column >= -0.5) & (column <= width - 0.5)
+    row, column = np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)
     r, c = np.minimum(row.astype(int), height - 2), np.minimum(column.astype(int), width - 2)
     dr, dc = row - r, column - c
     b = np.arange(batch)[:, None, None]
     top = image[b, r, c] * (1 - dc) + image[b, r, c + 1] * dc
     bottom = image[b, r + 1, c] * (1 - dc) + image[b, r + 1, c + 1] * dc
-    return top * (1 - dr) + bottom * dr
+    return top * (1 - dr) + bottom * dr, seen

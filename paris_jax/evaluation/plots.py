@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from paris_jax.evaluation.estimates import Z95, Estimate
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 46
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: st
             )
             low, high = _clip(e["value"] - half, y), _clip(e["value"] + half, y)
             parts.append(_whisker(px + width / 2, y(low), y(high), "on-bar"))
-    return _svg(title, parts, y_label)
+    return _svg(title, parts, y_label, HEIGHT - 20)
 
 
 def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]], x_label: str) -> str:
@@ -135,7 +135,7 @@ def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]],
 
 def interval(difference: Estimate, better: str | None, won: str) -> str:
     """The 95 % interval of ensemble - monolith for a table row, turned so that right is the ensemble's side."""
-    width, middle, half = 150, 11, Z95 * difference["stderr"]
+    width, middle, half = 170, 11, Z95 * difference["stderr"]
     value = -difference["value"] if better == "lower" else difference["value"]
     reach = max(abs(value) + half, 1e-12) * 1.1
     x = Axis(-reach, reach, 0, width)
@@ -219,8 +219,8 @@ def _number(value: float, unit: str) -> str:
     return text.replace("-", "−")
 
 
-def _svg(title: str, parts: Sequence[str], y_label: str) -> str:
+def _svg(title: str, parts: Sequence[str], y_label: str, height: int = HEIGHT) -> str:
     turned = f'transform="translate(12 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
     label = f'<text class="axis" {turned} text-anchor="middle">{html.escape(y_label)}</text>'
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)}"'
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title, quote=True)}"'
     return f'<svg class="plot" {box}>{label}{"".join(parts)}</svg>'

@@ -1,4 +1,4 @@
-// Plays every clip in step, says how many decoded, and offers pause and slow motion.
+// Plays every clip in step, says on the root element how many decoded and play, and offers pause and slow motion.
 const root = document.documentElement;
 const videos = [...document.querySelectorAll("video")];
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -18,6 +18,11 @@ function play() {
     video.currentTime = 0;
     video.play().catch(() => {});
   }
+}
+for (const video of videos) {
+  video.addEventListener("playing", () => {
+    root.dataset.playing = videos.filter((v) => !v.paused).length;
+  });
 }
 root.dataset.videos = `0 of ${videos.length}`;
 if (!videos.length) root.dataset.settled = "true";

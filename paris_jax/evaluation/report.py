@@ -103,21 +103,19 @@ def _pill(c: Comparison) -> str:
 
 
 def _score_row(c: Comparison) -> str:
-    direction = f"{c['better']} is better" if c["better"] else "no better direction"
-    aside = "; ".join(filter(None, [direction, c["note"]]))
+    aside = [f"{c['better']} is better" if c["better"] else "no better direction", c["note"]]
+    label = c["label"] + (f", {c['unit']}" if c["unit"] not in ("", "share") else "")
     reference = f"<small>{html.escape(c['reference_label'])}</small>" if c["reference"] else ""
-    cells = [
-        f"<td>{html.escape(c['label'])}<small>{html.escape(aside)}</small></td>",
-        *(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in ARMS),
-        f'<td class="number">{format_estimate(c["reference"], c["unit"])}{reference}</td>',
-        f'<td class="number">{format_estimate(c["difference"], c["unit"], signed=True)}</td>',
-    ]
-    if c["better"]:
-        cells.append(f'<td class="middle">{plots.interval(c["difference"], c["better"], c["winner"])}</td>')
-        cells.append(f"<td>{_pill(c)}</td>")
-    else:
-        cells.append('<td class="middle">–</td><td><span class="note">not judged</span></td>')
-    return f"<tr>{''.join(cells)}</tr>"
+    difference = f"<small>{format_estimate(c['difference'], c['unit'], signed=True)}</small>"
+    pill = _pill(c) if c["better"] else '<span class="note">not judged</span>'
+    picture = plots.interval(c["difference"], c["better"], c["winner"]) if c["better"] else ""
+    return (
+        f"<tr><td>{html.escape(label)}<small>{html.escape('; '.join(filter(None, aside)))}</small></td>"
+        + "".join(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in ARMS)
+        + f'<td class="number">{format_estimate(c["reference"], c["unit"])}{reference}</td>'
+        f'<td class="middle">{picture}{difference}</td>'
+        f"<td>{pill}</td></tr>"
+    )
 
 
 def _card(
@@ -172,7 +170,7 @@ def _agreement(agreement: Mapping[str, Any]) -> str:
 
 
 def _losses(results: Mapping[str, Any]) -> dict[str, str]:
-    time, cluster = results["loss_by_time"], results["loss_by_cluster"]
+    time, error, cluster = results["loss_by_time"], results["error_by_time"], results["loss_by_cluster"]
     return {
         "loss_by_time": plots.lines(
             "Flow loss by time", [Series(arm, arm, time[arm]) for arm in ARMS], time["edges"], "flow loss"
@@ -182,6 +180,9 @@ def _losses(results: Mapping[str, Any]) -> dict[str, str]:
         ),
         "difference_by_time": plots.differences(
             "Flow loss by time, ensemble minus monolith", time["difference"], time["edges"], "ensemble − monolith"
+        ),
+        "error_by_time": plots.lines(
+            "Velocity error by time", [Series(arm, arm, error[arm]) for arm in ARMS], error["edges"], "velocity error"
         ),
         "loss_by_cluster": plots.bars(
             "Flow loss by cluster",

@@ -23,6 +23,7 @@ Every score is {"value", "stderr", "n"} (estimates.py); n counts clips. Arms are
 stands for the held-out clips themselves.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from paris_jax.evaluation.estimates import Estimate, winner
@@ -37,8 +38,7 @@ def comparison(
     name: str,
     label: str,
     better: Literal["lower", "higher"] | None,
-    ensemble: Estimate,
-    monolith: Estimate,
+    by_arm: Mapping[str, Estimate],
     difference: Estimate,
     *,
     unit: str = "",
@@ -53,8 +53,7 @@ def comparison(
         "label": label,
         "unit": unit,
         "better": better,
-        "ensemble": ensemble,
-        "monolith": monolith,
+        **{arm: by_arm[arm] for arm in ARMS},
         "difference": difference,
         "winner": {"first": "ensemble", "second": "monolith", "none": "none"}[won],
         "reference": reference,
@@ -88,7 +87,7 @@ def format_estimate(estimate: Estimate | None, unit: str = "", signed: bool = Fa
     value, error = estimate["value"] * scale, estimate["stderr"] * scale
     digits = 1 if unit == "share" else decimals(error or abs(value) / 100)
     text = f"{value:{'+' if signed else ''}.{digits}f} ± {error:.{digits}f}"
-    suffix = {"": "", "share": " points" if signed else " %"}.get(unit, f" {unit}")
+    suffix = {"share": " points" if signed else " %"}.get(unit, "")
     return text.replace("-", "−") + suffix
 
 
@@ -101,7 +100,8 @@ def decimals(error: float) -> int:
 
 
 def _short(c: Comparison) -> str:
-    return c["label"][0].lower() + c["label"][1:] if c["label"][1:2].islower() else c["label"]
+    label = c["label"]
+    return label if label.startswith("Frechet") else label[0].lower() + label[1:]
 
 
 def _join(parts: list[str]) -> str:

@@ -5,11 +5,14 @@ Padding is at the end of the keys and given as lengths, which cuDNN's flash atte
 
 import functools
 import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 logger = logging.getLogger(__name__)
+
+Kernel = Literal["xla", "cudnn"]
 
 
 def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
@@ -25,8 +28,9 @@ def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: ja
 
 
 @functools.cache
-def implementation(backend: str, dtype: str, head_width: int) -> str:
+def implementation(backend: str, dtype: str, head_width: int) -> Kernel:
     """Chooses "cudnn" or "xla", and logs the choice once, with the reason where it is not the fast one."""
+    choice: Kernel
     if backend != "gpu":
         choice, reason = "xla", f"there is no flash attention for {backend} here yet"
     elif dtype not in ("bfloat16", "float16"):

@@ -1,10 +1,11 @@
 """The spatiotemporal DiT: a FLUX-style MM-DiT over packed video latents (Paris 2.0; Open-Sora 2.0, arXiv 2503.09642).
 
 Video and text tokens have their own weights in the double-stream blocks and share them in the single-stream ones; they
-attend jointly in both. Positions are rotary over (t, h, w); text stands at position zero. Time and pooled text modulate
-every block.
+attend jointly in both. Positions are rotary over (t, h, w); text stands at position zero. Time and pooled text
+modulate every block.
 
-Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, N video tokens, L text tokens, D width.
+Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, N video tokens, L text tokens,
+D width.
 """
 
 import dataclasses
@@ -98,7 +99,9 @@ class DoubleBlock(nnx.Module):
     def __call__(self, video, text, condition, rope, length):  # arrays in, (video, text) out
         shift_v, scale_v, *gates_v = self.video.modulation(condition)
         shift_t, scale_t, *gates_t = self.text.modulation(condition)
-        parts = zip(self.video.heads_of(video, shift_v, scale_v), self.text.heads_of(text, shift_t, scale_t), strict=True)
+        parts = zip(
+            self.video.heads_of(video, shift_v, scale_v), self.text.heads_of(text, shift_t, scale_t), strict=True
+        )
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
         N = video.shape[1]

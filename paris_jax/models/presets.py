@@ -5,8 +5,9 @@ tests/models/test_presets.py.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
+from paris_jax import checks
 from paris_jax.checks import Problems
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
@@ -24,8 +25,10 @@ class Preset:
 
 
 NETWORKS = {
-    # Five tokens a side: rotations that tell thousands of places apart would all look alike there, hence the small theta.
-    "tiny": Preset(hidden=128, heads=2, double_blocks=1, single_blocks=1, rope_axes=(16, 24, 24), theta=20.0, mlp_ratio=3),
+    # Five tokens a side: rotations made to tell thousands of places apart look alike there, hence the small theta.
+    "tiny": Preset(
+        hidden=128, heads=2, double_blocks=1, single_blocks=1, rope_axes=(16, 24, 24), theta=20.0, mlp_ratio=3
+    ),
     "small": Preset(hidden=384, heads=6, double_blocks=4, single_blocks=8, rope_axes=(16, 24, 24)),
     "base": Preset(hidden=768, heads=12, double_blocks=6, single_blocks=12, rope_axes=(16, 24, 24)),
     "large": Preset(hidden=1280, heads=20, double_blocks=8, single_blocks=16, rope_axes=(16, 24, 24)),
@@ -50,39 +53,56 @@ ROUTERS = {
 }
 
 
-class Overrides(Protocol):
-    """A preset's name and the fields that replace it; see `experiment.Network`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """The experts' and the monolith's network, as a config names it: a preset, with fields to override."""
 
-    preset: str
-    hidden: int
-    heads: int
-    double_blocks: int
-    single_blocks: int
+    preset: str = "tiny"
+    hidden: int = 0  # 0: the preset's
+    heads: int = 0  # 0: the preset's
+    double_blocks: int = -1  # -1: the preset's
+    single_blocks: int = -1  # -1: the preset's
+    remat: str = "none"  # "none" or "full": recompute each block's activations in the backward pass
 
+    def problems(self) -> Problems:
+        yield from checks.choice("preset", self.preset, NETWORKS)
+        yield from checks.choice("remat", self.remat, ("none", "full"))
+        yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
+        yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
+        if self.preset in NETWORKS:
+            yield from self._impossible_sizes()
 
-def preset_of(chosen: Overrides) -> Preset:
-    """The preset with its overrides."""
-    given = {"hidden": chosen.hidden or None, "heads": chosen.heads or None}
-    given |= {name: value for name in ("double_blocks", "single_blocks") if (value := getattr(chosen, name)) >= 0}
-    return dataclasses.replace(NETWORKS[chosen.preset], **{k: v for k, v in given.items() if v is not None})
-
-
-def network_problems(chosen: Overrides) -> Problems:
-    """What makes a preset with its overrides impossible."""
-    preset = preset_of(chosen)
-    if preset.hidden % preset.heads or preset.hidden // preset.heads != sum(preset.rope_axes):
+    def _impossible_sizes(self) -> Problems:
+        preset = self.resolve()
         head = sum(preset.rope_axes)
-        yield (
-            f"network: hidden={preset.hidden} over heads={preset.heads} is not {head} a head, the width that preset "
-            f"{chosen.preset!r} gives its positions; use hidden = {head} * heads, for example hidden={head * preset.heads}"
-        )
-    if preset.double_blocks + preset.single_blocks < 1:
-        yield "network: double_blocks and single_blocks are both 0; at least one block is needed"
+        if preset.hidden != head * preset.heads:
+            yield (
+                f"hidden={preset.hidden} over heads={preset.heads} is not {head} a head, the width that preset "
+                f"{self.preset!r} gives its positions; use {head} * heads, for example hidden={head * preset.heads}"
+            )
+        if preset.double_blocks + preset.single_blocks < 1:
+            yield "double_blocks and single_blocks are both 0; at least one block is needed"
+
+    def resolve(self) -> Preset:
+        """The preset with its overrides."""
+        given: dict[str, int] = {name: n for name in ("hidden", "heads") if (n := getattr(self, name)) > 0}
+        given |= {name: n for name in ("double_blocks", "single_blocks") if (n := getattr(self, name)) >= 0}
+        return dataclasses.replace(NETWORKS[self.preset], **given)
 
 
-def network_config(chosen: Overrides, **given: Any) -> DiTConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """The router's network, as a config names it."""
+
+    preset: str = "tiny"
+
+    def problems(self) -> Problems:
+        yield from checks.choice("preset", self.preset, ROUTERS)
+
+
+def network_config(chosen: Network, **given: Any) -> DiTConfig:
     """A preset with its overrides, for a latent and text encoder given as `channels`, `text_width`, `pooled_width`."""
-    return DiTConfig(**dataclasses.asdict(preset_of(chosen)), **given)
+    return DiTConfig(**dataclasses.asdict(chosen.resolve()), **given)
 
 
 def router_config(name: str, **given: Any) -> RouterConfig:

@@ -14,7 +14,16 @@ from flax import nnx
 
 from paris_jax.models import positions
 from paris_jax.models.attention import attend
-from paris_jax.models.blocks import Conditioning, HeadNorm, Modulation, linear, modulate, scan_blocks, split_heads, stacked
+from paris_jax.models.blocks import (
+    Conditioning,
+    HeadNorm,
+    Modulation,
+    linear,
+    modulate,
+    scan_blocks,
+    split_heads,
+    stacked,
+)
 from paris_jax.models.dit import PATCH, pack
 
 
@@ -79,9 +88,7 @@ class Router(nnx.Module):
         cls = jnp.broadcast_to(self.cls[...].astype(dtype), (B, 1, config.hidden))
         condition = self.conditioning(t_B, pooled_BP)
         rope = _rope(T, H // PATCH, W // PATCH, config.rope_axes, config.theta)
-        (x,) = scan_blocks(
-            self.blocks, (jnp.concatenate([cls, video], axis=1),), config.remat, condition, rope
-        )
+        (x,) = scan_blocks(self.blocks, (jnp.concatenate([cls, video], axis=1),), config.remat, condition, rope)
         shift, scale = self.final_modulation(condition)
         return self.logits_out(modulate(x[:, :1], shift, scale)[:, 0].astype(jnp.float32))
 

@@ -117,7 +117,7 @@ def print_report(described: dict[str, Any], console: Console) -> None:
         if worlds:
             found = cluster["attributes"].get("world", {})
             cells.append(", ".join(f"{name} {count / cluster['clips']:.0%}" for name, count in found.items()))
-        table.add_row(*cells, "\n".join(cluster["examples"][:2]))
+        table.add_row(*cells, cluster["examples"][0])
     console.print(table)
     apart = np.asarray(described["centroid_distances"])
     between = [f"{i}-{j} {apart[i, j]:.1f}" for i in range(len(apart)) for j in range(i)]

@@ -38,8 +38,10 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
       shard_size: clips of a shard.
 
     Raises:
-      Refused: a clip or caption that cannot be used, a full disk, or a run folder of another config.
+      Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
+        another config.
     """
+    check_encoders(experiment)
     run.claim(experiment.to_dict(), experiment.hash)
     if manifest.exists(run.data):
         found = manifest.read(run.data, "data")
@@ -67,6 +69,13 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
                     progress.advance(task, done.result())
     finish(experiment, run, clips, jobs)
     logger.info("%d clips are prepared: %s", len(clips), run.data)
+
+
+def check_encoders(experiment: Experiment) -> None:
+    """Refuses an encoder that cannot be run here, before anything is written."""
+    codecs.codec(**dataclasses.asdict(experiment.codec))
+    text_encoder(experiment, ())
+    features.features(**dataclasses.asdict(experiment.features))
 
 
 @dataclasses.dataclass(frozen=True)

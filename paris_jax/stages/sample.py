@@ -25,7 +25,10 @@ def sample(ensemble: str, prompts: Sequence[str], out: str | None, **how: Any) -
       **how: see `Ensemble.sample`.
     """
     if not prompts:
-        raise Refused("--prompt is missing; say what to show, for example --prompt='a small red circle moving left slowly on a white ground'")
+        raise Refused(
+            "--prompt is missing; say what to show, "
+            "for example --prompt='a small red circle moving left slowly on a white ground'"
+        )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
     loaded = Ensemble.load(ensemble)

@@ -24,7 +24,9 @@ def status(run: RunFolder) -> list[tuple[str, str, str]]:
         state = _state(manifest.exists(run.export(role)), run.role(role).exists(), reached)
         rows.append((f"train {role.name}", state, f"train --workdir={run} {role.arguments}"))
     rows.append(("assemble", _state(manifest.exists(run.ensemble), False), f"assemble --workdir={run}"))
-    rows.append(("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}"))
+    rows.append(
+        ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}")
+    )
 
     console = Console(highlight=False)
     table = Table("stage", "state", title=f"{run} ({config['name']}, config {stored['hash'][:12]})")

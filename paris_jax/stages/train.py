@@ -79,17 +79,18 @@ def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
 
 def check_role(experiment: Experiment, role: Role) -> None:
     clusters = experiment.partition.num_clusters
-    if role.kind == "expert" and role.cluster is None:
-        raise Refused(f"--role=expert needs --cluster=K, from 0 to {clusters - 1}")
-    if role.kind == "expert" and not 0 <= role.cluster < clusters:
-        raise Refused(f"--cluster={role.cluster}: this experiment has clusters 0 to {clusters - 1}")
-    if role.kind != "expert" and role.cluster is not None:
+    if role.kind == "expert":
+        if role.cluster is None:
+            raise Refused(f"--role=expert needs --cluster=K, from 0 to {clusters - 1}")
+        if not 0 <= role.cluster < clusters:
+            raise Refused(f"--cluster={role.cluster}: this experiment has clusters 0 to {clusters - 1}")
+    elif role.cluster is not None:
         raise Refused(f"--cluster={role.cluster} goes with --role=expert only; leave it out for --role={role.kind}")
 
 
 def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[Any]:
     """The folders a role learns from: an expert's own cluster, or all of them."""
-    wanted = [role.cluster] if role.kind == "expert" else range(experiment.partition.num_clusters)
+    wanted = range(experiment.partition.num_clusters) if role.cluster is None else [role.cluster]
     return [run.cluster(k) for k in wanted]
 
 
@@ -99,15 +100,24 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
         raise Refused(f"{folder} is not there yet; run 'paris-jax cluster --config=... --workdir={run}' first")
     found = manifest.read(folder, "cluster")
     if found["config_hash"] != experiment.hash:
-        raise Refused(f"{folder} was made with another config; cluster again in a new --workdir, or use the config it was made with")
+        raise Refused(
+            f"{folder} was made with another config; cluster again in a new --workdir, or use the config that made it"
+        )
     return found
 
 
-def network_config(experiment: Experiment, role: Role, channels: int, text: dict[str, Any], dtype: str) -> functional.Config:
+def network_config(
+    experiment: Experiment, role: Role, channels: int, text: dict[str, Any], dtype: str
+) -> functional.Config:
     """The config of a role's network for a latent of `channels` and a described text encoder."""
     encoder = texts.from_description(text)
     settings = experiment.network
-    given = {"channels": channels, "pooled_width": encoder.pooled_width, "dtype": dtype, "remat": settings.remat == "full"}
+    given = {
+        "channels": channels,
+        "pooled_width": encoder.pooled_width,
+        "dtype": dtype,
+        "remat": settings.remat == "full",
+    }
     if role.kind == "router":
         return presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
     return presets.network_config(settings, text_width=encoder.width, **given)
@@ -119,7 +129,7 @@ def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str,
     config = network_config(experiment, role, shape[-1], data["text"], compute_dtype(settings.compute_dtype))
     shift = sampling_shift(experiment, shape)
     law = TimeLaw(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
-    cost = flops.training(config, shape, data["text_length"])
+    cost = flops.training_step(config, shape, data["text_length"])
     return loop.Job(role.name, run.role(role), config, settings, experiment.steps(role.kind), law, cost)
 
 
@@ -138,7 +148,8 @@ def compute_dtype(name: str) -> str:
 
 def describe(job: loop.Job, clips: int) -> str:
     work = job.steps * job.settings.batch * job.flops_per_sample
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
     return (
-        f"{functional.count(job.config) / 1e6:.2f}M parameters, {clips} clips, {job.steps} steps of {job.settings.batch}, "
-        f"{work / 1e12:.3g} TFLOP on {jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
+        f"{functional.count(job.config) / 1e6:.2f}M parameters, {clips} clips, "
+        f"{job.steps} steps of {job.settings.batch}, {work / 1e12:.3g} TFLOP on {device}"
     )

@@ -52,11 +52,14 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes a reader raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 failures.append(f"step {step}: {reason}")
-                logger.warning("checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason)
+                logger.warning(
+                    "checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason
+                )
         leftovers = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.exists() else []
         if failures or leftovers:
             raise Refused(
-                f"{self.folder} holds checkpoints and none can be read ({'; '.join(failures) or ', '.join(leftovers)}); "
+                f"{self.folder} holds checkpoints and none can be read "
+                f"({'; '.join(failures) or ', '.join(leftovers)}); "
                 "restore one from a copy, or delete the folder to train from the start"
             )
         return None
@@ -81,7 +84,7 @@ def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refu
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Refused(
-        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: free some space, then run the command again"
+        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )
 
 

@@ -3,7 +3,7 @@
 Matrix products only (2 m n k each), backward counted as twice the forward, recomputation not counted.
 """
 
-import jax
+from typing import Any
 
 from paris_jax.models.blocks import TIME_FEATURES
 from paris_jax.models.dit import PATCH, DiTConfig
@@ -48,12 +48,12 @@ def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], tex
     )
 
 
-def training(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
+def training_step(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
     """FLOPs of one training step on one sample: forward, and backward at twice its cost."""
     return 3 * forward(config, latent_shape, text_length)
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: Any) -> float | None:
     """The device's peak in bfloat16, FLOP/s, or None where none is stated (CPUs)."""
     kind = device.device_kind
     matches = [name for name in PEAK_FLOPS if kind.startswith(name)]

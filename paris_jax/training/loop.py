@@ -175,9 +175,7 @@ def _speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dic
     }
     peak = flops.peak(mesh.devices.flat[0])
     if peak:
-        scalars["share_of_peak"] = (
-            scalars["clips_per_second"] * job.flops_per_sample / (peak * mesh.devices.size)
-        )
+        scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (peak * mesh.devices.size)
     return scalars
 
 

@@ -80,9 +80,7 @@ def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 def average(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
     """Means over the steps of a window; the loss by time bin weighs every sample equally and leaves empty bins out."""
-    scalars = {
-        name: float(np.mean([w[name] for w in window])) for name in window[0] if not name.startswith("bin_")
-    }
+    scalars = {name: float(np.mean([w[name] for w in window])) for name in window[0] if not name.startswith("bin_")}
     sums, counts = (np.sum([w[name] for w in window], axis=0) for name in ("bin_sum", "bin_count"))
     for b in range(TIME_BINS):
         if counts[b]:

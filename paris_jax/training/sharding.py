@@ -17,7 +17,9 @@ def make_mesh(fsdp: int, batch: int) -> Mesh:
     """All devices of this job as (data, fsdp); refuses a split that does not divide."""
     devices = jax.device_count()
     if devices % fsdp:
-        raise Refused(f"training.fsdp={fsdp} does not divide the {devices} devices of this job; choose a divisor of {devices}")
+        raise Refused(
+            f"training.fsdp={fsdp} does not divide the {devices} devices of this job; choose a divisor of {devices}"
+        )
     if batch % devices:
         raise Refused(
             f"training.batch={batch} does not divide over the {devices} devices of this job; "

@@ -79,15 +79,15 @@ def make_step(
 
         (loss, losses_B), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         decay = states.ema_decay(settings, state.step)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
         bin_sum, bin_count = objectives.by_time_bin(losses_B, t_B, TIME_BINS)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
             "learning_rate": schedule(state.step),
             "bin_sum": bin_sum,
             "bin_count": bin_count,

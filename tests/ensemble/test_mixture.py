@@ -129,7 +129,9 @@ def test_samples_of_the_exact_ensemble_follow_the_mixture():
 def test_a_missing_expert_is_the_softmax_over_the_rest():
     x, t, text = inputs(6)
     kept = {"mean": MIXTURE["mean"][::2], "std": MIXTURE["std"][::2], "prior": MIXTURE["prior"][::2] / 0.5}
-    v, _ = velocity(FULL, mixture_arrays((0, 2)), network=GaussianVelocity(), router=GaussianPosterior(), at=(x, t, text))
+    v, _ = velocity(
+        FULL, mixture_arrays((0, 2)), network=GaussianVelocity(), router=GaussianPosterior(), at=(x, t, text)
+    )
     np.testing.assert_allclose(v, marginal_velocity(x, t, kept), rtol=1e-4, atol=1e-4)
 
 

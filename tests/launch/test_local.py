@@ -56,7 +56,8 @@ def launch(tmp_path):
 
     def start(*flags: str, plan: dict | None = None, seconds: float = 0) -> subprocess.Popen:
         extra = {"PLAN": json.dumps(plan or {}), "SECONDS_EACH": str(seconds)}
-        command = [sys.executable, str(LAUNCHER), *FLAGS, *flags]
+        # Not this environment's Python, which has the real paris-jax beside it; the launcher needs no package.
+        command = [sys._base_executable, str(LAUNCHER), *FLAGS, *flags]
         return subprocess.Popen(
             command, env=environment | extra, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

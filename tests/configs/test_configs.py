@@ -1,0 +1,155 @@
+"""Every config file: each variant is accepted and documented, and Paris 2.0's recipe holds together at full size."""
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from paris_jax.errors import Refused
+from paris_jax.evaluation import compute
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets
+from paris_jax.models.dit import PATCH
+from paris_jax.run_folder import RunFolder
+from paris_jax.stages.prepare import prepare
+from paris_jax.stages.train import sampling_shift
+from paris_jax.training import flops, state
+from paris_jax.training.step import TimeLaw, make_step
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+@functools.cache
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"config_{Path(name).stem}", FOLDER / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VARIANTS = [(name, variant) for name in FILES for variant in load(name).VARIANTS]
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_variant_is_accepted(name, variant):
+    experiment = Experiment.from_config(load(name).get_config(variant))
+    assert variant in experiment.name
+    T, H, W, _ = experiment.latent_shape
+    assert T >= 1 and H % PATCH == 0 and W % PATCH == 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_says_what_it_costs_and_how_it_is_run(name):
+    module = load(name)
+    assert len(module.__doc__.splitlines()) > 3
+    assert "paris-jax" in module.__doc__ or "launch/" in module.__doc__
+    assert module.get_config.__doc__
+    assert module.get_config().name in [module.get_config(variant).name for variant in module.VARIANTS]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_variants_of_a_file_do_not_touch_each_other(name):
+    module = load(name)
+    for variant in module.VARIANTS:
+        before = module.get_config(variant).to_dict()
+        for other in module.VARIANTS:
+            module.get_config(other)
+        assert module.get_config(variant).to_dict() == before
+
+
+# Paris 2.0. Everything below is abstract: no array of these sizes is made.
+
+
+@pytest.fixture(scope="module")
+def paris2():
+    return Experiment.from_config(load("paris2.py").get_config())
+
+
+@pytest.fixture(scope="module")
+def network(paris2):
+    tokens, pooled = paris2.text_widths
+    return presets.network_config(
+        paris2.network,
+        channels=paris2.latent_shape[-1],
+        text_width=tokens,
+        pooled_width=pooled,
+        dtype="bfloat16",
+        remat=paris2.network.remat == "full",
+    )
+
+
+@pytest.fixture(scope="module")
+def router(paris2):
+    return presets.router_config(
+        paris2.router.preset,
+        channels=paris2.latent_shape[-1],
+        pooled_width=paris2.text_widths[1],
+        clusters=paris2.partition.num_clusters,
+        dtype="bfloat16",
+    )
+
+
+def test_paris2_has_the_published_sizes(paris2, network, router):
+    assert paris2.partition.num_clusters == 3
+    assert paris2.latent_shape == (9, 32, 32, 16)
+    assert paris2.text_widths == (4096, 768)
+    assert functional.count(network) == 11_891_178_560
+    assert functional.count(router) == 130_745_091
+    T, H, W, C = paris2.latent_shape
+    video_in = functional.abstract(network)["video_in"]["kernel"].shape
+    assert video_in == (C * PATCH * PATCH, network.hidden) == (64, 3072)
+    assert T * (H // PATCH) * (W // PATCH) == 2304
+
+
+def test_paris2_times_follow_open_sora(paris2):
+    # 256 tokens a frame: the line stands at 1; nine latent frames: times 3.
+    assert sampling_shift(paris2, paris2.latent_shape) == pytest.approx(3.0)
+
+
+def test_paris2_arms_cost_the_same(paris2, network):
+    cost = flops.training_step(network, paris2.latent_shape, paris2.text.max_tokens)
+    experts = [compute.Job(f"expert {k}", paris2.steps("expert"), paris2.training.batch, cost) for k in range(3)]
+    monolith = compute.Job("monolith", paris2.steps("monolith"), paris2.training.batch, cost)
+    found = compute.identity(experts, monolith, None)
+    assert found["equal"]
+    # The docstring's figures.
+    assert cost == pytest.approx(0.126e15, rel=0.005)
+    assert found["experts_total"] == pytest.approx(28.4e21, rel=0.005)
+
+
+@pytest.mark.parametrize("role", ["expert", "monolith", "router"])
+def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
+    config, settings = (router, paris2.router_training) if role == "router" else (network, paris2.training)
+    steps = paris2.steps(role)
+    law = TimeLaw(settings.times, paris2.diffusion.time_mean, paris2.diffusion.time_std, 3.0)
+    key = jax.eval_shape(jax.random.key, 0)
+    before = jax.eval_shape(functools.partial(state.create, config, settings, steps), key)
+    B, L = settings.batch, paris2.text.max_tokens
+    tokens, pooled = paris2.text_widths
+    batch = {
+        "latent": jax.ShapeDtypeStruct((B, *paris2.latent_shape), jnp.float32),
+        "tokens": jax.ShapeDtypeStruct((B, L, tokens), jnp.float32),
+        "length": jax.ShapeDtypeStruct((B,), jnp.int32),
+        "pooled": jax.ShapeDtypeStruct((B, pooled), jnp.float32),
+        "cluster": jax.ShapeDtypeStruct((B,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((B,), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(make_step(config, settings, steps, law), before, batch)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
+    assert all(jax.tree.leaves(same))
+    assert metrics["loss"].shape == ()
+    # Parameters, their average and two moments, all float32: what a job must hold.
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(after))
+    assert held == pytest.approx(16 * functional.count(config), rel=1e-6)
+
+
+def test_paris2_is_refused_before_anything_is_written(paris2, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(Refused, match=r"codec 'hunyuan' is not in this version yet.*codec\.name='pixels'"):
+        prepare(paris2, run)
+    assert not run.path.exists()

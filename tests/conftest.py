@@ -1,0 +1,73 @@
+"""A micro experiment that every room's tests can afford: 60 clips of 8 tokens, a network of 30 thousand parameters."""
+
+import os
+import tempfile
+
+# Tests compile the same few programs again and again, in many processes.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "paris_jax-tests-xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import pytest
+
+from paris_jax.experiment import Experiment, default_config
+
+
+def micro_config():
+    """A ConfigDict that runs every stage in seconds."""
+    config = default_config()
+    config.name = "micro"
+    config.data.update(num_clips=60, frames=4, height=8, width=8, heldout_fraction=0.15)
+    config.network.update(preset="tiny", hidden=64, heads=1)
+    config.diffusion.shift = 2.0
+    config.training.update(steps=12, batch=4, warmup=2, log_every=4, checkpoint_every=4, ema=0.9)
+    config.router_training.update(steps=12, batch=8, warmup=2, log_every=4, checkpoint_every=6, ema=0.9)
+    config.sampling.update(steps=3, guidance=2.0)
+    config.evaluation.update(clips=4, loss_clips=4, loss_times=4, shown=2)
+    return config
+
+
+@pytest.fixture(scope="session")
+def micro() -> Experiment:
+    return Experiment.from_config(micro_config())
+
+
+@pytest.fixture(scope="session")
+def clustered(micro, tmp_path_factory):
+    """A run folder of the micro experiment, prepared and clustered; copy it before writing into it."""
+    from paris_jax.run_folder import RunFolder
+    from paris_jax.stages.cluster import cluster
+    from paris_jax.stages.prepare import prepare
+
+    run = RunFolder(tmp_path_factory.mktemp("clustered") / "run")
+    prepare(micro, run)
+    cluster(micro, run)
+    return run
+
+
+@pytest.fixture
+def run(clustered, tmp_path):
+    """A fresh copy of the clustered run folder."""
+    import shutil
+
+    from paris_jax.run_folder import RunFolder
+
+    shutil.copytree(clustered.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(micro, clustered, tmp_path_factory):
+    """A run folder with every role trained and assembled; read only."""
+    import shutil
+
+    from paris_jax.run_folder import RunFolder, roles
+    from paris_jax.stages.assemble import assemble
+    from paris_jax.stages.train import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(clustered.path, folder)
+    run = RunFolder(folder)
+    for role in roles(micro.partition.num_clusters):
+        train(micro, run, role)
+    assemble(micro, run)
+    return run

@@ -1,0 +1,158 @@
+"""Admission: any altered, missing, extra or non-finite file is refused by name, and parts must belong together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from paris_jax import manifest
+from paris_jax.ensemble import bundle, parts
+from paris_jax.errors import Refused
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages.assemble import assemble
+
+EXPERT = Role("expert", 1)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A trained run folder that may be damaged; without its checkpoints, which admission never reads."""
+    shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "data"))
+    return RunFolder(tmp_path / "run")
+
+
+def rewrite(folder: Path, change):
+    """Replaces the weights by changed ones, with a manifest that agrees: what a hostile maker would send."""
+    arrays = change(dict(safetensors.numpy.load_file(folder / parts.WEIGHTS)))
+    safetensors.numpy.save_file(arrays, folder / parts.WEIGHTS)
+    edit_manifest(folder, lambda m: m["files"][parts.WEIGHTS].update(promise(folder / parts.WEIGHTS)))
+
+
+def promise(path: Path):
+    return {"bytes": path.stat().st_size, "sha256": manifest.hash_file(path)}
+
+
+def edit_manifest(folder: Path, change):
+    path = Path(folder) / manifest.FILE_NAME
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_flipped_bit_is_refused(run):
+    weights = Path(run.export(EXPERT)) / parts.WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(Refused, match=r"experts/1/export/model.safetensors was altered"):
+        bundle.read(run.ensemble)
+
+
+def test_a_cut_file_is_refused(run):
+    weights = Path(run.export(EXPERT)) / parts.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Refused, match=r"model.safetensors has \d+ bytes where its manifest promises"):
+        bundle.read(run.ensemble)
+
+
+@pytest.mark.parametrize("name", [parts.WEIGHTS, manifest.FILE_NAME])
+def test_a_missing_file_is_refused(name, run):
+    (Path(run.export(EXPERT)) / name).unlink()
+    with pytest.raises(Refused, match=name):
+        bundle.read(run.ensemble)
+
+
+def test_an_extra_file_is_refused(run):
+    (Path(run.export(EXPERT)) / "more.py").write_text("print('run me')")
+    with pytest.raises(Refused, match=r"more.py, which its manifest does not promise"):
+        bundle.read(run.ensemble)
+
+
+def with_first(change):
+    def changed(arrays):
+        name = sorted(arrays)[0]
+        return arrays | change(name, arrays[name])
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (with_first(lambda name, a: {name: np.full_like(a, np.nan)}), "not finite"),
+        (with_first(lambda name, a: {name: np.full_like(a, np.inf)}), "not finite"),
+        (with_first(lambda name, a: {name: a[:-1].copy()}), "has shape"),
+        (with_first(lambda name, a: {name: a.astype(np.float64)}), "has dtype float64"),
+        (with_first(lambda name, a: {"smuggled": a}), "smuggled is extra"),
+        (lambda arrays: dict(list(arrays.items())[1:]), "is missing"),
+    ],
+    ids=["nan", "infinite", "shape", "dtype", "extra", "missing"],
+)
+def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told, run):
+    rewrite(Path(run.export(EXPERT)), change)
+    with pytest.raises(Refused, match=f"experts/1/export/model.safetensors is refused: .*{told}"):
+        parts.read(run.export(EXPERT))
+
+
+def test_every_problem_is_told_at_once(run):
+    rewrite(Path(run.export(EXPERT)), lambda arrays: {name: a * np.nan for name, a in arrays.items()})
+    with pytest.raises(Refused, match=r"and \d+ more"):
+        parts.read(run.export(EXPERT))
+
+
+def test_a_part_exchanged_after_admission_is_refused(run):
+    edit_manifest(Path(run.export(EXPERT)), lambda m: m.update(note="retrained"))
+    with pytest.raises(Refused, match="not the part that was admitted"):
+        bundle.read(run.ensemble)
+
+
+@pytest.mark.parametrize("field", ["latent", "text", "codec", "clusters", "fps"])
+def test_a_part_of_another_space_is_refused_naming_the_field(field, run, micro):
+    edit_manifest(Path(run.export(EXPERT)), lambda m: m.update({field: "another"}))
+    with pytest.raises(Refused, match=f"does not belong with .* its {field} is 'another'"):
+        assemble(micro, run)
+
+
+def test_an_expert_in_another_ones_place_is_refused(run, micro):
+    shutil.rmtree(run.export(EXPERT))
+    shutil.copytree(run.export(Role("expert", 2)), run.export(EXPERT))
+    with pytest.raises(Refused, match="is the expert of cluster 2, not of cluster 1"):
+        assemble(micro, run)
+
+
+def test_a_missing_expert_is_refused_unless_allowed(run, micro):
+    shutil.rmtree(run.role(EXPERT))
+    with pytest.raises(Refused, match=r"Expert 1 is not trained: run 'paris-jax train .*--cluster=1'.*--allow_missing"):
+        assemble(micro, run)
+    assemble(micro, run, allow_missing=True)
+    assert sorted(bundle.read(run.ensemble).experts) == [0, 2]
+
+
+def test_a_missing_router_is_refused(run, micro):
+    shutil.rmtree(run.role(Role("router")))
+    with pytest.raises(Refused, match=r"router is not trained.*--role=router"):
+        assemble(micro, run)
+
+
+def test_assembling_again_gives_the_same_manifest(run, micro):
+    before = (Path(run.ensemble) / manifest.FILE_NAME).read_bytes()
+    assemble(micro, run)
+    assert (Path(run.ensemble) / manifest.FILE_NAME).read_bytes() == before
+
+
+def test_half_precision_parts_are_read_back_to_their_rounding(run, tmp_path):
+    part = parts.read(run.export(EXPERT))
+    content = {k: part.manifest[k] for k in ("role", "cluster")}
+    parts.write(tmp_path / "half", part.config, part.params, "", "bfloat16", **content)
+    read = parts.read(tmp_path / "half").params["video_in"]["kernel"]
+    expected = part.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_an_unknown_bundled_ensemble_is_refused():
+    with pytest.raises(Refused, match="no ensemble 'bundled:nothing'"):
+        bundle.read("bundled:nothing")

@@ -1,0 +1,142 @@
+"""`Ensemble` as people use it: prompts to videos, seed-exact, with every routing rule, and refusals by name."""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paris_jax import Ensemble
+from paris_jax.errors import Refused
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages.assemble import assemble
+from paris_jax.stages.sample import sample
+from paris_jax.stages.status import status
+
+PROMPTS = [
+    "a large red circle moving right fast on a white ground",
+    "a small blue digit nine drifting up left slowly on a black ground",
+]
+
+
+@pytest.fixture(scope="module")
+def ensemble(trained):
+    return Ensemble.load(trained.ensemble)
+
+
+def test_samples_are_videos_of_the_trained_size_with_their_routing(ensemble):
+    samples = ensemble.sample(PROMPTS, num_steps=3, seed=5)
+    assert samples.videos.shape == (2, 4, 8, 8, 3) and samples.videos.dtype == np.float32
+    assert np.abs(samples.videos).max() <= 1
+    assert samples.routing.shape == (3, 2, 3)
+    np.testing.assert_allclose(samples.routing.sum(-1), 1, rtol=1e-6)
+    assert samples.clusters == [0, 1, 2] and samples.prompts == PROMPTS and samples.fps == 8.0
+
+
+def test_a_seed_gives_the_same_video_every_time_whatever_stands_beside_it(ensemble):
+    both = ensemble.sample(PROMPTS, num_steps=3, seed=5)
+    again = ensemble.sample(PROMPTS, num_steps=3, seed=5)
+    np.testing.assert_array_equal(both.videos, again.videos)
+    alone = ensemble.sample(PROMPTS[:1], num_steps=3, seed=5)
+    np.testing.assert_allclose(alone.videos[0], both.videos[0], atol=1e-4)
+    other = ensemble.sample(PROMPTS, num_steps=3, seed=6)
+    assert np.abs(other.videos - both.videos).max() > 0.1
+
+
+def test_given_noise_replaces_the_seed(ensemble):
+    noise = ensemble.noise(2, seed=5)
+    np.testing.assert_array_equal(
+        ensemble.sample(PROMPTS, num_steps=2, noise=noise).videos, ensemble.sample(PROMPTS, num_steps=2, seed=5).videos
+    )
+
+
+@pytest.mark.parametrize(
+    "how, used",
+    [({"top_k": 1}, 1), ({"top_k": 2}, 2), ({"routing": "full"}, 3), ({"threshold": 0.0}, 1), ({"threshold": 1.0}, 3)],
+)
+def test_routing_rules_use_as_many_experts_as_they_say(how, used, ensemble):
+    routing = ensemble.sample(PROMPTS, num_steps=2, **how).routing
+    assert ((routing > 0).sum(-1) == used).all()
+
+
+def test_experts_can_be_forced_step_by_step(ensemble):
+    routing = ensemble.sample(PROMPTS, num_steps=3, experts=[2, 0, 2]).routing
+    np.testing.assert_array_equal(routing.argmax(-1), [[2, 2], [0, 0], [2, 2]])
+    np.testing.assert_array_equal(ensemble.sample(PROMPTS, num_steps=2, experts=1).routing[..., 1], 1)
+
+
+def test_a_single_part_is_sampled_like_an_ensemble_forced_to_it(trained, ensemble):
+    single = Ensemble.single(trained.export(Role("expert", 1)), guidance=2.0)
+    noise = ensemble.noise(2)
+    forced = ensemble.sample(PROMPTS, num_steps=3, guidance=2.0, experts=1, noise=noise)
+    np.testing.assert_allclose(single.sample(PROMPTS, num_steps=3, noise=noise).videos, forced.videos, atol=1e-4)
+
+
+def test_velocity_and_route_are_open_to_measurement(ensemble):
+    text = ensemble.encode(PROMPTS)
+    x, t = ensemble.noise(2), jnp.array([0.3, 0.9])
+    assert ensemble.velocity(x, t, text).shape == x.shape
+    probabilities = ensemble.route(x, t, text)
+    assert probabilities.shape == (2, 3)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how, named",
+    [
+        ({"top_k": 4}, "top_k=4: this ensemble has 3 experts"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"threshold": 2.0}, "threshold=2.0"),
+        ({"routing": "fulll"}, "did you mean 'full'"),
+        ({"solver": "eular"}, "did you mean 'euler'"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+        ({"guidance": float("nan")}, "guidance=nan"),
+        ({"experts": 7}, "experts="),
+        ({"experts": [0, 1]}, "experts names 2 steps"),
+        ({"noise": np.zeros((1, 2, 2, 2, 2))}, "noise has shape"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
+    with pytest.raises(Refused, match=named):
+        ensemble.sample(PROMPTS, **({"num_steps": 3} | how))
+
+
+@pytest.mark.parametrize("prompt, named", [("", "empty"), ("  ", "empty"), ("word " * 100, "100 words; at most 24")])
+def test_an_empty_or_too_long_prompt_is_refused(prompt, named, ensemble):
+    with pytest.raises(Refused, match=named):
+        ensemble.sample([prompt])
+    with pytest.raises(Refused):
+        ensemble.sample([])
+
+
+def test_an_ensemble_works_without_one_of_its_experts(trained, micro, tmp_path):
+    shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "data"))
+    run = RunFolder(tmp_path / "run")
+    shutil.rmtree(run.role(Role("expert", 1)))
+    assemble(micro, run, allow_missing=True)
+    remaining = Ensemble.load(run.ensemble)
+    assert remaining.clusters == [0, 2]
+    samples = remaining.sample(PROMPTS, num_steps=2, routing="full")
+    assert samples.routing.shape == (2, 2, 2)
+    with pytest.raises(Refused, match="experts=\\[1\\]: this ensemble has the experts 0, 2"):
+        remaining.sample(PROMPTS, experts=1)
+    states = {stage: state for stage, state, _ in status(run)}
+    assert states["train expert 1"] == "missing" and states["train expert 0"] == "done"
+
+
+def test_the_sample_command_writes_files_and_shows_expert_use(trained, tmp_path, capsys):
+    paths = sample(str(trained.ensemble), PROMPTS, None, num_steps=2, seed=3)
+    assert [p.suffix for p in paths] == [".mp4", ".gif", ".png"] and all(p.stat().length > 500 for p in paths)
+    assert "expert 0" in capsys.readouterr().out
+    for path in paths:
+        path.unlink()
+    with pytest.raises(Refused, match=r"ending '.avi'"):
+        sample(str(trained.ensemble), PROMPTS, str(tmp_path / "x.avi"))
+    with pytest.raises(Refused, match="--prompt is missing"):
+        sample(str(trained.ensemble), [], None)
+
+
+def test_an_unknown_word_is_told(trained, tmp_path, caplog):
+    sample(str(trained.ensemble), ["a red zebra"], str(tmp_path / "z.gif"), num_steps=1)
+    assert "'zebra'" in caplog.text

@@ -1,0 +1,97 @@
+"""The shipped judge reads fresh clips, belongs to this generator of shapes, and takes clips of any size."""
+
+import numpy as np
+import pytest
+
+from paris_jax.data.shapes import ATTRIBUTES, ShapesSource
+from paris_jax.evaluation import agreement, judge
+from paris_jax.evaluation.frechet import frechet_distance
+
+
+@pytest.fixture(scope="module")
+def shipped() -> judge.Judge:
+    return judge.Judge.load()
+
+
+def draw(count: int, seed: int = 77, frames: int = 8, height: int = 20, width: int = 20):
+    """Clips that training did not see: float videos in [-1, 1] and their attributes."""
+    clips = list(ShapesSource(seed, count, frames, height, width, fps=8.0))
+    return np.stack([c.video for c in clips]).astype(np.float32) / 127.5 - 1, [c.attributes for c in clips]
+
+
+def test_belongs_to_this_generator_of_shapes():
+    """A generator that draws other clips needs a new judge: python -m paris_jax.evaluation.train_judge."""
+    assert judge.read_card()["generator_hash"] == judge.generator_hash()
+    assert {k: tuple(v) for k, v in judge.read_card()["attributes"].items()} == ATTRIBUTES
+
+
+def test_reads_fresh_clips(shipped):
+    videos, asked = draw(300)
+    hits = agreement.hits(asked, shipped.look(videos)[1])
+    for name in ATTRIBUTES:
+        assert hits[name].mean() > 0.95, name
+
+
+def test_the_card_states_the_accuracy_that_is_needed():
+    assert min(judge.read_card()["accuracy"][name] for name in ATTRIBUTES) > 0.97
+    assert judge.WEIGHTS.stat().st_size < 1_000_000
+
+
+def test_reads_noisy_clips_too(shipped):
+    videos, asked = draw(150)
+    noisy = videos + np.random.default_rng(0).normal(0, 0.1, videos.shape)
+    hits = agreement.hits(asked, shipped.look(noisy)[1])
+    for name in ATTRIBUTES:
+        assert hits[name].mean() > 0.9, name
+
+
+def test_reads_larger_and_longer_clips(shipped):
+    videos, asked = draw(60, frames=16, height=40, width=40)
+    hits = agreement.hits(asked, shipped.look(videos)[1])
+    for name in ATTRIBUTES:
+        assert hits[name].mean() > 0.85, name
+
+
+def test_the_distance_grows_with_damage(shipped):
+    first, _ = shipped.look(draw(96)[0])
+    other, _ = shipped.look(draw(96, seed=78)[0])
+    rng = np.random.default_rng(0)
+    videos, _ = draw(96)
+    damaged = [
+        frechet_distance(shipped.look(videos + rng.normal(0, s, videos.shape))[0], other) for s in (0.15, 0.4, 1.0)
+    ]
+    floor = frechet_distance(first, other)
+    assert floor < damaged[0] < damaged[1] < damaged[2]
+
+
+def test_one_world_alone_is_far_from_all_worlds(shipped):
+    """What a collapsed generator would score."""
+    videos, asked = draw(400)
+    other, _ = shipped.look(draw(96, seed=78)[0])
+    digits = videos[[a["world"] == "digits" for a in asked]][:96]
+    assert frechet_distance(shipped.look(digits)[0], other) > 3 * frechet_distance(shipped.look(videos[:96])[0], other)
+
+
+def test_the_batch_does_not_change_what_is_read(shipped):
+    videos, _ = draw(7)
+    features, read = shipped.look(videos, batch=7)
+    again, read_again = shipped.look(videos, batch=4)
+    np.testing.assert_allclose(features, again, atol=1e-4)
+    assert read == read_again
+
+
+def test_its_own_size_passes_unchanged():
+    videos, _ = draw(2)
+    np.testing.assert_allclose(judge.resample(videos), videos, atol=1e-6)
+
+
+def test_resampling_keeps_a_plain_colour_and_the_ends_of_time():
+    videos = np.broadcast_to(np.linspace(-1, 1, 15)[None, :, None, None, None], (1, 15, 33, 50, 3))
+    small = judge.resample(videos)
+    assert small.shape == (1, 8, 20, 20, 3)
+    np.testing.assert_allclose(small[0, :, 7, 3, 1], np.linspace(-1, 1, 8), atol=1e-5)
+
+
+def test_videos_of_another_shape_are_refused(shipped):
+    with pytest.raises(ValueError, match="must be"):
+        shipped.look(np.zeros((8, 20, 20, 3)))

@@ -1,0 +1,180 @@
+"""The report is one file that a real browser opens: all videos decode, nothing errs, nothing is fetched."""
+
+import html.parser
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from paris_jax.evaluation import report
+
+_spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
+synthetic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(synthetic)
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--virtual-time-budget=8000",
+    "--enable-logging=stderr",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    results, videos = synthetic.make()
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    report.write_report(results, videos, path, fps=8.0)
+    return path
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects tags and checks that they are closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def browse(path: Path, folder: Path) -> tuple[str, str, list[str]]:
+    """Opens a page; returns its DOM, what the browser logged, and every address that the page asked for."""
+    log = folder / "net.json"
+    arguments = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom", path.as_uri()]
+    done = subprocess.run([BROWSER, *FLAGS, *arguments], capture_output=True, text=True, timeout=120)
+    asked = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # What the browser asks for on its own account (and does not get: no name resolves) has no origin.
+    asked = [p["url"] for p in asked if "url" in p and p.get("initiator", "not an origin") != "not an origin"]
+    return done.stdout, done.stderr, [url for url in asked if not url.startswith(("data:", "file:", "blob:"))]
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH (apt-get install chromium)")
+
+
+@needs_browser
+def test_a_browser_plays_every_video_and_reports_no_error(page, tmp_path):
+    dom, logged, _ = browse(page, tmp_path)
+    opening = dom[: dom.index("<head>")]
+    assert 'data-videos="18 of 18"' in opening
+    assert 'data-settled="true"' in opening
+    assert 'data-playing="18"' in opening
+    assert "CONSOLE" not in logged
+
+
+@needs_browser
+def test_a_browser_fetches_nothing(page, tmp_path):
+    _, _, addresses = browse(page, tmp_path)
+    assert addresses == []
+
+
+@needs_browser
+def test_a_request_would_be_noticed_and_is_forbidden(page, tmp_path):
+    image = '<img src="http://example.invalid/x.png">'
+    text = page.read_text().replace("<h1>", f"{image}<h1>", 1)
+    for folder, content in (("with", text), ("without", text.replace("Content-Security-Policy", "No-Policy"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "page.html").write_text(content)
+    assert browse(tmp_path / "without" / "page.html", tmp_path / "without")[2] == ["http://example.invalid/x.png"]
+    assert browse(tmp_path / "with" / "page.html", tmp_path / "with")[2] == []
+
+
+@needs_browser
+def test_a_broken_video_is_noticed(page, tmp_path):
+    """The check above can fail."""
+    text = page.read_text()
+    broken = tmp_path / "broken.html"
+    broken.write_text(re.sub(r"(data:video/mp4;base64,)[^\"]{200}", r"\1", text, count=1))
+    dom, _, _ = browse(broken, tmp_path)
+    assert 'data-videos="17 of 18"' in dom
+
+
+@needs_browser
+def test_console_errors_are_noticed(page, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("<script>", "<script>undefined_name();", 1))
+    assert "CONSOLE" in browse(broken, tmp_path)[1]
+
+
+def test_everything_is_inlined(page):
+    text = page.read_text()
+    for tag, attributes in Tags(text).seen:
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), tag
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "${" not in text.replace("`${decoded} of ${videos.length}`", "").replace("`0 of ${videos.length}`", "")
+
+
+def test_says_who_wins_in_the_headline(page):
+    text = page.read_text()
+    heading = re.search(r"<h1>(.*?)</h1>", text).group(1)
+    assert heading == (
+        "The ensemble wins on agreement with the prompt and Frechet distance (shapes judge); no clear winner on "
+        "held-out flow loss."
+    )
+
+
+def test_the_frechet_distance_is_never_called_fvd(page):
+    text = re.sub(r"base64,[^\"]*", "", page.read_text())
+    assert text.count("FVD") == text.count("not FVD") > 0
+    assert "Frechet distance (shapes judge)" in text
+
+
+def test_clips_without_attributes_say_so_and_have_no_ticks():
+    results, videos = synthetic.make(shown=1, attributes=False)
+    text = report.render(results, videos, 8.0)
+    assert "Agreement is left out: the clips carry no attributes." in text
+    assert 'class="ticks"' not in text
+    assert "Do the videos show what was asked?" not in text
+
+
+def test_captions_are_escaped():
+    results, videos = synthetic.make(shown=1)
+    results["shown"][0]["caption"] = '<script>alert(1)</script> & "quotes"'
+    text = report.render(results, videos, 8.0)
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in text
+
+
+def test_unequal_compute_is_said_aloud():
+    results, videos = synthetic.make(shown=1)
+    results["compute"]["equal"], results["compute"]["ratio"] = False, 0.9
+    text = report.render(results, videos, 8.0)
+    assert "<b>Not equal</b>: the experts spent 0.9000 times" in text
+    assert "with different training compute" in text
+
+
+def test_a_missing_cluster_leaves_its_bar_out():
+    results, videos = synthetic.make(shown=1)
+    for arm in ("ensemble", "monolith", "difference"):
+        results["loss_by_cluster"][arm][1] = None
+    Tags(report.render(results, videos, 8.0))
+
+
+def test_results_are_plain_json():
+    results, _ = synthetic.make(shown=1)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results

@@ -1,0 +1,79 @@
+"""From what was sampled and read to results: who is compared with what."""
+
+import numpy as np
+import pytest
+
+from paris_jax.evaluation import scores
+from paris_jax.evaluation.frechet import frechet_distance
+from paris_jax.evaluation.losses import Losses
+
+
+class FakeJudge:
+    """Features are the clip's mean colours; reads "light" or "dark"."""
+
+    def look(self, videos):
+        features = videos.mean((1, 2, 3))
+        return features, [{"ground": "light" if f.mean() > 0 else "dark"} for f in features]
+
+
+def looked(means: np.ndarray) -> scores.Looked:
+    videos = np.broadcast_to(means[:, None, None, None, :], (len(means), 2, 4, 4, 3))
+    return scores.Looked(FakeJudge(), videos)
+
+
+@pytest.fixture
+def sets():
+    rng = np.random.default_rng(0)
+    real, others = rng.normal(0, 0.3, (2, 64, 3))
+    made = {"real": real, "ensemble": real + rng.normal(0, 0.05, real.shape), "monolith": real * 0.2 + 0.4}
+    return {who: looked(means) for who, means in made.items()}, looked(others)
+
+
+def test_frechet_has_a_floor_at_the_same_count_and_names_the_better_arm(sets):
+    by_arm, others = sets
+    row = scores.frechet(by_arm, others, "")
+    assert row["label"] == "Frechet distance (shapes judge)"
+    assert row["winner"] == "ensemble"
+    assert row["reference"]["value"] == pytest.approx(frechet_distance(by_arm["real"].features, others.features))
+    assert row["reference"]["n"] == row["ensemble"]["n"] == row["monolith"]["n"] == 64
+    assert row["difference"]["value"] == pytest.approx(row["ensemble"]["value"] - row["monolith"]["value"])
+
+
+def test_agreement_has_the_real_clips_as_its_ceiling(sets):
+    by_arm, _ = sets
+    asked = by_arm["real"].read
+    row, by_attribute = scores.agreement(asked, by_arm)
+    assert row["reference"]["value"] == 1
+    assert row["ensemble"]["value"] > row["monolith"]["value"]
+    assert row["winner"] == "ensemble"
+    assert by_attribute["ground"]["ensemble"] == row["ensemble"]  # the only attribute
+
+
+def test_losses_are_paired_by_clip():
+    hard = np.linspace(0.2, 2, 40)[:, None] + np.zeros((40, 4))
+    made = {"ensemble": Losses(hard - 0.01, hard), "monolith": Losses(hard, hard)}
+    loss, error = scores.flow(made)
+    assert loss["winner"] == "ensemble"  # a small gap on every clip, however much the clips differ
+    assert loss["difference"]["stderr"] < 1e-9 < loss["ensemble"]["stderr"]
+    assert error["winner"] == "none"
+    curves = scores.flow_curves(made, np.arange(40) % 2, 3)
+    assert curves["loss_by_time"]["edges"] == [0, 0.25, 0.5, 0.75, 1]
+    assert curves["loss_by_time"]["difference"][2]["value"] == pytest.approx(-0.01)
+    assert curves["loss_by_cluster"]["ensemble"][2] is None
+
+
+def test_router_accuracy_stands_beside_the_largest_cluster():
+    hits = np.ones((10, 4), bool)
+    hits[:5, 3] = False
+    made = scores.router(hits, np.array([0] * 7 + [1] * 3))
+    assert [e["value"] for e in made["accuracy"]] == [1, 1, 1, 0.5]
+    assert made["chance"] == 0.7
+
+
+def test_expert_use_by_step_and_by_cluster_of_the_prompt():
+    routing = np.zeros((3, 4, 2), np.float32)
+    routing[:, :3, 0] = 1
+    routing[:, 3:, 1] = 1
+    made = scores.expert_use(routing, [0, 2], np.array([0, 0, 2, 2]))
+    assert made["by_step"] == [[0.75, 0.25]] * 3
+    assert made["by_cluster"] == {"0": [1.0, 0.0], "2": [0.5, 0.5]}

@@ -1,0 +1,146 @@
+"""The evaluation stage: both arms get the same, twice is once, an interrupted one goes on, and nothing half passes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from paris_jax import manifest
+from paris_jax.data.records import read_records
+from paris_jax.data.shapes import ATTRIBUTES
+from paris_jax.ensemble.api import Ensemble
+from paris_jax.errors import Refused
+from paris_jax.evaluation.arms import Heldout
+from paris_jax.run_folder import RunFolder
+from paris_jax.stages import evaluate as stage
+from paris_jax.stages.evaluate import evaluate
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of the trained run folder."""
+    import shutil
+
+    shutil.copytree(trained.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the batches that were sampled, by arm ("3 experts" or "1 experts")."""
+    counted = []
+    original = Ensemble.sample
+
+    def sample(self, *args, **how):
+        counted.append((len(self.clusters), np.asarray(how["noise"])))
+        return original(self, *args, **how)
+
+    monkeypatch.setattr(Ensemble, "sample", sample)
+    return counted
+
+
+def test_writes_results_and_report(micro, finished, calls):
+    evaluate(micro, finished)
+    found = json.loads((finished.evaluation / "results.json").read_text())
+    assert manifest.read(finished.evaluation, "evaluation", verify=True)["evaluation_hash"] == found["evaluation_hash"]
+    assert [c["id"] for c in found["comparisons"]] == ["agreement", "loss", "error", "motion"]
+    assert "Frechet" in found["left_out"][0]  # with four prompts
+    assert found["compute"]["equal"] is True
+    assert sum(e["steps"] for e in found["compute"]["experts"]) == found["compute"]["monolith"]["steps"]
+    np.testing.assert_allclose(np.sum(found["expert_use"]["by_step"], axis=1), 1, atol=1e-5)
+    assert len(found["expert_use"]["by_step"]) == micro.sampling.steps
+    assert len(found["router"]["accuracy"]) == micro.evaluation.loss_times
+    assert len(found["shown"]) == micro.evaluation.shown
+    assert list(found["shown"][0]["asked"]) == list(ATTRIBUTES)  # and not by name
+    for row in found["comparisons"]:
+        for who in ("ensemble", "monolith", "difference"):
+            assert row[who].keys() == {"value", "stderr", "n"}
+    assert "data:video/mp4" in (finished.evaluation / "report.html").read_text()
+    assert not (finished.evaluation / ".partial").exists()
+    # Both arms start from the same noise.
+    (first, noise1), (second, noise2) = calls
+    assert (first, second) == (3, 1)
+    np.testing.assert_array_equal(noise1, noise2)
+
+
+def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finished, calls):
+    evaluate(micro, finished)
+    before = (finished.evaluation / "report.html").read_bytes()
+    evaluate(micro, finished)
+    assert len(calls) == 2
+    assert (finished.evaluation / "report.html").read_bytes() == before
+    fewer = dataclasses.replace(micro, sampling=dataclasses.replace(micro.sampling, steps=2))
+    evaluate(fewer, finished)
+    assert len(calls) == 4
+    assert len(json.loads((finished.evaluation / "results.json").read_text())["expert_use"]["by_step"]) == 2
+
+
+def test_an_interrupted_evaluation_goes_on_behind_what_it_has(micro, finished, calls, monkeypatch):
+    monkeypatch.setattr(stage.losses, "heldout_losses", lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(micro, finished)
+    assert not manifest.exists(finished.evaluation)
+    assert len(calls) == 2
+    monkeypatch.undo()
+    counted = []
+    original = Ensemble.sample
+    monkeypatch.setattr(Ensemble, "sample", lambda self, *a, **h: counted.append(1) or original(self, *a, **h))
+    evaluate(micro, finished)
+    assert not counted  # the videos were kept
+    assert manifest.exists(finished.evaluation)
+
+
+def test_gives_the_same_results_again(micro, finished):
+    evaluate(micro, finished)
+    first = (finished.evaluation / "results.json").read_bytes()
+    finished.evaluation.rmtree()
+    evaluate(micro, finished)
+    assert (finished.evaluation / "results.json").read_bytes() == first
+
+
+def test_clips_without_attributes_leave_agreement_out_and_say_so(micro, finished, monkeypatch):
+    def blank(folder):
+        return [dataclasses.replace(r, attributes={}) for r in read_records(folder)]
+
+    monkeypatch.setattr(stage, "read_records", blank)
+    evaluate(micro, finished)
+    found = json.loads((finished.evaluation / "results.json").read_text())
+    assert found["agreement"] is None
+    assert found["complete"] is False
+    assert any("Agreement" in reason for reason in found["left_out"])
+    assert "Agreement with the prompt is left out" in (finished.evaluation / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("ensemble", "paris-jax assemble"), ("monolith", "--role=monolith"), ("partition", "paris-jax cluster")],
+)
+def test_a_missing_stage_is_named(micro, finished, folder, said):
+    (finished.path / folder).rmtree()
+    with pytest.raises(Refused, match=said):
+        evaluate(micro, finished)
+
+
+def test_too_few_heldout_clips_are_refused(micro, finished, monkeypatch):
+    monkeypatch.setattr(stage, "read_records", lambda folder: list(read_records(folder))[:3])
+    with pytest.raises(Refused, match="needs at least 4"):
+        evaluate(micro, finished)
+
+
+def test_another_config_is_refused(micro, finished):
+    other = dataclasses.replace(micro, data=dataclasses.replace(micro.data, seed=9))
+    with pytest.raises(Refused, match="another config"):
+        evaluate(other, finished)
+
+
+def test_heldout_order_is_stratified_and_does_not_depend_on_the_records_order(trained):
+    records = list(read_records(trained.heldout))
+    records = [dataclasses.replace(r, id=f"{r.id}-{i}", cluster=i % 3) for i in range(8) for r in records]
+    first, again = Heldout.order(records, 0), Heldout.order(records[::-1], 0)
+    assert first.ids == again.ids
+    assert first.ids != Heldout.order(records, 1).ids
+    half = first[: len(first) // 2].clusters
+    np.testing.assert_allclose(
+        np.bincount(half, minlength=3) / len(half), np.bincount(first.clusters) / len(first), atol=0.03
+    )

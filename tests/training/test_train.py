@@ -1,0 +1,316 @@
+"""Training: exact resume, isolation, independence of devices, and what stops it. Invariants 1 to 4 and 8."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from paris_jax import manifest
+from paris_jax.data.pipeline import training_batches
+from paris_jax.errors import Refused
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages import train as stage
+from paris_jax.training import checkpoints, flops, loop, metrics
+from paris_jax.training import state as states
+
+EXPERT = Role("expert", 0)
+
+
+def export_bytes(run, role=EXPERT):
+    return (run.export(role) / "model.safetensors").read_bytes()
+
+
+def final_checkpoint(run, experiment, role=EXPERT):
+    """Everything in the newest checkpoint: parameters, EMA, moments, step, data position."""
+    job = stage.make_job(experiment, run, role, manifest.read(run.cluster(0), "cluster"))
+    shapes = jax.eval_shape(lambda key: states.create(job.config, job.settings, job.steps, key), jax.random.key(0))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+    saved = checkpoints.Checkpoints(run.checkpoints(role), keep=2)
+    found = saved.restore(target)
+    saved.close()
+    return found
+
+
+def assert_same_training(one, other, experiment, role=EXPERT):
+    assert export_bytes(one, role) == export_bytes(other, role)
+    a, b = (final_checkpoint(r, experiment, role) for r in (one, other))
+    assert a[0] == b[0] and a[2] == b[2]
+    jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
+
+
+def command(run, experiment, *arguments):
+    """A training command in a process of its own, with the experiment's config as a file."""
+    config = Path(run.path) / "given.py"
+    body = f"def get_config():\n    return ConfigDict({experiment.to_dict()!r})\n"
+    config.write_text(f"from ml_collections import ConfigDict\n\n\n{body}")
+    return [sys.executable, "-m", "paris_jax.cli", "train", f"--config={config}", f"--workdir={run}", *arguments]
+
+
+def with_training(experiment, **changes):
+    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
+
+
+def reclaimed(run, experiment):
+    """Makes a clustered run folder belong to a changed training config, as if it had been made with it."""
+    run.config.unlink()
+    for folder in [run.data, run.partition, run.heldout, *(run.cluster(k) for k in range(3))]:
+        path = folder / manifest.FILE_NAME
+        manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.hash})
+
+
+@pytest.mark.parametrize("role", [EXPERT, Role("router")], ids=["expert", "router"])
+def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, trained, monkeypatch):
+    """Stopped in the middle of an epoch, after a checkpoint and steps beyond it."""
+    real, seen = loop.sharding.place_batch, []
+
+    def dies_at_the_seventh_step(batch, mesh):
+        seen.append(batch["index"])
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "place_batch", dies_at_the_seventh_step)
+    with pytest.raises(KeyboardInterrupt):
+        stage.train(micro, run, role)
+    monkeypatch.undo()
+    assert not manifest.exists(run.export(role))
+    stage.train(micro, run, role)
+    assert_same_training(run, trained, micro, role)
+    lines = [line["step"] for line in metrics.read(run.role(role) / "metrics.jsonl")]
+    assert lines == sorted(set(lines)) and lines[-1] == 12
+
+
+def test_a_killed_process_resumes_exactly(micro, run, tmp_path):
+    """kill -9 at two arbitrary moments, epoch borders passed in between, against a run that was left alone."""
+    experiment = with_training(micro, steps=300, checkpoint_every=40, log_every=10)
+    reclaimed(run, experiment)
+    alone = RunFolder(tmp_path / "alone")
+    shutil.copytree(run.path, alone.path)
+    stage.train(experiment, alone, EXPERT)
+
+    arguments = command(run, experiment, "--role=expert", "--cluster=0")
+    kills = 0
+    for reached in (50, 170):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            lines = metrics.read(run.role(EXPERT) / "metrics.jsonl")
+            if lines and lines[-1]["step"] >= reached:
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.005)
+    assert kills >= 1
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert_same_training(run, alone, experiment)
+
+
+def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
+    experiment = with_training(micro, steps=5000, checkpoint_every=5000)
+    reclaimed(run, experiment)
+    arguments = command(run, experiment, "--role=expert", "--cluster=0")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not metrics.read(run.role(EXPERT) / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors
+    step, *_ = final_checkpoint(run, experiment)
+    assert 0 < step < 5000
+
+
+def test_an_expert_needs_its_own_cluster_folder_only(micro, run, trained):
+    """Every other folder is deleted; the result is the same, bit for bit."""
+    for folder in (run.data, run.heldout, run.cluster(1), run.cluster(2)):
+        shutil.rmtree(folder)
+    for name in ("manifest.json", "assignment.json", "centroids.safetensors", "report.json"):
+        (run.partition / name).unlink(missing_ok=True)
+    run.config.unlink()
+    stage.train(micro, run, EXPERT)
+    assert export_bytes(run) == export_bytes(trained)
+
+
+def test_results_do_not_depend_on_the_number_of_devices(micro, run, trained):
+    """Eight devices, as 8 x 1 and 2 x 4 (data x fsdp): the same losses in float32; moments lie with parameters."""
+    script = """
+import sys, jax, numpy as np
+from paris_jax.experiment import Experiment
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax import manifest
+from paris_jax.stages import train as stage
+from paris_jax.training import loop
+from tests.conftest import micro_config
+
+assert jax.device_count() == 8
+for fsdp in (1, 4):
+    config = micro_config()
+    config.training.update(batch=8, fsdp=fsdp, log_every=1)
+    config.network.hidden = 128
+    config.network.heads = 2
+    experiment = Experiment.from_config(config)
+    run = RunFolder(sys.argv[1])
+    data = manifest.read(run.cluster(0), "cluster")
+    job = stage.make_job(experiment, RunFolder(f"{sys.argv[1]}/{fsdp}"), Role("expert", 0), data)
+    state = loop.train(job, lambda: stage.training_batches(run.cluster(0), 8, 0))
+    if fsdp == 4:
+        moments = state.opt_state[1][0]
+        trees = [tree["double_blocks"]["video"] for tree in (state.params, state.ema, moments.mu, moments.nu)]
+        for kernel in (tree["mlp_in"]["kernel"] for tree in trees):
+            assert kernel.sharding.spec == jax.P(None, None, "fsdp"), kernel.sharding
+            assert kernel.addressable_shards[0].data.size == kernel.size // 4
+        for norm in (tree["head_norm"]["query"]["scale"] for tree in trees):
+            assert norm.sharding.is_fully_replicated
+"""
+    repository = Path(__file__).parents[2]
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{repository}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(run)], env=environment, capture_output=True, text=True, cwd=repository
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = dataclasses.replace(micro.network, hidden=128, heads=2)
+    experiment = with_training(dataclasses.replace(micro, network=config), batch=8, log_every=1)
+    job = stage.make_job(experiment, RunFolder(run.path / "one"), EXPERT, manifest.read(run.cluster(0), "cluster"))
+    loop.train(job, lambda: training_batches(run.cluster(0), 8, 0))
+    one = [line["loss"] for line in metrics.read(run.path / "one" / "experts" / "0" / "metrics.jsonl")]
+    for fsdp in (1, 4):
+        many = [line["loss"] for line in metrics.read(run.path / str(fsdp) / "experts" / "0" / "metrics.jsonl")]
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+
+
+def test_a_finished_role_says_so_and_does_nothing(micro, trained, caplog):
+    before = {p: p.stat().st_mtime_ns for p in Path(trained.role(EXPERT)).rglob("*")}
+    with caplog.at_level("INFO"):
+        stage.train(micro, trained, EXPERT)
+    assert "trained already" in caplog.text
+    assert before == {p: p.stat().st_mtime_ns for p in Path(trained.role(EXPERT)).rglob("*")}
+
+
+def damage(folder, step):
+    for path in Path(folder / str(step)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+
+
+def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(micro, run, trained, caplog):
+    shutil.copytree(trained.role(EXPERT), run.role(EXPERT))
+    shutil.rmtree(run.export(EXPERT))
+    steps = sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir())
+    assert steps == [8, 12]
+    damage(run.checkpoints(EXPERT), 12)
+    with caplog.at_level("WARNING"):
+        stage.train(micro, run, EXPERT)
+    assert "step 12" in caplog.text and "older" in caplog.text
+    assert export_bytes(run) == export_bytes(trained)
+
+    shutil.rmtree(run.export(EXPERT))
+    for step in (8, 12):
+        damage(run.checkpoints(EXPERT), step)
+    with pytest.raises(Refused, match="none can be read"):
+        stage.train(micro, run, EXPERT)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(micro, run, monkeypatch):
+    real = loop.sharding.place_batch
+    count = []
+
+    def poisoned(batch, mesh):
+        count.append(1)
+        return real(batch | ({"latent": batch["latent"] * np.nan} if len(count) == 7 else {}), mesh)
+
+    monkeypatch.setattr(loop.sharding, "place_batch", poisoned)
+    with pytest.raises(Refused, match="not finite at step 7; the checkpoint of step 4 is kept"):
+        stage.train(micro, run, EXPERT)
+    assert final_checkpoint(run, micro)[0] == 4
+
+
+def test_a_cluster_smaller_than_a_batch_is_refused(micro, run):
+    experiment = with_training(micro, batch=64)
+    reclaimed(run, experiment)
+    with pytest.raises(Refused, match=r"Cluster 0 .* fewer than one batch of 64"):
+        stage.train(experiment, run, EXPERT)
+
+
+def test_a_missing_or_foreign_cluster_is_refused_with_the_way_out(micro, run):
+    shutil.rmtree(run.cluster(1))
+    with pytest.raises(Refused, match="paris-jax cluster"):
+        stage.train(micro, run, Role("expert", 1))
+    other = with_training(micro, learning_rate=0.5)
+    with pytest.raises(Refused, match=r"another config \(different: training.learning_rate\)"):
+        stage.train(other, run, EXPERT)
+
+
+@pytest.mark.parametrize(
+    "role, named",
+    [(Role("expert", 3), "--cluster=3"), (Role("expert"), "--cluster"), (Role("router", 1), "leave it out")],
+)
+def test_an_impossible_role_is_refused(role, named, micro, run):
+    with pytest.raises(Refused, match=named):
+        stage.train(micro, run, role)
+
+
+def test_both_arms_cost_the_same_compute(micro, trained):
+    """Invariant 8: sum over experts of steps x batch x FLOPs per sample is the monolith's."""
+
+    def work(role):
+        training = manifest.read(trained.export(role), "part")["training"]
+        return training["steps"] * training["batch"] * training["flops_per_sample"]
+
+    assert sum(work(Role("expert", k)) for k in range(3)) == work(Role("monolith"))
+
+
+def test_the_flop_formula_is_the_compilers_count():
+    """Against XLA's own count of an unrolled network, to the share that is not matrix products."""
+    from paris_jax.experiment import Network
+    from paris_jax.models import functional, presets
+
+    network = Network(preset="tiny", hidden=128, heads=2, double_blocks=1, single_blocks=1)
+    config = presets.network_config(network, channels=16, text_width=64, pooled_width=64)
+    shape, length = (4, 16, 16, 16), 32
+    arguments = [
+        jax.ShapeDtypeStruct((1, *shape), "float32"),
+        jax.ShapeDtypeStruct((1,), "float32"),
+        jax.ShapeDtypeStruct((1, length, 64), "float32"),
+        jax.ShapeDtypeStruct((1,), "int32"),
+        jax.ShapeDtypeStruct((1, 64), "float32"),
+    ]
+    compiled = (
+        jax.jit(lambda p, *a: functional.apply(config, p, *a)).lower(functional.abstract(config), *arguments).compile()
+    )
+    counted = compiled.cost_analysis()["flops"]
+    assert 0.9 < flops.forward(config, shape, length) / counted <= 1.0
+
+
+def test_metrics_tell_loss_by_time_norms_and_speed(trained):
+    lines = metrics.read(trained.role(EXPERT) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    wanted = {"loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "seconds_per_step", "data_wait"}
+    assert wanted <= lines[0].keys() and any(name.startswith("loss_t/") for name in lines[0])
+    assert list(Path(trained.role(EXPERT) / "tensorboard").glob("events*"))
+    assert json.dumps(lines)
+
+
+def test_the_exported_weights_are_the_average_of_the_final_state(micro, trained):
+    exported = safetensors.numpy.load(export_bytes(trained))
+    _, state, _, _ = final_checkpoint(trained, micro)
+    np.testing.assert_array_equal(exported["video_in.kernel"], state.ema["video_in"]["kernel"])
+    assert not np.array_equal(exported["video_in.kernel"], state.params["video_in"]["kernel"])
+
+
+def test_the_average_starts_at_the_parameters():
+    settings = ConfigDict({"ema": 0.99})
+    assert float(states.ema_decay(settings, 0)) == pytest.approx(0.1)
+    assert float(states.ema_decay(settings, 10_000)) == pytest.approx(0.99)

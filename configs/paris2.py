@@ -14,6 +14,8 @@ published. "OS2" is Open-Sora 2.0 (arXiv 2503.09642), whose recipe the paper fol
 its number. Scores of this recipe on other data do not compare with the published ones.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from paris_jax.experiment import default_config
@@ -29,7 +31,7 @@ def get_config(arg: str = "11b") -> ConfigDict:
     return config
 
 
-def _11b(config: ConfigDict) -> None:
+def _11b(config: Any) -> None:
     _clips(config)
     _networks(config)
     _training(config)
@@ -37,7 +39,7 @@ def _11b(config: ConfigDict) -> None:
     _sampling(config)
 
 
-def _clips(config: ConfigDict) -> None:
+def _clips(config: Any) -> None:
     config.data.update(
         source="folder",
         path="videos",  # [O] the published data set is not named
@@ -55,13 +57,13 @@ def _clips(config: ConfigDict) -> None:
     config.partition.update(num_clusters=EXPERTS, fine_clusters=1024)
 
 
-def _networks(config: ConfigDict) -> None:
+def _networks(config: Any) -> None:
     config.network.preset = "11b"  # [R] FLUX-style MM-DiT; sizes are OS2's [S]
     config.network.remat = "full"  # [O] activations of 57 blocks do not fit otherwise
     config.router.preset = "b"  # [R] DiT-B; without the optional first-frame feature, which is not in this version
 
 
-def _training(config: ConfigDict) -> None:
+def _training(config: Any) -> None:
     # OS2 [S]: t = sigmoid(normal), then shifted by a line in the tokens a frame times sqrt(latent frames): here 3.
     config.diffusion.update(time_mean=0.0, time_std=1.0, shift=0.0)
     config.training.update(
@@ -86,7 +88,7 @@ def _training(config: ConfigDict) -> None:
     )
 
 
-def _router_training(config: ConfigDict) -> None:
+def _router_training(config: Any) -> None:
     # The router is trained apart as a classifier of noised latents [R]; how long and how is not published: all [O].
     config.router_training.update(
         steps=50_000,
@@ -104,7 +106,7 @@ def _router_training(config: ConfigDict) -> None:
     )
 
 
-def _sampling(config: ConfigDict) -> None:
+def _sampling(config: Any) -> None:
     config.sampling.update(
         steps=50,  # [R]
         solver="euler",  # [R]

@@ -66,23 +66,34 @@ samples
 # %% [markdown]
 # ## Routing
 #
-# How much of each step came from which expert. With `top_k=1` every step belongs to one expert; with `routing="full"`
-# the bands are the router's probabilities, and show where on the way from noise to data it makes up its mind.
+# How much of each step came from which expert. The prompts above name their world so plainly that the router is sure
+# from the first step on.
 
 # %%
-full = ensemble.sample(prompts, num_steps=steps, seed=0, routing="full")
-print(full.bars())
+print(samples.bars())
+
+# %% [markdown]
+# A prompt that leaves the world open makes it wait until it sees something in the noise. With `routing="full"` the
+# bands are the router's probabilities, step by step.
+
+# %%
+open_prompts = ["red", "blue", "slowly", "a small purple on a ground"]
+full = ensemble.sample(open_prompts, num_steps=steps, seed=0, routing="full")
 full.plot_routing()
 
 # %% [markdown]
 # ## One, two or all experts
 #
-# The same prompts from the same noise. `top_k=1` costs one expert a step, whatever the number of experts.
+# The same open prompts from the same noise. `top_k=1` costs one expert a step, whatever the number of experts. Where
+# the router is sure all rules agree; where it is not, they part early and may end in different worlds.
 
 # %%
 noise = ensemble.noise(len(prompts), seed=0)
-ways = {f"top {k}": {"top_k": k} for k in (1, 2) if k < len(ensemble.clusters)} | {"full": {"routing": "full"}}
-by_way = {name: ensemble.sample(prompts, num_steps=steps, noise=noise, **how) for name, how in ways.items()}
+by_way = {
+    "top 1": ensemble.sample(open_prompts, num_steps=steps, noise=noise, top_k=1),
+    "top 2": ensemble.sample(open_prompts, num_steps=steps, noise=noise, top_k=2),
+    "full": ensemble.sample(open_prompts, num_steps=steps, noise=noise, routing="full"),
+}
 for name, drawn in by_way.items():
     apart = np.abs(drawn.videos - by_way["full"].videos).mean() / 2
     print(f"{name:<6} mean distance from full: {apart:.2%} of the range")
@@ -91,11 +102,13 @@ compare(by_way)
 # %% [markdown]
 # ## One expert at a time
 #
-# Each expert on its own, whatever the router says, again from the same noise. Every expert knows only its own cluster:
+# The first prompts again, each expert on its own, whatever the router says. Every expert knows only its own cluster:
 # asked for anything else, it paints what it knows.
 
 # %%
-alone = {f"expert {k}": ensemble.sample(prompts, num_steps=steps, noise=noise, experts=k) for k in ensemble.clusters}
+alone = {}
+for k in ensemble.clusters:
+    alone[f"expert {k}"] = ensemble.sample(prompts, num_steps=steps, noise=noise, experts=k)
 compare(alone)
 
 # %% [markdown]

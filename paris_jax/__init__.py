@@ -3,6 +3,11 @@
 `from paris_jax import Ensemble` loads the sampler; nothing heavy is imported before it is asked for.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paris_jax.ensemble.api import Ensemble
+
 __version__ = "0.1.0"
 
 __all__ = ["Ensemble", "__version__"]

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,10 +43,9 @@ class Call:
 
     def experiment(self, run: RunFolder) -> Experiment:
         """The config given, or else the one the run folder was made with, with the changes."""
-        file = self["config"] if "config" in self.flags else None
-        if "config" in self.flags and not file and not run.config.exists():
+        if not self["config"] and not run.config.exists():
             raise Refused(f"--config is missing, and {run} has none yet; name a config file, such as {EXAMPLE}")
-        config = load(file) if file else run.stored_config()["config"]
+        config = load(self["config"]) if self["config"] else run.stored_config()["config"]
         change(config, self.changes)
         return Experiment.from_config(config)
 
@@ -85,18 +85,17 @@ def _assembling(values: flags.FlagValues) -> None:
 
 
 def _sampling(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
-    flags.DEFINE_string("ensemble", None, "RUN/ensemble, or bundled:shapes", **define)
-    flags.DEFINE_multi_string("prompt", [], "what to show; may be repeated", **define)
-    flags.DEFINE_integer("num_steps", None, "solver steps", **define)
-    flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", **define)
-    flags.DEFINE_string("routing", None, "top_k, full or threshold", **define)
-    flags.DEFINE_integer("top_k", None, "experts a step", **define)
-    flags.DEFINE_float("threshold", None, "smallest set of experts with this weight", **define)
-    flags.DEFINE_list("experts", None, "forced cluster, or one for each step: 0,0,1,1", **define)
-    flags.DEFINE_string("solver", None, "euler or heun", **define)
-    flags.DEFINE_integer("seed", 0, "of the starting noise", **define)
-    flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", **define)
+    flags.DEFINE_string("ensemble", None, "RUN/ensemble, or bundled:shapes", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "what to show; may be repeated", flag_values=values)
+    flags.DEFINE_integer("num_steps", None, "solver steps", flag_values=values)
+    flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", flag_values=values)
+    flags.DEFINE_string("routing", None, "top_k, full or threshold", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "experts a step", flag_values=values)
+    flags.DEFINE_float("threshold", None, "smallest set of experts with this weight", flag_values=values)
+    flags.DEFINE_list("experts", None, "forced cluster, or one for each step: 0,0,1,1", flag_values=values)
+    flags.DEFINE_string("solver", None, "euler or heun", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the starting noise", flag_values=values)
+    flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
 
 
 def _placing(values: flags.FlagValues) -> None:
@@ -204,7 +203,7 @@ COMMANDS = {
     "sample": Command(
         "prompts to videos",
         (
-            "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right fast on a white ground'",
+            "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right on white'",
             "paris-jax sample --ensemble=bundled:shapes --prompt='...' --top_k=2 --num_steps=30 --out=two.gif",
         ),
         (_sampling,),
@@ -271,6 +270,9 @@ def start(name: str) -> None:
     """Logging, the compilation cache, Grain's flags and, to train, the other hosts of the slice; once a process."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # The checkpoint writers' threads print a failure that is raised, and told in a sentence, anyway.
+    handler.addFilter(lambda record: record.name not in ("absl", "asyncio"))
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     logging.getLogger("paris_jax").setLevel(logging.INFO)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain and Orbax read absl flags of their own

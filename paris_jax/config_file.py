@@ -46,7 +46,9 @@ def change(config: dict[str, Any], changes: Iterable[str]) -> None:
         for k, group in enumerate(groups):
             inner = inner.setdefault(group, {})
             if not isinstance(inner, dict):
-                raise Refused(f"--config.{text}: config.{'.'.join(groups[: k + 1])} is one value, not a group of fields")
+                raise Refused(
+                    f"--config.{text}: config.{'.'.join(groups[: k + 1])} is one value, not a group of fields"
+                )
         inner[last] = _like(inner.get(last), value)
 
 

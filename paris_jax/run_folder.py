@@ -3,7 +3,7 @@
 RUN/config.json                    the resolved config and its hash
 RUN/data/                          all clips as latents
 RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
-RUN/experts/K/ monolith/ router/   checkpoints/, metrics, export/
+RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, export/
 RUN/ensemble/ samples/ evaluation/
 """
 
@@ -62,6 +62,13 @@ class RunFolder:
 
     def checkpoints(self, role: Role) -> epath.Path:
         return self.role(role) / "checkpoints"
+
+    def metrics(self, role: Role) -> epath.Path:
+        return self.role(role) / "metrics.jsonl"
+
+    def log(self, role: Role) -> epath.Path:
+        """What a role's process said, where a launcher started it."""
+        return self.role(role) / "train.log"
 
     def export(self, role: Role) -> epath.Path:
         return self.role(role) / "export"

@@ -70,7 +70,12 @@ def check_together(experts: dict[int, Part], router: Part | None) -> None:
 
 
 def write(
-    folder: epath.Path, experts: dict[int, Part], router: Part, sampling: dict[str, Any], config_hash: str, **content: Any
+    folder: epath.Path,
+    experts: dict[int, Part],
+    router: Part,
+    sampling: dict[str, Any],
+    config_hash: str,
+    **content: Any,
 ) -> None:
     """Writes the ensemble's manifest, naming each part by relative path and by the hash of its manifest."""
     check_together(experts, router)

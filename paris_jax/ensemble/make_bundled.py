@@ -1,6 +1,6 @@
 """Makes an ensemble that ships with the package: the parts of a finished run in bfloat16, and how they came to be.
 
-    python -m paris_jax.ensemble.make_bundled --workdir=runs/bundled --name=shapes --revision=$(git rev-parse HEAD)
+python -m paris_jax.ensemble.make_bundled --workdir=runs/bundled --name=shapes --revision=$(git rev-parse HEAD)
 """
 
 import argparse
@@ -10,7 +10,6 @@ from typing import Any
 
 from etils import epath
 
-from paris_jax import manifest
 from paris_jax.ensemble import bundle, parts
 from paris_jax.ensemble.parts import Part
 from paris_jax.errors import Refused
@@ -50,15 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = RunFolder(flags.workdir)
     config = run.stored_config()["config"]
     made = {
-        "command": f"paris-jax quickstart --config=configs/shapes.py:bundled --workdir={flags.workdir}",
+        "command": "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled",
         "revision": flags.revision,
         "seeds": {"data": config["data"]["seed"], "training": config["training"]["seed"]},
         "licence": "Apache-2.0",
     }
     folder = bundle.SHIPPED / flags.name
     make(run, folder, made)
-    size = sum(path.stat().length for path in folder.rglob("*.*") if not path.is_dir())
-    print(f"{bundle.BUNDLED}{flags.name}: {size / 1e6:.2f} MB in {folder}")
+    print(f"{bundle.BUNDLED}{flags.name} is in {folder}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ COLOURS = ("#d9822b", "#2a8f83", "#7a63c7", "#c2557f", "#5b8bd0", "#8f9a3b", "#a
 SHOWN = 12  # panels of a plot at most
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Samples:
     """Videos drawn from an ensemble.
 
@@ -38,6 +38,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def __repr__(self) -> str:
+        count, frames, height, width, _ = self.videos.shape
+        return f"Samples({count} videos of {frames} frames, {height} x {width}, at {self.fps:g} frames a second)"
 
     def pixels(self) -> np.ndarray:
         """The videos as (N, T, H, W, 3) uint8."""
@@ -81,6 +85,8 @@ class Samples:
     def plot_routing(self):
         """Each expert's weight over the steps, a panel for each of the first samples (a matplotlib figure)."""
         import matplotlib.pyplot as plt
+        from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
 
         shown = min(len(self), SHOWN)
         columns = min(shown, 4)
@@ -98,10 +104,11 @@ class Samples:
             axis.stackplot(edges, weights, colors=self._colours(), step="post", linewidth=0)
             axis.set(xlim=(0, edges[-1]), ylim=(0, 1), xlabel="step, noise to data" if i >= shown - columns else "")
             axis.set_title(textwrap.fill(self.prompts[i], 34), fontsize=8)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axis.tick_params(labelsize=8, labelbottom=i >= shown - columns)
         for axis in axes[:, 0]:
             axis.set_ylabel("weight")
-        patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in self._colours()]
+        patches = [Rectangle((0, 0), 1, 1, color=colour) for colour in self._colours()]
         labels = [f"expert {cluster}" for cluster in self.clusters]
         figure.legend(patches, labels, loc="lower center", ncols=min(len(labels), 8), frameon=False)
         figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
@@ -118,11 +125,14 @@ class Samples:
         return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(cells)}</div>'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """Samples of the same prompts side by side: a row a prompt, a column a way of sampling."""
 
     columns: dict[str, Samples]
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(self.columns)}: {next(iter(self.columns.values()))!r} each"
 
     def _repr_html_(self) -> str:
         first = next(iter(self.columns.values()))
@@ -130,10 +140,8 @@ class Comparison:
         head = "".join(f"<th {cell}>{html.escape(name)}</th>" for name in ("", *self.columns))
         rows = []
         for i, prompt in enumerate(first.prompts):
-            videos = (_figure(s.pixels()[i], s.fps, "") for s in self.columns.values())
-            rows.append(
-                f"<tr><td {cell}>{html.escape(prompt)}</td>{''.join(f'<td {cell}>{v}</td>' for v in videos)}</tr>"
-            )
+            entries = [html.escape(prompt), *(_figure(s.pixels()[i], s.fps, "") for s in self.columns.values())]
+            rows.append("<tr>" + "".join(f"<td {cell}>{entry}</td>" for entry in entries) + "</tr>")
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

@@ -1,7 +1,7 @@
 """Trains the shapes judge: `python -m paris_jax.evaluation.train_judge`.
 
-One CPU core, about eight minutes; writes shapes_judge.safetensors and its card beside this file. Every clip is seen
-once, with blur, noise, contrast and brightness of a mild random strength, so that imperfect clips are read too.
+About a quarter of an hour on one free CPU core; writes shapes_judge.safetensors and its card beside this file. Every clip
+is seen once, with blur, noise, contrast and brightness of a mild random strength, so that imperfect clips are read too.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
+from paris_jax import manifest
 from paris_jax.data.clip import Clip
 from paris_jax.data.shapes import ATTRIBUTES, ShapesSource
 from paris_jax.evaluation import judge
@@ -38,7 +39,7 @@ def main() -> None:
     parameters = train(flags.seed, flags.steps, flags.batch)
     parameters = {name: np.asarray(value, np.float16) for name, value in parameters.items()}
     seconds = time.monotonic() - began
-    safetensors.numpy.save_file(parameters, judge.WEIGHTS)
+    manifest.write_atomically(judge.WEIGHTS, safetensors.numpy.save(parameters))
 
     card = {
         "what": "shapes judge: reads back the attributes of the embedded shapes",

@@ -19,7 +19,7 @@ def status(run: RunFolder) -> list[tuple[str, str, str]]:
     ]
     for role in roles(clusters):
         total = {"router": config["router_training"]["steps"], "monolith": steps * clusters}.get(role.kind, steps)
-        lines = metrics.read(run.role(role) / "metrics.jsonl")
+        lines = metrics.read(run.metrics(role))
         reached = f"step {lines[-1]['step']} of {total}" if lines else "begun"
         state = _state(manifest.exists(run.export(role)), run.role(role).exists(), reached)
         rows.append((f"train {role.name}", state, f"train --workdir={run} {role.arguments}"))

@@ -1,6 +1,8 @@
 """Orbax checkpoints of everything a job needs to go on exactly: the state, the position in the data, the clocks."""
 
 import logging
+import re
+import shutil
 from typing import Any
 
 import jax
@@ -26,11 +28,21 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, data: dict[str, Any], clocks: dict[str, Any]) -> None:
         """Starts saving; errors of an earlier save surface here or in `close`."""
+        self._check_room(step, state)
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonSave(clocks)))
         except (OSError, ValueError) as error:
             raise _cannot_save(self.folder, step, error) from error
+
+    def _check_room(self, step: int, state: Any) -> None:
+        """Refuses before writing what cannot fit; on a bucket there is always room."""
+        if "://" in str(self.folder):
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise _cannot_save(self.folder, step, OSError(f"it takes {needed} bytes and the disk has {free} left"))
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
         """The newest readable checkpoint as (step, state, data, clocks), or None where there is none at all.
@@ -82,7 +94,8 @@ class Checkpoints:
 
 def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refused:
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's own words, where there are any
+    reason = told.group(1).strip() if told else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Refused(
         f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )

@@ -23,8 +23,8 @@ def why_join(environment: Mapping[str, str]) -> str:
         return f"{SWITCH}=1" if switch == "1" else ""
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         return f"JAX_COORDINATOR_ADDRESS={address}"
-    if _number(environment, "SLURM_NTASKS", 1) > 1:
-        return f"SLURM_NTASKS={environment['SLURM_NTASKS']}"
+    if (tasks := _number(environment, "SLURM_NTASKS") or 1) > 1:
+        return f"SLURM_NTASKS={tasks}"
     hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]
     return f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts" if len(hosts) > 1 else ""
 
@@ -45,7 +45,7 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
     if not why:
         return
     address = environment.get("JAX_COORDINATOR_ADDRESS")
-    count, number = (_number(environment, name, None) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    count, number = (_number(environment, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     # Where the others do not come in time, JAX ends the process itself, with a stack trace: so this is said before.
     where = address or "the address that JAX finds"
     logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
@@ -77,16 +77,17 @@ def _wait_for(address: str, timeout: int) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise Refused(
-                    f"The coordinator at {address} did not answer within {timeout} seconds ({error.strerror or error}); "
-                    f"start process 0 there, see that this host can reach it, or set {SWITCH}=0 to run this process alone"
+                    f"The coordinator at {address} did not answer within {timeout} seconds "
+                    f"({error.strerror or error}); start process 0 there, see that this host can reach it, or set "
+                    f"{SWITCH}=0 to run this process alone"
                 ) from error
         time.sleep(min(1.0, timeout / 10))
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None) -> int | None:
+def _number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name, "")
     if not text:
-        return default
+        return None
     if not text.isdigit():
         raise Refused(f"{name}={text}: must be a whole number")
     return int(text)

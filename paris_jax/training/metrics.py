@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,6 +67,21 @@ class Metrics:
 def read(path: epath.PathLike) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, oldest first."""
     return _whole_lines(epath.Path(path))
+
+
+def newest(path: epath.PathLike) -> dict[str, float] | None:
+    """The last whole line of a `metrics.jsonl`, without reading the rest; None where there is none yet."""
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - (1 << 14)))
+        *whole, _ = file.read().split(b"\n")
+    try:
+        return json.loads(whole[-1]) if whole else None
+    except ValueError:  # being written, or damaged
+        return None
 
 
 def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -27,6 +27,11 @@ def frames_of(file):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def test_samples_say_what_they_are_in_one_line():
+    assert repr(make()) == "Samples(3 videos of 5 frames, 10 x 14, at 8 frames a second)"
+    assert repr(compare({"top 1": make(), "full": make()})).startswith("Comparison of top 1, full: Samples(3 videos")
+
+
 @pytest.mark.parametrize("ending", ["mp4", "webm", "gif"])
 @pytest.mark.parametrize("count, height, width", [(1, 10, 14), (3, 10, 14), (1, 7, 9)])
 def test_saved_videos_play_with_all_their_frames(tmp_path, ending, count, height, width):

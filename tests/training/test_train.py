@@ -314,3 +314,26 @@ def test_the_average_starts_at_the_parameters():
     settings = ConfigDict({"ema": 0.99})
     assert float(states.ema_decay(settings, 0)) == pytest.approx(0.1)
     assert float(states.ema_decay(settings, 10_000)) == pytest.approx(0.99)
+
+
+def test_a_full_disk_is_refused_and_training_goes_on_once_there_is_room(micro, run, trained):
+    """No file may grow beyond 40 kB, as on a disk that fills while a checkpoint is written."""
+    arguments = command(run, micro, "--role=expert", "--cluster=0")
+    limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 40; exec \"$@\"", "bash", *arguments]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # its files would hit the limit too
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("refused: Cannot save"), done.stderr[-3000:]
+    assert not manifest.exists(run.export(EXPERT))
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert export_bytes(run) == export_bytes(trained)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_writing(micro, run, monkeypatch):
+    full = shutil.disk_usage(run.path)._replace(free=1000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(
+        Refused, match=r"Cannot save the checkpoint of step 4 .* takes \d+ bytes and the disk has 1000 left"
+    ):
+        stage.train(micro, run, EXPERT)
+    assert not list(Path(run.checkpoints(EXPERT)).iterdir())

@@ -74,11 +74,16 @@ print(samples.bars())
 
 # %% [markdown]
 # A prompt that leaves the world open makes it wait until it sees something in the noise. With `routing="full"` the
-# bands are the router's probabilities, step by step.
+# bands are the router's probabilities, step by step. (Less guidance, because such prompts were never trained on.)
 
 # %%
-open_prompts = ["red", "blue", "slowly", "a small purple on a ground"]
-full = ensemble.sample(open_prompts, num_steps=steps, seed=0, routing="full")
+open_prompts = [
+    "a small purple on a ground",
+    "a large cyan fast on a ground",
+    "a large red slowly on a ground",
+    "a large green on a ground",
+]
+full = ensemble.sample(open_prompts, num_steps=steps, seed=0, guidance=2.0, routing="full")
 full.plot_routing()
 
 # %% [markdown]
@@ -88,11 +93,12 @@ full.plot_routing()
 # the router is sure all rules agree; where it is not, they part early and may end in different worlds.
 
 # %%
-noise = ensemble.noise(len(prompts), seed=0)
+noise = ensemble.noise(len(open_prompts), seed=0)
+same = {"num_steps": steps, "noise": noise, "guidance": 2.0}
 by_way = {
-    "top 1": ensemble.sample(open_prompts, num_steps=steps, noise=noise, top_k=1),
-    "top 2": ensemble.sample(open_prompts, num_steps=steps, noise=noise, top_k=2),
-    "full": ensemble.sample(open_prompts, num_steps=steps, noise=noise, routing="full"),
+    "top 1": ensemble.sample(open_prompts, top_k=1, **same),
+    "top 2": ensemble.sample(open_prompts, top_k=2, **same),
+    "full": ensemble.sample(open_prompts, routing="full", **same),
 }
 for name, drawn in by_way.items():
     apart = np.abs(drawn.videos - by_way["full"].videos).mean() / 2

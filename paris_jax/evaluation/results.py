@@ -45,9 +45,10 @@ def comparison(
     reference: Estimate | None = None,
     reference_label: str = "",
     note: str = "",
+    smallest: float = 0.0,
 ) -> Comparison:
-    """One row of the comparison; see the module's docstring for the fields."""
-    won = winner(difference, better) if better else "none"
+    """One row of the comparison; see the module's docstring for the fields. A difference up to `smallest` is no win."""
+    won = winner(difference, better) if better and abs(difference["value"]) > smallest else "none"
     return {
         "id": name,
         "label": label,

@@ -1,7 +1,7 @@
 """Trains the shapes judge: `python -m paris_jax.evaluation.train_judge`.
 
-About a quarter of an hour on one free CPU core; writes shapes_judge.safetensors and its card beside this file. Every clip
-is seen once, with blur, noise, contrast and brightness of a mild random strength, so that imperfect clips are read too.
+About a quarter of an hour on one free CPU core; writes shapes_judge.safetensors and its card beside this file. Every
+clip is seen once, with blur, noise, contrast and brightness of a mild random strength: imperfect clips are read too.
 """
 
 import argparse

@@ -39,6 +39,15 @@ def test_frechet_has_a_floor_at_the_same_count_and_names_the_better_arm(sets):
     assert row["difference"]["value"] == pytest.approx(row["ensemble"]["value"] - row["monolith"]["value"])
 
 
+def test_a_difference_within_the_error_of_the_floor_wins_nothing(sets):
+    by_arm, others = sets
+    real = by_arm["real"].features
+    calmer = {"real": by_arm["real"], "ensemble": looked(real * 0.99), "monolith": looked(real)}
+    row = scores.frechet(calmer, others, "")
+    assert 0 < abs(row["difference"]["value"]) < row["reference"]["stderr"]
+    assert row["winner"] == "none"
+
+
 def test_agreement_has_the_real_clips_as_its_ceiling(sets):
     by_arm, _ = sets
     asked = by_arm["real"].read

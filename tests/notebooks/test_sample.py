@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def executed(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARIS_JAX_STEPS", "4")
         patch.delenv("MPLBACKEND", raising=False)
+        patch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)  # this checkout, installed or not
         if not shipped():
             patch.setenv("PARIS_JAX_ENSEMBLE", str(request.getfixturevalue("trained").ensemble))
         folder = tmp_path_factory.mktemp("notebook")

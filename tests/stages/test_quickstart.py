@@ -1,4 +1,4 @@
-"""The whole job as a person starts it: in a process, with every role a process of its own, stopped and started again."""
+"""The whole job as a person starts it: every role a process of its own, stopped in the middle and started again."""
 
 import io
 import json
@@ -29,9 +29,8 @@ class Quickstart:
     def __init__(self, folder, experiment, *flags):
         self.run_folder = RunFolder(folder / "run")
         config = folder / "given.py"
-        config.write_text(
-            f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({experiment.to_dict()!r})\n"
-        )
+        body = f"def get_config():\n    return ConfigDict({experiment.to_dict()!r})\n"
+        config.write_text(f"from ml_collections import ConfigDict\n\n\n{body}")
         flags = (f"--config={config}", f"--workdir={self.run_folder}", *flags)
         self.command = [sys.executable, "-m", "paris_jax.cli", "quickstart", *flags]
 
@@ -42,7 +41,10 @@ class Quickstart:
     def end(self, process=None):
         """Exit code, stdout and stderr."""
         process = process or self.start()
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # its roles stop with it
         return process.returncode, out, err
 
 
@@ -57,7 +59,7 @@ def wait_until(happened, process, seconds=120):
 @pytest.fixture(scope="module")
 def quick(micro, tmp_path_factory):
     """A quickstart from nothing that was stopped while roles trained, and then run to its end: (it, stopped, ended)."""
-    quick = Quickstart(tmp_path_factory.mktemp("quick"), micro, "--config.training.steps=100")
+    quick = Quickstart(tmp_path_factory.mktemp("quick"), micro, "--config.training.steps=30")
     process = quick.start()
     monolith = quick.run_folder.metrics(Role("monolith"))
     wait_until(lambda: monolith.exists() and monolith.read_text().count("\n") > 2, process)

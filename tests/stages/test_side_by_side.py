@@ -1,4 +1,4 @@
-"""The launcher with a stand-in for paris-jax: devices, order, restarts, one failure that stops all, and being stopped."""
+"""The launcher with a stand-in for paris-jax: order, restarts, one failure that stops all, being stopped."""
 
 import json
 import signal
@@ -70,6 +70,11 @@ def trial(tmp_path, monkeypatch):
     return Trial(tmp_path, monkeypatch)
 
 
+def long(*names):
+    """The part of a plan in which these jobs run until they are stopped."""
+    return {name: ["long"] for name in names}
+
+
 def named(notes, event):
     return [name for name, happened, _ in notes if happened == event]
 
@@ -118,14 +123,14 @@ def test_a_preempted_job_starts_again(trial):
 
 def test_a_refused_job_stops_the_others_which_save(trial):
     began = time.monotonic()
-    notes = trial.run(plan={"expert 1": [1]} | dict.fromkeys(["monolith", "expert 0", "router"], ["long"]), seconds=1)
+    notes = trial.run(plan={"expert 1": [1]} | long("monolith", "expert 0", "router"), seconds=1)
     assert time.monotonic() - began < 30
     assert sorted(named(notes, "saved")) == ["expert 0", "monolith", "router"]
     assert str(trial.launcher.failure) == "expert 1: training.batch=7 does not divide"
 
 
 def test_a_killed_job_stops_the_others_too(trial):
-    trial.run(plan={"expert 1": [-9]} | dict.fromkeys(["monolith", "expert 0", "router"], ["long"]), seconds=1)
+    trial.run(plan={"expert 1": [-9]} | long("monolith", "expert 0", "router"), seconds=1)
     assert str(trial.launcher.failure) == "expert 1 was killed by signal 9; often there is not enough memory"
 
 
@@ -140,7 +145,7 @@ def test_a_signal_stops_all_of_them_and_is_remembered(trial):
             signal.raise_signal(signal.SIGINT)
 
     with trial.launcher.listening():
-        notes = trial.run(plan=dict.fromkeys(NAMES, ["long"]), watch=watch)
+        notes = trial.run(plan=long(*NAMES), watch=watch)
     assert sorted(named(notes, "saved")) == sorted(NAMES)
     assert trial.launcher.stopped_by == signal.SIGINT
     assert trial.launcher.failure is None
@@ -155,7 +160,7 @@ def test_a_failure_of_the_watcher_leaves_no_process_behind(trial):
             raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        trial.run(plan=dict.fromkeys(NAMES, ["long"]), watch=watch)
+        trial.run(plan=long(*NAMES), watch=watch)
     assert sorted(named(trial.notes(), "saved")) == sorted(NAMES)
 
 

@@ -1,0 +1,77 @@
+"""Processes of one job find each other, or say why not; a process alone does not look for any."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from paris_jax.errors import Refused
+from paris_jax.training.hosts import join_hosts, why_join
+
+JOINED = (
+    "from paris_jax.training.hosts import join_hosts; join_hosts(timeout=60); import jax; print(jax.process_count())"
+)
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_two_processes_are_one_job(address):
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED],
+            env=os.environ | told | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [out for out, _ in ended] == ["2\n", "2\n"], [err for _, err in ended]
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "1"}, ""),
+        ({"SLURM_NTASKS": "8"}, "SLURM_NTASKS=8"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "TPU_WORKER_HOSTNAMES names 2 hosts"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS=a:1"),
+        ({"SLURM_NTASKS": "8", "PARIS_JAX_JOIN_HOSTS": "0"}, ""),
+        ({"PARIS_JAX_JOIN_HOSTS": "1"}, "PARIS_JAX_JOIN_HOSTS=1"),
+    ],
+)
+def test_a_process_looks_for_others_only_where_something_says_there_are_some(environment, why):
+    assert why_join(environment) == why
+
+
+def test_a_coordinator_that_does_not_answer_is_named_with_the_time_waited(address):
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    with pytest.raises(Refused, match=rf"The coordinator at {address} did not answer within 1 seconds .*=0 to run"):
+        join_hosts(told, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "host", "JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS=host: must be host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one: must be a whole number"),
+        ({"PARIS_JAX_JOIN_HOSTS": "yes"}, "PARIS_JAX_JOIN_HOSTS=yes: must be 1"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, r"cannot be joined at a:1 \(asked for by JAX_COORDINATOR_ADDRESS=a:1\)"),
+    ],
+)
+def test_what_does_not_say_who_is_there_is_refused(environment, sentence, monkeypatch):
+    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri"):  # JAX would look there
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Refused, match=sentence):
+        join_hosts(environment)

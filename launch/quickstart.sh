@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# The whole job on this machine: installs into .venv, then runs every stage on the embedded data and prints the report.
+# The whole job on this machine: installs into .venv, then runs every stage, with the roles side by side on its devices.
 #
-#   ./launch/quickstart.sh [--python=python3.12] [flags of `paris-jax quickstart`]
+#   ./launch/quickstart.sh [--python=python3.12]      the embedded shapes
+#       [--config=configs/shapes.py:small] [--workdir=runs/shapes] [--config.a.b=value ...]
+#       [--devices=gpu:0,1]      instead of all GPUs, TPU chips or, without those, CPU cores
+#       [--dry_run]              prints the commands and their devices instead
 #
-# Needs Python 3.11 or later and nothing else. An NVIDIA GPU or a TPU is used where there is one.
+# Needs Python 3.11 or later and nothing else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh

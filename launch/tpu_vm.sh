@@ -114,7 +114,7 @@ reads_config=$(quoted "--config=$config" ${overrides[@]+"${overrides[@]}"} "--wo
 train() {
   local flags="--role=${roles[$1]}"
   [[ ${roles[$1]} != expert* ]] || flags="--role=expert --cluster=${roles[$1]#expert }"
-  local command=".venv/bin/paris-jax train$reads_config $flags"
+  local command="PARIS_JAX_JOIN_HOSTS=1 .venv/bin/paris-jax train$reads_config $flags"
   remote "$1" all "while $command; code=\$?; [ \$code = 75 ]; do sleep 5; done; exit \$code"
 }
 

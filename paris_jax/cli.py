@@ -22,7 +22,7 @@ from paris_jax.errors import Preempted, Refused, nearest
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
 
-PREEMPTED = 75
+REFUSED, PREEMPTED = 1, 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +306,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
-        return 1
+        return REFUSED
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
         return PREEMPTED
@@ -319,11 +319,17 @@ def run(arguments: Sequence[str]) -> int:
         where = error.filename or "the run folder"
         remedy = "make room or choose another --workdir, then run the same command again"
         print(f"refused: {error.strerror}: {where}; {remedy}", file=sys.stderr)
-        return 1
+        return REFUSED
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == REFUSED:
+        # The sentence that was printed stands last: threads of a failed write must not add their tracebacks to it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

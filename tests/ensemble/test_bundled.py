@@ -49,7 +49,7 @@ def test_it_shows_the_right_world_colour_and_motion_for_most_prompts(ensemble):
 
 
 def test_each_prompt_is_answered_by_the_expert_of_its_world(ensemble):
-    """Which expert knows which world is found by measurement; the router must then send each world to one of its own."""
+    """Which expert knows which world is left open; each world must have one of its own."""
     rng = np.random.default_rng(12)
     asked = [shapes.draw_attributes(rng) for _ in range(18)]
     samples = ensemble.sample([shapes.caption(a) for a in asked], num_steps=6)

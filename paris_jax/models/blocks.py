@@ -1,7 +1,7 @@
 """The pieces both networks are built from: embedders, modulation, normalised attention heads, stacked blocks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,43 @@ def split_heads(qkv_BNX: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, j
     """(B, N, 3 * H * D) to queries, keys and values, each (B, N, H, D)."""
     q, k, v = jnp.split(qkv_BNX.reshape(*qkv_BNX.shape[:2], 3 * heads, -1), 3, axis=2)
     return q, k, v
+
+
+class Sizes(Protocol):
+    """What a block needs to know of its network's config."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Stream(nnx.Module):
+    """Modulation, qkv, output and MLP of one sequence: a whole router block, or one half of a double-stream block."""
+
+    def __init__(self, config: Sizes, rngs: nnx.Rngs):
+        dtype, D = jnp.dtype(config.dtype), config.hidden
+        self.modulation = Modulation(D, 6, dtype, rngs)
+        self.qkv = linear(D, 3 * D, dtype, rngs)
+        self.head_norm = HeadNorm(D // config.heads, rngs)
+        self.out = linear(D, D, dtype, rngs)
+        self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
+        self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
+        self.heads = config.heads
+
+    def heads_of(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
+        return *self.head_norm(q, k), v
+
+    def update(self, x: jax.Array, attended: jax.Array, gates: list[jax.Array]) -> jax.Array:
+        gate_attention, shift, scale, gate_mlp = gates
+        x = x + gate_attention[:, None] * self.out(attended.reshape(x.shape))
+        hidden = nnx.gelu(self.mlp_in(modulate(x, shift, scale)), approximate=True)
+        return x + gate_mlp[:, None] * self.mlp_out(hidden)
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

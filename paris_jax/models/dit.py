@@ -23,6 +23,7 @@ from paris_jax.models.blocks import (
     Conditioning,
     HeadNorm,
     Modulation,
+    Stream,
     linear,
     modulate,
     scan_blocks,
@@ -63,30 +64,6 @@ def unpack(tokens_BNX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     B, T, H, W, C = shape
     x = tokens_BNX.reshape(B, T, H // PATCH, W // PATCH, C, PATCH, PATCH)
     return x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(B, T, H, W, C)
-
-
-class Stream(nnx.Module):
-    """One modality's half of a double-stream block: its modulation, qkv, output and MLP."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        dtype, D = jnp.dtype(config.dtype), config.hidden
-        self.modulation = Modulation(D, 6, dtype, rngs)
-        self.qkv = linear(D, 3 * D, dtype, rngs)
-        self.head_norm = HeadNorm(D // config.heads, rngs)
-        self.out = linear(D, D, dtype, rngs)
-        self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
-        self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
-        self.heads = config.heads
-
-    def heads_of(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
-        return *self.head_norm(q, k), v
-
-    def update(self, x: jax.Array, attended: jax.Array, gates: list[jax.Array]) -> jax.Array:
-        gate_attention, shift, scale, gate_mlp = gates
-        x = x + gate_attention[:, None] * self.out(attended.reshape(x.shape))
-        hidden = nnx.gelu(self.mlp_in(modulate(x, shift, scale)), approximate=True)
-        return x + gate_mlp[:, None] * self.mlp_out(hidden)
 
 
 class DoubleBlock(nnx.Module):

@@ -16,12 +16,11 @@ from paris_jax.models import positions
 from paris_jax.models.attention import attend
 from paris_jax.models.blocks import (
     Conditioning,
-    HeadNorm,
     Modulation,
+    Stream,
     linear,
     modulate,
     scan_blocks,
-    split_heads,
     stacked,
 )
 from paris_jax.models.dit import PATCH, pack
@@ -44,27 +43,14 @@ class RouterConfig:
     dtype: str = "float32"
 
 
-class RouterBlock(nnx.Module):
+class RouterBlock(Stream):
     """Self-attention, then MLP, both modulated (AdaLN-Zero)."""
 
-    def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
-        dtype, D = jnp.dtype(config.dtype), config.hidden
-        self.modulation = Modulation(D, 6, dtype, rngs)
-        self.qkv = linear(D, 3 * D, dtype, rngs)
-        self.head_norm = HeadNorm(D // config.heads, rngs)
-        self.out = linear(D, D, dtype, rngs)
-        self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
-        self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
-        self.heads = config.heads
-
     def __call__(self, x, condition, rope):  # arrays in, (x,) out
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
-        q, k, v = split_heads(self.qkv(modulate(x, shift_a, scale_a)), self.heads)
-        q, k = self.head_norm(q, k)
-        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v).reshape(x.shape)
-        x = x + gate_a[:, None] * self.out(attended)
-        hidden = nnx.gelu(self.mlp_in(modulate(x, shift_m, scale_m)), approximate=True)
-        return (x + gate_m[:, None] * self.mlp_out(hidden),)
+        shift, scale, *gates = self.modulation(condition)
+        q, k, v = self.heads_of(x, shift, scale)
+        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v)
+        return (self.update(x, attended, gates),)
 
 
 class Router(nnx.Module):

@@ -1,5 +1,7 @@
 """A micro experiment that every room's tests can afford: 60 clips of 8 tokens, a network of 30 thousand parameters."""
 
+import concurrent.futures
+import multiprocessing
 import os
 import tempfile
 
@@ -24,6 +26,14 @@ def micro_config():
     config.sampling.update(steps=3, guidance=2.0)
     config.evaluation.update(clips=4, loss_clips=4, loss_times=4, shown=2)
     return config
+
+
+@pytest.fixture(scope="session")
+def elsewhere():
+    """Calls a function in another process that was started afresh, as Grain's workers are."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -132,10 +132,14 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
     assert 0 < step < 5000
 
 
-def test_an_expert_needs_its_own_cluster_folder_only(micro, run, trained):
-    """Every other folder is deleted; the result is the same, bit for bit."""
+@pytest.mark.parametrize("others", ["deleted", "unreadable"])
+def test_an_expert_needs_its_own_cluster_folder_only(others, micro, run, trained):
+    """Every other folder is deleted, or holds rubbish; the result is the same, bit for bit."""
     for folder in (run.data, run.heldout, run.cluster(1), run.cluster(2)):
-        shutil.rmtree(folder)
+        if others == "deleted":
+            shutil.rmtree(folder)
+        else:
+            overwrite(folder)
     for name in ("manifest.json", "assignment.json", "centroids.safetensors", "report.json"):
         (run.partition / name).unlink(missing_ok=True)
     run.config.unlink()
@@ -199,8 +203,8 @@ def test_a_finished_role_says_so_and_does_nothing(micro, trained, caplog):
     assert before == {p: p.stat().st_mtime_ns for p in Path(trained.role(EXPERT)).rglob("*")}
 
 
-def damage(folder, step):
-    for path in Path(folder / str(step)).rglob("*"):
+def overwrite(folder):
+    for path in Path(folder).rglob("*"):
         if path.is_file():
             path.write_bytes(b"damaged")
 
@@ -210,7 +214,7 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
     shutil.rmtree(run.export(EXPERT))
     steps = sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir())
     assert steps == [8, 12]
-    damage(run.checkpoints(EXPERT), 12)
+    overwrite(run.checkpoints(EXPERT) / "12")
     with caplog.at_level("WARNING"):
         stage.train(micro, run, EXPERT)
     assert "step 12" in caplog.text and "older" in caplog.text
@@ -218,7 +222,7 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
 
     shutil.rmtree(run.export(EXPERT))
     for step in (8, 12):
-        damage(run.checkpoints(EXPERT), step)
+        overwrite(run.checkpoints(EXPERT) / str(step))
     with pytest.raises(Refused, match="none can be read"):
         stage.train(micro, run, EXPERT)
 

@@ -21,6 +21,7 @@ from paris_jax.config_file import EXAMPLE, change, embedded, load
 from paris_jax.errors import Preempted, Refused, nearest
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages.devices import keep_freed_memory
 
 REFUSED, PREEMPTED = 1, 75
 
@@ -323,6 +324,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
+    keep_freed_memory()
     code = run(sys.argv[1:])
     if code == REFUSED:
         # The sentence that was printed stands last: threads of a failed write must not add their tracebacks to it.

@@ -19,10 +19,12 @@ def micro_config():
     config = default_config()
     config.name = "micro"
     config.data.update(num_clips=60, frames=4, height=8, width=8, heldout_fraction=0.15)
-    config.network.update(preset="tiny", hidden=64, heads=1)
+    config.network.update(preset="tiny", hidden=64, heads=4)
     config.diffusion.shift = 2.0
     config.training.update(steps=12, batch=4, warmup=2, log_every=4, checkpoint_every=4, ema=0.9)
-    config.router_training.update(steps=12, batch=8, warmup=2, log_every=4, checkpoint_every=6, ema=0.9)
+    config.router_training.update(
+        steps=12, batch=8, optimizer="muon", warmup=2, log_every=4, checkpoint_every=6, ema=0.9
+    )
     config.sampling.update(steps=3, guidance=2.0)
     config.evaluation.update(clips=4, loss_clips=4, loss_times=4, shown=2)
     return config

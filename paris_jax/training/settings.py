@@ -27,6 +27,7 @@ class Training:
     batch: int = 32  # clips a step, over all devices of the job
     learning_rate: float = 1e-3
     warmup: int = 50  # steps, linear from 0
+    optimizer: str = "adamw"  # or "muon": more progress a step, for more work a step
     decay: str = "cosine"  # after warm-up: "cosine" to 0 or "constant"
     b1: float = 0.9
     b2: float = 0.99
@@ -50,6 +51,7 @@ class Training:
         yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
         yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
         yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
+        yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon"))
         yield from checks.choice("decay", self.decay, ("cosine", "constant"))
         yield from checks.choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         yield from checks.between(0.0, 1.0, drop_tokens=self.drop_tokens, drop_pooled=self.drop_pooled)

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from paris_jax.models import functional
 from paris_jax.training.settings import Training
+from paris_jax.training.sharding import STACKED
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +38,39 @@ def learning_rate(settings: Training, steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: Training, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            learning_rate(settings, steps), settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay
-        ),
-    )
+    """Clip by global norm, then AdamW or Muon.
+
+    Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (what goes in and out, modulation,
+    norms and biases) takes AdamW's step. Its steps are scaled to AdamW's usual size (Liu et al. 2025, arXiv
+    2502.16982), so that one learning rate serves both.
+    """
+    rate, decay = learning_rate(settings, steps), settings.weight_decay
+    if settings.optimizer == "muon":
+        update = optax.contrib.muon(
+            rate,
+            weight_decay=decay,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            eps=settings.eps,
+            adam_weight_decay=decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        update = optax.adamw(rate, settings.b1, settings.b2, settings.eps, weight_decay=decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def _matrices(params: functional.Params) -> Any:
+    """How Muon reads each stack (layers, inputs, outputs) of matrices; None for what is AdamW's."""
+    spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    def of(path: Any, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = {key.key for key in path}
+        stacked = leaf.ndim == 3 and not names.isdisjoint(STACKED)
+        return spec if stacked and "modulation" not in names else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def create(config: functional.Config, settings: Training, steps: int, key: jax.Array) -> TrainState:

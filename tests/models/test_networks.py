@@ -45,7 +45,7 @@ def inputs(batch=3, frames=2, height=4, width=6, text=5, seed=1):
 @pytest.mark.parametrize(
     "name, parameters",
     [
-        ("tiny", 1_480_896),
+        ("tiny", 1_371_968),
         ("small", 41_618_496),
         ("base", 240_208_960),
         ("large", 878_893_120),

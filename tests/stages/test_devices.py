@@ -1,6 +1,7 @@
 """Devices are cut into disjoint groups, and a process that is given one sees and uses that one only."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -104,3 +105,27 @@ class TestFind:
     def test_refuses_what_is_not_there(self, asked, sentence):
         with pytest.raises(Refused, match=sentence):
             find_devices(asked)
+
+
+FAULTS = """
+import resource, sys
+from paris_jax.stages.devices import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def work():
+    b"x" * (60 << 20)
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_freed_memory_is_used_again_without_faulting_it_in_anew():
+    def faults(how):
+        return int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
+
+    assert faults("keep") < 100
+    assert faults("give back") > 10 * 1000

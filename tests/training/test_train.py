@@ -163,7 +163,7 @@ for fsdp in (1, 4):
     config = micro_config()
     config.training.update(batch=8, fsdp=fsdp, log_every=1)
     config.network.hidden = 128
-    config.network.heads = 2
+    config.network.heads = 8
     experiment = Experiment.from_config(config)
     run = RunFolder(sys.argv[1])
     data = manifest.read(run.cluster(0), "cluster")
@@ -185,7 +185,7 @@ for fsdp in (1, 4):
         [sys.executable, "-c", script, str(run)], env=environment, capture_output=True, text=True, cwd=repository
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    config = dataclasses.replace(micro.network, hidden=128, heads=2)
+    config = dataclasses.replace(micro.network, hidden=128, heads=8)
     experiment = with_training(dataclasses.replace(micro, network=config), batch=8, log_every=1)
     job = stage.make_job(experiment, RunFolder(run.path / "one"), EXPERT, manifest.read(run.cluster(0), "cluster"))
     loop.train(job, lambda: training_batches(run.cluster(0), 8, 0))
@@ -281,7 +281,7 @@ def test_the_flop_formula_is_the_compilers_count():
     from paris_jax.experiment import Network
     from paris_jax.models import functional, presets
 
-    network = Network(preset="tiny", hidden=128, heads=2, double_blocks=1, single_blocks=1)
+    network = Network(preset="small", hidden=128, heads=2, double_blocks=1, single_blocks=1)
     config = presets.network_config(network, channels=16, text_width=64, pooled_width=64)
     shape, length = (4, 16, 16, 16), 32
     arguments = [

@@ -1,0 +1,67 @@
+"""The optimizers do what their names say, on the parameters they are for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from paris_jax.models import functional
+from paris_jax.models.dit import DiTConfig
+from paris_jax.training import state as states
+from paris_jax.training.settings import Training
+
+NETWORK = DiTConfig(
+    channels=4, text_width=8, pooled_width=8, hidden=32, heads=2, double_blocks=1, single_blocks=2, rope_axes=(4, 6, 6)
+)
+SETTINGS = Training(learning_rate=0.01, warmup=0, decay="constant", clip_norm=1e9)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return functional.init(NETWORK, jax.random.key(0))
+
+
+def first_update(params, **settings):
+    """What the first step changes, by name, when every gradient is drawn from a normal law."""
+    transform = states.optimizer(dataclasses.replace(SETTINGS, **settings), steps=10)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    grads = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
+    updates, _ = jax.jit(lambda g, p: transform.update(g, transform.init(p), p))(grads, params)
+    return functional.to_names(updates), functional.to_names(grads)
+
+
+def turned_by_muon(name):
+    return "_blocks" in name and name.endswith("kernel") and "modulation" not in name
+
+
+def test_muon_orthogonalises_each_layers_matrices(params):
+    updates, grads = first_update(params, optimizer="muon")
+    names = [name for name in updates if turned_by_muon(name)]
+    assert sorted(names) == sorted(
+        [f"double_blocks.{s}.{part}.kernel" for s in ("video", "text") for part in ("qkv", "out", "mlp_in", "mlp_out")]
+        + ["single_blocks.qkv_mlp.kernel", "single_blocks.out.kernel"]
+    )
+    for name in names:
+        for update, grad in zip(np.asarray(updates[name]), np.asarray(grads[name]), strict=True):
+            size = 0.01 * 0.2 * np.sqrt(max(update.shape))
+            stretched = np.linalg.svd(-update / size, compute_uv=False)
+            assert stretched.min() > 0.6 and stretched.max() < 1.3  # five Newton-Schulz steps come this near to one
+            left, _, right = np.linalg.svd(grad, full_matrices=False)
+            cosine = np.sum(-update * (left @ right)) / np.linalg.norm(update) / np.sqrt(len(stretched))
+            assert cosine > 0.97
+
+
+def test_muon_leaves_the_rest_to_adamw(params):
+    muon, _ = first_update(params, optimizer="muon")
+    adamw, _ = first_update(params, optimizer="adamw")
+    for name in muon:
+        if not turned_by_muon(name):
+            np.testing.assert_allclose(muon[name], adamw[name], rtol=1e-6, err_msg=name)
+
+
+def test_adamws_first_step_is_the_sign_of_the_gradient(params):
+    updates, grads = first_update(params, optimizer="adamw")
+    for name in updates:
+        np.testing.assert_allclose(updates[name], -0.01 * np.sign(grads[name]), rtol=1e-3)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from paris_jax import checks, manifest
 from paris_jax.checks import Problems
 from paris_jax.encoders import codecs, features, text
+from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused, nearest
 from paris_jax.models.presets import Network, Router
 from paris_jax.training.settings import Diffusion, Training
@@ -103,25 +104,6 @@ class Partition:
         )
         if self.fine_clusters and self.fine_clusters < self.num_clusters:
             yield f"fine_clusters={self.fine_clusters}: must be 0 or at least num_clusters={self.num_clusters}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How videos are drawn, unless flags say otherwise."""
-
-    steps: int = 50
-    solver: str = "euler"  # "euler" or "heun"
-    guidance: float = 7.5  # 1: no guidance
-    routing: str = "top_k"  # "top_k", "full" or "threshold"
-    top_k: int = 1
-    threshold: float = 0.9
-
-    def problems(self) -> Problems:
-        yield from checks.at_least(1, steps=self.steps, top_k=self.top_k)
-        yield from checks.choice("solver", self.solver, ("euler", "heun"))
-        yield from checks.choice("routing", self.routing, ("top_k", "full", "threshold"))
-        yield from checks.at_least(0, guidance=self.guidance)
-        yield from checks.between(0.0, 1.0, threshold=self.threshold)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

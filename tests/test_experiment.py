@@ -92,7 +92,7 @@ def test_a_whole_number_stands_for_a_float():
         ("network__remat", "some", "config.network.remat='some': must be one of none, full"),
         ("network__hidden", -1, "config.network.hidden=-1: must be at least 0"),
         ("network__heads", 3, "config.network.hidden=112 over heads=3 is not 16 a head"),
-        ("network__hidden", 100, "for example hidden=128"),
+        ("network__hidden", 100, "for example hidden=112"),
         ("router__preset", "B", "config.router.preset='B': must be one of tiny, small, b"),
         ("diffusion__time_std", 0.0, "config.diffusion.time_std=0.0: must be above 0"),
         ("diffusion__shift", -1.0, "config.diffusion.shift=-1.0: must be at least 0"),

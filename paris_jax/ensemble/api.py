@@ -21,29 +21,8 @@ from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, sampler
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
-from paris_jax.errors import Refused, nearest
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to sample; what is not given comes from the ensemble's manifest."""
-
-    steps: int = 50
-    solver: str = "euler"
-    guidance: float = 7.5
-    routing: str = "top_k"
-    top_k: int = 1
-    threshold: float = 0.9
-
-    def check(self) -> None:
-        from paris_jax.diffusion.solvers import SOLVERS
-
-        if self.steps < 1:
-            raise Refused(f"num_steps={self.steps}: must be at least 1")
-        if self.solver not in SOLVERS:
-            raise Refused(f"solver={self.solver!r}: must be one of {', '.join(SOLVERS)}{nearest(self.solver, SOLVERS)}")
-        if not self.guidance >= 0:
-            raise Refused(f"guidance={self.guidance}: must be at least 0 (1 is no guidance)")
+from paris_jax.ensemble.settings import Sampling
+from paris_jax.errors import Refused
 
 
 class Ensemble:
@@ -57,7 +36,7 @@ class Ensemble:
         self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
         self.fps: float = shared["fps"]
         self.shift: float = shared["shift"]
-        self.defaults = Settings(**parts.sampling)
+        self.defaults = Sampling(**parts.sampling)
         self.scale = codecs.LatentScale.from_manifest(shared["latent"])
         self._text_length = shared["text_length"]
         self._network = next(iter(parts.experts.values())).config
@@ -182,13 +161,14 @@ class Ensemble:
         if x.shape != expected:
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
 
-    def _plan(self, steps, guidance, routing, top_k, threshold, experts, solver) -> tuple[Settings, sampler.Plan]:
+    def _plan(self, steps, guidance, routing, top_k, threshold, experts, solver) -> tuple[Sampling, sampler.Plan]:
         if routing is None and experts is None:
             routing = "top_k" if top_k is not None else "threshold" if threshold is not None else None
         given = {"steps": steps, "guidance": guidance, "routing": routing, "top_k": top_k, "threshold": threshold}
         given |= {"solver": solver}
         settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
-        settings.check()
+        for problem in settings.problems():
+            raise Refused(problem.replace("steps=", "num_steps="))
         rule = "forced" if experts is not None else settings.routing
         # The default may ask for more experts than are present; what the caller asks for may not.
         k = settings.top_k if top_k is not None else min(settings.top_k, len(self.clusters))

@@ -41,8 +41,8 @@ def optimizer(settings: Training, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW or Muon.
 
     Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (what goes in and out, modulation,
-    norms and biases) takes AdamW's step. Its steps are scaled to AdamW's usual size (Liu et al. 2025, arXiv
-    2502.16982), so that one learning rate serves both.
+    norms and biases) takes AdamW's step, with Nesterov momentum. Muon's steps are scaled to AdamW's usual size (Liu et
+    al. 2025, arXiv 2502.16982), so that one learning rate serves both.
     """
     rate, decay = learning_rate(settings, steps), settings.weight_decay
     if settings.optimizer == "muon":

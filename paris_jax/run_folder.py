@@ -3,11 +3,15 @@
 RUN/config.json                    the resolved config and its hash
 RUN/data/                          all clips as latents
 RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
-RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, export/
+RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, lock, export/
 RUN/ensemble/ samples/ evaluation/
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -72,6 +76,34 @@ class RunFolder:
 
     def export(self, role: Role) -> epath.Path:
         return self.role(role) / "export"
+
+    @contextlib.contextmanager
+    def only_writer(self, role: Role) -> Iterator[None]:
+        """Keeps other processes of this machine from training `role` here, until this one is through or dead.
+
+        Folders that cannot be locked (gs://, some network file systems) are not kept: there, jobs are told apart by
+        whoever starts them.
+        """
+        if "://" in str(self.path):
+            yield
+            return
+        folder = self.role(role)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise Refused(
+                    f"{role.name} of {self.path} is being trained by process {lock.read().strip()} already; wait for "
+                    "it, or stop it with 'kill' (it saves and can be resumed) and run the same command again"
+                ) from None
+            except OSError:
+                pass
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
 
     def claim(self, config: dict[str, Any], config_hash: str) -> None:
         """Writes config.json at the first stage; afterwards refuses a config whose hash is another one."""

@@ -1,5 +1,6 @@
 """`paris-jax train`: one expert, the monolith or the router, on its own data, to a part that can be admitted."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -51,30 +52,34 @@ def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
             process_count=jax.process_count(),
         )
 
-    state = loop.train(job, batches)
-    params = loop.to_host(state.ema)
-    if jax.process_index() == 0:
-        content = {name: data[0][name] for name in CARRIED}
-        parts.write(
-            export,
-            job.config,
-            params,
-            experiment.hash,
-            "float32",
-            role=role.kind,
-            cluster=role.cluster,
-            clusters=experiment.partition.num_clusters,
-            shift=sampling_shift(experiment, data[0]["latent"]["shape"]),
-            training={
-                "steps": job.steps,
-                "batch": settings.batch,
-                "clips": sum(d["clips"] for d in data),
-                "flops_per_sample": job.flops_per_sample,
-                "seed": settings.seed,
-            },
-            **content,
-        )
+    with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
+        params = loop.to_host(loop.train(job, batches).ema)
+        if jax.process_index() == 0:
+            _export(run, experiment, role, job, params, data)
     logger.info("%s is trained: %s", role.name, export)
+
+
+def _export(run: RunFolder, experiment: Experiment, role: Role, job: loop.Job, params: Any, data: list[Any]) -> None:
+    """Writes the averaged parameters with everything that is needed to use them."""
+    parts.write(
+        run.export(role),
+        job.config,
+        params,
+        experiment.hash,
+        "float32",
+        role=role.kind,
+        cluster=role.cluster,
+        clusters=experiment.partition.num_clusters,
+        shift=sampling_shift(experiment, data[0]["latent"]["shape"]),
+        training={
+            "steps": job.steps,
+            "batch": job.settings.batch,
+            "clips": sum(d["clips"] for d in data),
+            "flops_per_sample": job.flops_per_sample,
+            "seed": job.settings.seed,
+        },
+        **{name: data[0][name] for name in CARRIED},
+    )
 
 
 def check_role(experiment: Experiment, role: Role) -> None:

@@ -132,6 +132,23 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
     assert 0 < step < 5000
 
 
+def test_a_role_is_trained_by_one_process_at_a_time(micro, run):
+    """A second one, as after the loss of a launcher that left its roles running, would write over the first."""
+    experiment = with_training(micro, steps=5000, checkpoint_every=5000)
+    reclaimed(run, experiment)
+    process = subprocess.Popen(command(run, experiment, "--role=expert", "--cluster=0"), stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not metrics.read(run.role(EXPERT) / "metrics.jsonl"):
+            time.sleep(0.05)
+        with pytest.raises(Refused, match=f"expert 0 .* is being trained by process {process.pid} already"):
+            stage.train(experiment, run, EXPERT)
+    finally:
+        process.kill()
+        process.wait()
+    with run.only_writer(EXPERT):
+        pass
+
+
 @pytest.mark.parametrize("others", ["deleted", "unreadable"])
 def test_an_expert_needs_its_own_cluster_folder_only(others, micro, run, trained):
     """Every other folder is deleted, or holds rubbish; the result is the same, bit for bit."""

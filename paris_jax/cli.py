@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -104,10 +105,16 @@ def _placing(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("dry_run", False, "print the commands and their devices, run nothing", flag_values=values)
 
 
+def _processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("processes", 1, "shards encoded at once, each by a process", flag_values=values)
+
+
 def _prepare(call: Call) -> None:
     from paris_jax.stages.prepare import prepare
 
-    prepare(call.experiment(call.run), call.run)
+    if call["processes"] < 1:
+        raise Refused(f"--processes={call['processes']}: must be at least 1")
+    prepare(call.experiment(call.run), call.run, call["processes"])
 
 
 def _cluster(call: Call) -> None:
@@ -184,7 +191,10 @@ COMMANDS = {
         _quickstart,
     ),
     "prepare": Command(
-        "clips to latents, text and features", (f"paris-jax prepare {_STAGE}",), (_config, _workdir), _prepare
+        "clips to latents, text and features",
+        (f"paris-jax prepare {_STAGE}",),
+        (_config, _workdir, _processes),
+        _prepare,
     ),
     "cluster": Command(
         "features to K clusters, one data folder each", (f"paris-jax cluster {_STAGE}",), (_config, _workdir), _cluster
@@ -315,16 +325,24 @@ def run(arguments: Sequence[str]) -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            remedy = "make room or choose another --workdir, then run the same command again"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            remedy = "name a folder or file that can be made there"
+        else:
             raise
         where = error.filename or "the run folder"
-        remedy = "make room or choose another --workdir, then run the same command again"
         print(f"refused: {error.strerror}: {where}; {remedy}", file=sys.stderr)
         return REFUSED
 
 
+def _stop(*_: Any) -> None:
+    raise Preempted("what was finished is kept")
+
+
 def main() -> None:
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
     if code == REFUSED:
         # The sentence that was printed stands last: threads of a failed write must not add their tracebacks to it.

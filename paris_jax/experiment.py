@@ -5,6 +5,7 @@ dataclasses or refuses it by name. Everything after that may rely on the types a
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -40,6 +41,7 @@ class Data:
             yield "path is empty; source 'folder' needs the directory of the videos"
         yield from checks.at_least(1 if self.source == "shapes" else 0, num_clips=self.num_clips)
         yield from checks.at_least(1, frames=self.frames, height=self.height, width=self.width)
+        yield from checks.at_least(0, seed=self.seed)
         yield from checks.above(0, fps=self.fps)
         yield from checks.between(0.0, 0.5, heldout_fraction=self.heldout_fraction)
 
@@ -102,6 +104,7 @@ class Partition:
         yield from checks.at_least(
             1, num_clusters=self.num_clusters, iterations=self.iterations, restarts=self.restarts
         )
+        yield from checks.at_least(0, seed=self.seed)
         if self.fine_clusters and self.fine_clusters < self.num_clusters:
             yield f"fine_clusters={self.fine_clusters}: must be 0 or at least num_clusters={self.num_clusters}"
 
@@ -119,6 +122,7 @@ class Evaluation:
     def problems(self) -> Problems:
         yield from checks.at_least(2, clips=self.clips, loss_clips=self.loss_clips)
         yield from checks.at_least(1, loss_times=self.loss_times, shown=self.shown)
+        yield from checks.at_least(0, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +174,8 @@ class Experiment:
                     f"data.{axis}={size}: must be {more}a multiple of {factor} (codec and 2 x 2 packing), "
                     f"for example {near}"
                 )
+        if self.features.name == "statistics" and min(data.height, data.width) <= 2:
+            yield f"data.height, data.width={data.height}, {data.width}: features.name='statistics' needs at least 4"
         if self.sampling.top_k > self.partition.num_clusters:
             yield (
                 f"sampling.top_k={self.sampling.top_k}: must be at most "
@@ -232,7 +238,10 @@ def _typed(kind: type | types.UnionType, value: Any, where: str, problems: list[
     """Returns `value` as `kind`; an int may stand for a float, nothing else is converted."""
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind or (kind is float and value != value):
+    if type(value) is not kind:
         problems.append(f"{where}={value!r}: must be {'an' if kind is int else 'a'} {getattr(kind, '__name__', kind)}")
+        return None
+    if kind is float and not math.isfinite(value):
+        problems.append(f"{where}={value!r}: must be finite")
         return None
     return value

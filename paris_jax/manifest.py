@@ -1,5 +1,6 @@
 """Manifests: what a stage promises about its files. Written last, so a folder without one is not done."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -53,13 +54,14 @@ def versions() -> dict[str, str]:
 def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
     """Writes the whole file under another name and renames it, so that a killed process leaves no half file."""
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data if isinstance(data, bytes) else data.encode())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise Refused(
             f"Cannot write {path} ({error.strerror or error}); free some space or choose another --workdir, "
             "then run the same command again"

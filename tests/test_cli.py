@@ -1,8 +1,10 @@
 """What the command line says: help, and one clear sentence for every mistake."""
 
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -72,6 +74,27 @@ def test_as_a_process_it_exits_with_the_code_and_no_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "there is no config file 'nofile.py' here" in done.stderr
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_file_where_a_folder_should_be_is_refused(below, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = ["--config=configs/shapes.py:tiny", f"--workdir={tmp_path}/file{below}"]
+    done = subprocess.run([sys.executable, "-m", "paris_jax.cli", "prepare", *config], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("refused: ")
+
+
+def test_a_stage_asked_to_stop_keeps_what_is_finished_and_says_to_run_again(tmp_path):
+    command = [sys.executable, "-m", "paris_jax.cli", "prepare", "--config=configs/shapes.py:bundled"]
+    process = subprocess.Popen([*command, f"--workdir={tmp_path}/run"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "run" / "data").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "run the same command again" in errors
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A config is accepted whole or refused by name, and its hash says what was trained."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_a_config_dict_does_not_take_unknown_fields_either():
         ("training__steps", True, "config.training.steps=True: must be an int"),
         ("training__steps", "10", "config.training.steps='10': must be an int"),
         ("training__learning_rate", "1e-3", "config.training.learning_rate='1e-3': must be a float"),
-        ("training__learning_rate", float("nan"), "config.training.learning_rate=nan: must be a float"),
+        ("training__learning_rate", float("nan"), "config.training.learning_rate=nan: must be finite"),
         ("data__source", 3, "config.data.source=3: must be a str"),
         ("data", 3, "config.data=3: must be a group of fields"),
         ("data", None, "config.data=None: must be a group of fields"),
@@ -77,6 +78,12 @@ def test_a_whole_number_stands_for_a_float():
         ("data__source", "folder", "config.data.path is empty"),
         ("data__num_clips", 0, "config.data.num_clips=0: must be at least 1"),
         ("data__frames", 0, "config.data.frames=0: must be at least 1"),
+        ("data__seed", -1, "config.data.seed=-1: must be at least 0"),
+        ("partition__seed", -1, "config.partition.seed=-1: must be at least 0"),
+        ("data__fps", math.inf, "config.data.fps=inf: must be finite"),
+        ("training__learning_rate", math.inf, "config.training.learning_rate=inf: must be finite"),
+        ("training__optimizer", "adam", "config.training.optimizer='adam': must be one of adamw, muon, adafactor"),
+        ("training__decay_share", 2.0, "config.training.decay_share=2.0: must be between 0.0 and 1.0"),
         ("data__fps", 0.0, "config.data.fps=0.0: must be above 0"),
         ("data__heldout_fraction", 0.6, "config.data.heldout_fraction=0.6: must be between 0.0 and 0.5"),
         ("codec__name", "pixel", "did you mean 'pixels'?"),
@@ -129,6 +136,10 @@ def test_sizes_that_codec_and_packing_do_not_divide_are_refused(field, size, nea
     said = refusal(**{f"data__{field}": size})
     assert f"config.data.{field}={size}: must be a multiple of" in said
     assert said.endswith(f"for example {near}")
+
+
+def test_a_picture_too_small_for_the_features_is_refused():
+    assert "data.height, data.width=2, 20: features.name='statistics' needs" in refusal(data__height=2, codec__height=1)
 
 
 def test_a_causal_codec_wants_one_frame_more():

@@ -56,7 +56,9 @@ class Ensemble:
         return cls(bundle.single(part, sampling))
 
     def encode(self, prompts: Sequence[str]) -> sampler.Text:
-        """Encodes prompts, padded to one length for all calls, so that new prompts do not recompile.
+        """Encodes prompts, padded to the longest caption trained on (longer ones to the most the encoder takes).
+
+        So there are two lengths, and new prompts do not recompile.
 
         Raises:
           Refused: an empty prompt, or one with more tokens than the text encoder takes.

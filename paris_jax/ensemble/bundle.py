@@ -12,7 +12,7 @@ from paris_jax.ensemble.parts import Part
 from paris_jax.errors import Refused
 
 # What all parts of an ensemble must agree on: the space they work in and the words they were told.
-SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps")
+SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "shift")
 BUNDLED = "bundled:"
 SHIPPED = epath.Path(__file__).parent / "bundled"
 
@@ -100,6 +100,11 @@ def write(
 def read(path: epath.PathLike) -> Bundle:
     """Reads an ensemble and every part it names, checked as at admission."""
     folder = resolve(path)
+    if not manifest.exists(folder):
+        raise Refused(
+            f"There is no ensemble at {folder}; make it with 'paris-jax assemble --workdir=RUN', or name one that "
+            "ships, such as bundled:shapes"
+        )
     found = manifest.read(folder, "ensemble")
 
     def part(entry: dict[str, str]) -> Part:

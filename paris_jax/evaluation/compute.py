@@ -44,3 +44,13 @@ def identity(experts: Sequence[Job], monolith: Job, router: Job | None) -> dict[
         "ratio": total / monolith.total,
         "equal": total == monolith.total,
     }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The identity as one line, from `identity`."""
+    terms = " + ".join(f"{job['steps']} x {job['batch']} x {job['flops']}" for job in found["experts"])
+    one, sign = found["monolith"], "=" if found["equal"] else "is not"
+    return (
+        f"steps x batch x FLOPs a clip: experts {terms} = {found['experts_total']:.6g} {sign} {one['total']:.6g} = "
+        f"{one['steps']} x {one['batch']} x {one['flops']} of the monolith"
+    )

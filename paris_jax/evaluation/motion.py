@@ -17,13 +17,15 @@ def mean_motion(videos: np.ndarray, levels: int = 2) -> np.ndarray:
     """Mean length of the optical flow of each clip.
 
     Args:
-      videos: (N, T, H, W, 3) float in [-1, 1], T >= 2.
+      videos: (N, T, H, W, 3) float in [-1, 1].
       levels: of the image pyramid; each doubles the displacement that is found (about 2 pixels at one level).
     Returns:
-      (N,) float64, pixels a frame, averaged over pixels and frame pairs.
+      (N,) float64, pixels a frame, averaged over pixels and frame pairs; zero where there is one frame only.
     """
-    if videos.ndim != 5 or videos.shape[1] < 2 or videos.shape[-1] != 3:
-        raise ValueError(f"videos has shape {videos.shape}: must be (N, T, H, W, 3) with T >= 2")
+    if videos.ndim != 5 or videos.shape[-1] != 3:
+        raise ValueError(f"videos has shape {videos.shape}: must be (N, T, H, W, 3)")
+    if videos.shape[1] == 1:
+        return np.zeros(len(videos))
     return np.array([np.linalg.norm(optical_flow(v[:-1], v[1:], levels), axis=-1).mean() for v in videos])
 
 

@@ -1,7 +1,7 @@
 """Every size of network in one table, and the functions that build them.
 
 Parameter counts (of `channels=16, text 4096, pooled 768` for the large ones) are asserted by abstract evaluation in
-tests/models/test_presets.py.
+tests/models/test_networks.py.
 """
 
 import dataclasses

@@ -33,13 +33,17 @@ MONOLITH = Role("monolith")
 def evaluate(experiment: Experiment, run: RunFolder) -> None:
     """Compares both arms and writes RUN/evaluation/{results.json,report.html}.
 
-    Sampled videos and losses are kept as they are made, so an interrupted evaluation goes on behind the last of them. A
-    finished one is repeated only if sampling or evaluation settings or a network changed.
+    Each arm's videos and losses are kept once they are made, so an interrupted evaluation goes on behind the last of
+    them. A finished one is repeated only if sampling or evaluation settings or a network changed.
 
     Raises:
       Refused: a stage before this one is missing, or there are too few held-out clips.
     """
     run.claim(experiment.to_dict(), experiment.hash)
+    if not experiment.data.heldout_fraction:
+        raise Refused(
+            "config.data.heldout_fraction=0 sets no clips apart to evaluate on; raise it, with a new --workdir"
+        )
     check_ready(run)
     key = evaluation_hash(experiment, run)
     if manifest.exists(run.evaluation) and manifest.read(run.evaluation, "evaluation")["evaluation_hash"] == key:
@@ -55,6 +59,7 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
     manifest.write(run.evaluation, "evaluation", [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
     if (run.evaluation / PARTIAL).exists():
         (run.evaluation / PARTIAL).rmtree()
+    logger.info("%s", compute.in_words(found["compute"]))
     logger.info("%s", results.headline(found["comparisons"]))
     logger.info("the evaluation is done: %s", run.evaluation / REPORT)
 

@@ -24,9 +24,10 @@ def status(run: RunFolder) -> list[tuple[str, str, str]]:
         state = _state(manifest.exists(run.export(role)), run.role(role).exists(), reached)
         rows.append((f"train {role.name}", state, f"train --workdir={run} {role.arguments}"))
     rows.append(("assemble", _state(manifest.exists(run.ensemble), False), f"assemble --workdir={run}"))
-    rows.append(
-        ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}")
-    )
+    if config["data"]["heldout_fraction"]:  # without clips set apart, there is nothing to evaluate on
+        rows.append(
+            ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}")
+        )
 
     console = Console(highlight=False)
     table = Table("stage", "state", title=f"{run} ({config['name']}, config {stored['hash'][:12]})")

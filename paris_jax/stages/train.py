@@ -145,7 +145,7 @@ def sampling_shift(experiment: Experiment, latent_shape: Any) -> float:
 
 
 def compute_dtype(name: str) -> str:
-    """ "auto" is bfloat16 where the device computes in it natively, float32 on CPUs."""
+    """ "auto" is float32 on CPUs and bfloat16 on everything else."""
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from paris_jax.errors import Preempted, Refused
@@ -52,19 +54,24 @@ class Clocks:
 
 
 class StopRequest:
-    """Set by SIGTERM: finish the step, save, and leave with exit code 75."""
+    """SIGTERM: finish the step, save, and leave with exit code 75; processes of one job agree on the step."""
 
     def __init__(self):
-        self.asked = False
+        self._asked = False
         self._previous: Any = None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        # Joined processes are told by jax.distributed, which listens to the signal from the moment it is set up.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def _ask(self, *_: Any) -> None:
-        self.asked = True
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before making update `step`; to be called at every step."""
+        return self._asked or multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_: Any) -> None:
         if self._previous is not None:
@@ -100,7 +107,7 @@ def train(job: Job, batches: Callable[[], Any]) -> TrainState:
         iterator.set_state(position)
         saved.delete_after(start)
         logger.info("%s goes on from step %d", job.name, start)
-    written = metrics.Metrics(job.folder, start)
+    written = metrics.Metrics(job.folder, start) if jax.process_index() == 0 else metrics.Nothing()
     # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
     step_fn = jax.jit(
         make_step(job.config, job.settings, job.steps, job.time_law), donate_argnums=0, out_shardings=(shardings, None)
@@ -131,14 +138,15 @@ def _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, sto
 
     last_saved = start if start else -1
     for step in range(start, job.steps + 1):
-        due = step == job.steps or stop.asked or (step > start and step % job.settings.checkpoint_every == 0)
+        stopping = stop.asked(step)
+        due = step == job.steps or stopping or (step > start and step % job.settings.checkpoint_every == 0)
         if due and step != last_saved:
             line(step)
             saved.save(step, state, iterator.get_state(), {"trained": clocks.total()})
             last_saved = step
         if step == job.steps:
             return state
-        if stop.asked:
+        if stopping:
             saved.wait()
             raise Preempted(f"{job.name} was asked to stop and is saved at step {step} of {job.steps}")
         asked_data = time.perf_counter()
@@ -210,5 +218,20 @@ class _progress:
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of device arrays as numpy arrays, gathered from all devices of this job."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    """A tree of device arrays as numpy arrays in process 0, None elsewhere; every process of the job has to call it.
+
+    What is split over processes is gathered piece by piece (a layer of a stack at a time), so that no device has to
+    hold more than one piece beside its own share.
+    """
+    gathered = jax.tree.map(_gather, tree)
+    return gathered if jax.process_index() == 0 else None
+
+
+def _gather(leaf: jax.Array) -> np.ndarray:
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # ty: ignore
+    if leaf.ndim < 3:
+        return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(leaf).addressable_data(0))
+    layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)
+    return np.stack([np.asarray(layer(leaf, i).addressable_data(0)) for i in range(leaf.shape[0])])

@@ -43,6 +43,16 @@ def tensorboard(folder: epath.PathLike) -> Writer:
     return _TensorBoardX(folder)
 
 
+class Nothing:
+    """The metrics of a job's other processes: the first one writes for all."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Metrics:
     """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped."""
 

@@ -27,12 +27,13 @@ class Training:
     batch: int = 32  # clips a step, over all devices of the job
     learning_rate: float = 1e-3
     warmup: int = 50  # steps, linear from 0
-    optimizer: str = "adamw"  # or "muon": more progress a step, for more work a step
-    decay: str = "cosine"  # after warm-up: "cosine" to 0 or "constant"
+    optimizer: str = "adamw"  # "muon": more progress for more work a step; "adafactor": least memory
+    decay: str = "cosine"  # after warm-up: "cosine" to 0, "constant", or "wsd": constant, then linear to 0 ...
+    decay_share: float = 0.2  # ... over this last share of the steps
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; norms and biases are never decayed
     clip_norm: float = 1.0
     ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported
     times: str = "logit_normal"  # or "uniform", for the router: its weights matter equally at every time
@@ -48,13 +49,14 @@ class Training:
     def problems(self) -> Problems:
         yield from checks.at_least(1, steps=self.steps, batch=self.batch, fsdp=self.fsdp, log_every=self.log_every)
         yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
-        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, seed=self.seed)
         yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
         yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
-        yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon"))
-        yield from checks.choice("decay", self.decay, ("cosine", "constant"))
+        yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon", "adafactor"))
+        yield from checks.choice("decay", self.decay, ("cosine", "constant", "wsd"))
         yield from checks.choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         yield from checks.between(0.0, 1.0, drop_tokens=self.drop_tokens, drop_pooled=self.drop_pooled)
+        yield from checks.between(0.0, 1.0, decay_share=self.decay_share)
         for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)}: must be at least 0 and below 1"

@@ -28,40 +28,47 @@ class TrainState:
 
 
 def learning_rate(settings: Training, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at `steps`, or constant."""
-    warmup = optax.linear_schedule(0.0, settings.learning_rate, max(settings.warmup, 1))
-    if settings.decay == "cosine":
-        after = optax.cosine_decay_schedule(settings.learning_rate, max(steps - settings.warmup, 1))
-    else:
-        after = optax.constant_schedule(settings.learning_rate)
-    return optax.join_schedules([warmup, after], [settings.warmup])
+    """Linear warm-up from 0; then cosine to 0 at `steps`, constant, or constant with a linear end (WSD)."""
+    peak, after = settings.learning_rate, max(steps - settings.warmup, 1)
+    ending = min(max(1, round(settings.decay_share * steps)), after)
+    then = {
+        "cosine": optax.cosine_decay_schedule(peak, after),
+        "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, 0.0, ending, transition_begin=after - ending),
+    }[settings.decay]
+    warmup = optax.linear_schedule(0.0, peak, max(settings.warmup, 1))
+    return optax.join_schedules([warmup, then], [settings.warmup])
 
 
 def optimizer(settings: Training, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon.
+    """Clip by global norm; then Adam, Muon or Adafactor; then weight decay, scaled by the learning rate as in AdamW.
 
     Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (what goes in and out, modulation,
-    norms and biases) takes AdamW's step, with Nesterov momentum. Muon's steps are scaled to AdamW's usual size (Liu et
-    al. 2025, arXiv 2502.16982), so that one learning rate serves both.
+    norms and biases) takes Adam's step, with Nesterov momentum. Muon's steps are scaled to Adam's usual size (Liu et
+    al. 2025, arXiv 2502.16982), so that one learning rate serves both. Adafactor (Shazeer and Stern 2018) keeps row and
+    column means of the squared gradients only; its learning rate is relative to the size of each parameter.
     """
-    rate, decay = learning_rate(settings, steps), settings.weight_decay
+    rate = learning_rate(settings, steps)
+    adam = {"b1": settings.b1, "b2": settings.b2}
     if settings.optimizer == "muon":
-        update = optax.contrib.muon(
-            rate,
-            weight_decay=decay,
-            adam_b1=settings.b1,
-            adam_b2=settings.b2,
-            eps=settings.eps,
-            adam_weight_decay=decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_matrices,
-        )
+        adam = {f"adam_{name}": beta for name, beta in adam.items()} | {"eps": settings.eps}
+        update = optax.contrib.muon(rate, consistent_rms=0.2, muon_weight_dimension_numbers=_stacked_matrices, **adam)
+    elif settings.optimizer == "adafactor":
+        update = optax.adafactor(rate)
     else:
-        update = optax.adamw(rate, settings.b1, settings.b2, settings.eps, weight_decay=decay)
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+        update = optax.adam(rate, eps=settings.eps, **adam)
+    transforms = [optax.clip_by_global_norm(settings.clip_norm), update]
+    if settings.weight_decay:
+        transforms.append(optax.add_decayed_weights(lambda n: -settings.weight_decay * rate(n), mask=_is_matrix))
+    return optax.chain(*transforms)
 
 
-def _matrices(params: functional.Params) -> Any:
+def _is_matrix(params: functional.Params) -> Any:
+    """Which parameters are decayed: the matrices."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _stacked_matrices(params: functional.Params) -> Any:
     """How Muon reads each stack (layers, inputs, outputs) of matrices; None for what is AdamW's."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 

@@ -1,5 +1,6 @@
 """Admission: any altered, missing, extra or non-finite file is refused by name, and parts must belong together."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -138,9 +139,34 @@ def test_a_missing_router_is_refused(run, micro):
         assemble(micro, run)
 
 
-def test_assembling_again_gives_the_same_manifest(run, micro):
+def test_a_run_folder_of_another_config_is_refused(run, micro):
+    other = dataclasses.replace(micro, training=dataclasses.replace(micro.training, seed=1))
+    with pytest.raises(Refused, match=r"made with another config \(different: training.seed\)"):
+        assemble(other, run)
+
+
+def test_a_part_trained_with_another_config_is_refused(run, micro):
+    edit_manifest(run.export(EXPERT), lambda m: m.update(config_hash="0" * 64))
+    with pytest.raises(Refused, match=r"experts/1/export was trained with another config than .*config.json"):
+        assemble(micro, run)
+
+
+def test_parts_with_another_shift_of_times_do_not_belong_together(run, micro):
+    edit_manifest(run.export(EXPERT), lambda m: m.update(shift=3.0))
+    with pytest.raises(Refused, match=r"its shift is (3.0 instead of 2.0|2.0 instead of 3.0)"):
+        assemble(micro, run)
+
+
+def test_an_ensemble_that_is_not_there_is_refused_with_the_way_to_make_it(tmp_path):
+    with pytest.raises(Refused, match=r"no ensemble at .*; make it with 'paris-jax assemble"):
+        bundle.read(tmp_path / "ensemble")
+
+
+def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog):
     before = (Path(run.ensemble) / manifest.FILE_NAME).read_bytes()
-    assemble(micro, run)
+    with caplog.at_level("INFO"):
+        assemble(micro, run)
+    assert "was assembled already" in caplog.text
     assert (Path(run.ensemble) / manifest.FILE_NAME).read_bytes() == before
 
 

@@ -36,10 +36,13 @@ def test_identity_holds_to_the_last_operation():
     assert made["equal"] is True
     assert made["experts_total"] == 3 * 1000 * 32 * 1001 == made["monolith"]["total"]
     assert made["router"]["total"] == 500 * 32 * 77
+    terms = " + ".join(["1000 x 32 x 1001"] * 3)
+    assert compute.in_words(made).endswith(f"{terms} = 9.6096e+07 = 9.6096e+07 = 3000 x 32 x 1001 of the monolith")
 
 
 def test_one_step_less_is_not_equal():
     experts = [job("expert 0", 1000), job("expert 1", 999)]
     made = compute.identity(experts, job("monolith", 2000), None)
     assert made["equal"] is False
+    assert "is not" in compute.in_words(made)
     assert made["ratio"] == pytest.approx(1999 / 2000)

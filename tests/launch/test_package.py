@@ -21,4 +21,5 @@ def test_the_wheel_holds_all_files_of_the_package(tmp_path):
     }
     assert "paris_jax/data/digits.npy" in wanted
     assert not wanted - packed
+    assert {"paris_jax/configs/shapes.py", "paris_jax/configs/paris2.py"} <= packed
     assert any(name.endswith("/licenses/LICENSE") for name in packed)

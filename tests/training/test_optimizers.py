@@ -22,12 +22,13 @@ def params():
     return functional.init(NETWORK, jax.random.key(0))
 
 
-def first_update(params, **settings):
-    """What the first step changes, by name, when every gradient is drawn from a normal law."""
+def first_update(params, size=1.0, **settings):
+    """What the first step changes, by name, when every gradient is drawn from a normal law of this spread."""
     transform = states.optimizer(dataclasses.replace(SETTINGS, **settings), steps=10)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    grads = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
+    drawn = [size * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    grads = jax.tree.unflatten(structure, drawn)
     updates, _ = jax.jit(lambda g, p: transform.update(g, transform.init(p), p))(grads, params)
     return functional.to_names(updates), functional.to_names(grads)
 
@@ -65,3 +66,40 @@ def test_adamws_first_step_is_the_sign_of_the_gradient(params):
     updates, grads = first_update(params, optimizer="adamw")
     for name in updates:
         np.testing.assert_allclose(updates[name], -0.01 * np.sign(grads[name]), rtol=1e-3, err_msg=name)
+
+
+def test_adafactor_keeps_means_of_rows_and_columns_and_steps_relative_to_the_parameter(params):
+    wide = functional.init(dataclasses.replace(NETWORK, hidden=128, heads=8), jax.random.key(0))
+    kept = states.optimizer(dataclasses.replace(SETTINGS, optimizer="adafactor"), 10).init(wide)
+    adam = states.optimizer(SETTINGS, 10).init(wide)
+    assert sum(x.size for x in jax.tree.leaves(kept)) < 0.2 * sum(x.size for x in jax.tree.leaves(adam))
+    updates, grads = first_update(params, optimizer="adafactor")
+    for name, before in functional.to_names(params).items():
+        size = 0.01 * max(float(np.sqrt(np.mean(np.square(before)))), 1e-3)
+        np.testing.assert_allclose(updates[name], -size * np.sign(grads[name]), rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_weight_decay_shrinks_matrices_and_nothing_else(params, optimizer):
+    updates, _ = first_update(params, size=0.0, optimizer=optimizer, weight_decay=0.1)
+    for name, before in functional.to_names(params).items():
+        expected = -0.01 * 0.1 * before if name.endswith("kernel") else 0 * before
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-5, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", {5: 0.5, 10: 1.0, 60: 1.0, 110: 1.0}),
+        ("cosine", {5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0}),
+        ("wsd", {5: 0.5, 10: 1.0, 60: 1.0, 88: 1.0, 99: 0.5, 110: 0.0}),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(decay, expected):
+    schedule = states.learning_rate(Training(learning_rate=1.0, warmup=10, decay=decay, decay_share=0.2), 110)
+    assert {n: float(schedule(n)) for n in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_decay_longer_than_what_follows_the_warm_up_begins_right_after_it():
+    schedule = states.learning_rate(Training(learning_rate=1.0, warmup=50, decay="wsd", decay_share=1.0), 100)
+    assert [float(schedule(n)) for n in (50, 75, 100)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)

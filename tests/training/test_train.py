@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,7 +72,7 @@ def reclaimed(run, experiment):
 
 
 @pytest.mark.parametrize("role", [EXPERT, Role("router")], ids=["expert", "router"])
-def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, trained, monkeypatch):
+def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, trained, monkeypatch, caplog):
     """Stopped in the middle of an epoch, after a checkpoint and steps beyond it."""
     real, seen = loop.sharding.place_batch, []
 
@@ -86,7 +87,9 @@ def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, tr
         stage.train(micro, run, role)
     monkeypatch.undo()
     assert not manifest.exists(run.export(role))
-    stage.train(micro, run, role)
+    with caplog.at_level("INFO"):
+        stage.train(micro, run, role)
+    assert f"{role.name} goes on from step {6 if role.kind == 'router' else 4}" in caplog.text
     assert_same_training(run, trained, micro, role)
     lines = [line["step"] for line in metrics.read(run.role(role) / "metrics.jsonl")]
     assert lines == sorted(set(lines)) and lines[-1] == 12
@@ -112,8 +115,10 @@ def test_a_killed_process_resumes_exactly(micro, run, tmp_path):
                 kills += process.wait() == -signal.SIGKILL
                 break
             time.sleep(0.005)
-    assert kills >= 1
-    subprocess.run(arguments, check=True, capture_output=True)
+    assert kills == 2
+    last = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    goes_on = re.search(r"expert 0 goes on from step (\d+)", " ".join(last.stderr.split()))
+    assert goes_on and int(goes_on[1]) >= 120
     assert_same_training(run, alone, experiment)
 
 
@@ -232,9 +237,10 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
     steps = sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir())
     assert steps == [8, 12]
     overwrite(run.checkpoints(EXPERT) / "12")
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO"):
         stage.train(micro, run, EXPERT)
     assert "step 12" in caplog.text and "older" in caplog.text
+    assert "goes on from step 8" in caplog.text
     assert export_bytes(run) == export_bytes(trained)
 
     shutil.rmtree(run.export(EXPERT))

@@ -1,0 +1,99 @@
+"""What happens to a batch and a gradient on the way through a step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from paris_jax.stages.train import compute_dtype
+from paris_jax.training import flops
+from paris_jax.training import state as states
+from paris_jax.training.settings import Training
+from paris_jax.training.step import TimeLaw, drop_text, make_step
+from tests.training.test_optimizers import NETWORK
+
+COUNT = 4000
+
+
+def test_tokens_and_pooled_text_are_dropped_independently_at_their_own_rates():
+    batch = {
+        "tokens": jnp.ones((COUNT, 3, 2)),
+        "length": jnp.full(COUNT, 3, jnp.int32),
+        "pooled": jnp.ones((COUNT, 2)),
+        "latent": jnp.ones((COUNT, 1)),
+    }
+    made = drop_text(batch, jax.random.split(jax.random.key(0), COUNT), Training(drop_tokens=0.4, drop_pooled=0.2))
+    no_tokens, no_pooled = (np.asarray(made[name] == 0).reshape(COUNT, -1) for name in ("tokens", "pooled"))
+    for dropped in (no_tokens, no_pooled):
+        assert (dropped.all(1) == dropped.any(1)).all()  # all of a sample's text or none
+    tokens, pooled = no_tokens.all(1), no_pooled.all(1)
+    assert tokens.mean() == pytest.approx(0.4, abs=0.03)
+    assert pooled.mean() == pytest.approx(0.2, abs=0.03)
+    assert (tokens & pooled).mean() == pytest.approx(0.08, abs=0.02)
+    np.testing.assert_array_equal(made["length"], np.where(tokens, 1, 3))
+    np.testing.assert_array_equal(made["latent"], batch["latent"])
+
+
+@pytest.fixture
+def batch():
+    keys = jax.random.split(jax.random.key(3), 3)
+    return {
+        "latent": jax.random.normal(keys[0], (4, 2, 4, 4, 4)),
+        "tokens": jax.random.normal(keys[1], (4, 3, 8)),
+        "length": jnp.full(4, 3, jnp.int32),
+        "pooled": jax.random.normal(keys[2], (4, 8)),
+        "index": jnp.arange(4),
+    }
+
+
+def one_step(batch, network=NETWORK, **settings):
+    chosen = Training(learning_rate=0.1, warmup=0, decay="constant", eps=1.0, **settings)
+    state = states.create(network, chosen, 10, jax.random.key(0))
+    made, values = jax.jit(make_step(network, chosen, 10, TimeLaw("logit_normal", 0.0, 1.0, 1.0)))(state, batch)
+    return state, made, values
+
+
+def test_gradients_are_clipped_by_their_global_norm(batch):
+    """With an epsilon far above the gradients, Adam's first step is proportional to them."""
+    _, _, free = one_step(batch, clip_norm=1e9)
+    _, _, clipped = one_step(batch, clip_norm=1e-3)
+    assert float(free["grad_norm"]) == float(clipped["grad_norm"]) > 1e-3  # as it was before clipping
+    assert float(clipped["update_norm"]) == pytest.approx(0.1 * 1e-3, rel=0.01)
+
+
+def test_updates_and_the_average_follow_their_definitions(batch):
+    before, after, values = one_step(batch, ema=0.999)
+    change = jax.tree.map(lambda a, b: a - b, after.params, before.params)
+    assert float(optax.tree.norm(change)) == pytest.approx(float(values["update_norm"]), rel=1e-4)
+    decay = 0.1  # (1 + n) / (10 + n) at the first update
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.ema, expected)
+
+
+def test_computing_in_bfloat16_keeps_the_state_in_float32(batch):
+    _, exact, values = one_step(batch)
+    _, half, rounded = one_step(batch, dataclasses.replace(NETWORK, dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves((half.params, half.ema))} == {jnp.dtype("float32")}
+    assert float(rounded["loss"]) == pytest.approx(float(values["loss"]), rel=0.02)
+    assert exact.step == half.step == 1
+
+
+def test_auto_computes_in_bfloat16_on_accelerators_only(monkeypatch):
+    assert compute_dtype("auto") == "float32"
+    assert compute_dtype("bfloat16") == "bfloat16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert compute_dtype("auto") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("TPU v5 lite", 197), ("TPU v5p", 459), ("cpu", None)],
+)
+def test_the_peak_of_a_device_is_found_by_its_kind(kind, teraflops):
+    class Device:
+        device_kind = kind
+
+    assert flops.peak(Device()) == (teraflops and teraflops * 1e12)

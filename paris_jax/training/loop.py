@@ -230,7 +230,8 @@ def to_host(tree: Any) -> Any:
 def _gather(leaf: jax.Array) -> np.ndarray:
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
-    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # ty: ignore
+    assert isinstance(leaf.sharding, NamedSharding)
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     if leaf.ndim < 3:
         return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(leaf).addressable_data(0))
     layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)

@@ -49,14 +49,20 @@ def optimizer(settings: Training, steps: int) -> optax.GradientTransformation:
     column means of the squared gradients only; its learning rate is relative to the size of each parameter.
     """
     rate = learning_rate(settings, steps)
-    adam = {"b1": settings.b1, "b2": settings.b2}
     if settings.optimizer == "muon":
-        adam = {f"adam_{name}": beta for name, beta in adam.items()} | {"eps": settings.eps}
-        update = optax.contrib.muon(rate, consistent_rms=0.2, muon_weight_dimension_numbers=_stacked_matrices, **adam)
+        numbers: Any = _stacked_matrices
+        update = optax.contrib.muon(
+            rate,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=numbers,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            eps=settings.eps,
+        )
     elif settings.optimizer == "adafactor":
         update = optax.adafactor(rate)
     else:
-        update = optax.adam(rate, eps=settings.eps, **adam)
+        update = optax.adam(rate, settings.b1, settings.b2, settings.eps)
     transforms = [optax.clip_by_global_norm(settings.clip_norm), update]
     if settings.weight_decay:
         transforms.append(optax.add_decayed_weights(lambda n: -settings.weight_decay * rate(n), mask=_is_matrix))

@@ -40,6 +40,22 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
     bundle.write(folder, experts, router, found.sampling, config_hash, made=made)
 
 
+def provenance(config: dict[str, Any], revision: str) -> dict[str, Any]:
+    """How a run came to be: command, revision, seeds, and the whole config, so that nothing has to be believed."""
+    family, _, variant = config["name"].partition("-")
+    if family != "shapes" or not variant:
+        raise Refused(
+            f"config.name={config['name']!r}: only runs of configs/shapes.py, named shapes-VARIANT, are shipped"
+        )
+    return {
+        "command": f"paris-jax quickstart --config=configs/shapes.py:{variant} --workdir=runs/{variant}",
+        "revision": revision,
+        "seeds": {section: values["seed"] for section, values in config.items() if "seed" in (values or {})},
+        "config": config,
+        "licence": "Apache-2.0",
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="finished run folder")
@@ -47,13 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", required=True, help="revision of this project that trained it")
     flags = parser.parse_args(arguments)
     run = RunFolder(flags.workdir)
-    config = run.stored_config()["config"]
-    made = {
-        "command": "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled",
-        "revision": flags.revision,
-        "seeds": {"data": config["data"]["seed"], "training": config["training"]["seed"]},
-        "licence": "Apache-2.0",
-    }
+    made = provenance(run.stored_config()["config"], flags.revision)
     folder = bundle.SHIPPED / flags.name
     make(run, folder, made)
     print(f"{bundle.BUNDLED}{flags.name} is in {folder}")

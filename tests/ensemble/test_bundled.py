@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_jax import Ensemble, manifest
+from paris_jax import Ensemble, config_file, manifest
 from paris_jax.data import shapes
-from paris_jax.ensemble import bundle
+from paris_jax.ensemble import bundle, make_bundled
+from paris_jax.errors import Refused
 from paris_jax.evaluation.judge import Judge
 
 FOLDER = Path(bundle.SHIPPED / "shapes")
@@ -58,3 +59,13 @@ def test_each_prompt_is_answered_by_the_expert_of_its_world(ensemble):
         world: {int(k) for k, a in zip(chosen, asked, strict=True) if a["world"] == world} for world in shapes.WORLDS
     }
     assert all(len(k) == 1 for k in experts.values()) and len(set.union(*experts.values())) == 3, experts
+
+
+def test_what_is_shipped_says_how_it_was_made():
+    config = config_file.load(config_file.embedded() + ":bundled")
+    made = make_bundled.provenance(config, "a" * 40)
+    assert made["command"] == "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled"
+    assert made["config"] == config
+    assert made["seeds"] == dict.fromkeys(("data", "partition", "training", "router_training", "evaluation"), 0)
+    with pytest.raises(Refused, match=r"config.name='mine': only runs of configs/shapes.py"):
+        make_bundled.provenance(config | {"name": "mine"}, "a" * 40)

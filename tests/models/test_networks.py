@@ -102,6 +102,26 @@ def test_every_input_matters(which):
     assert float(jnp.abs(run(SMALL, params, *given) - base)[0].max()) > 1e-4
 
 
+@pytest.mark.parametrize("which", range(3), ids=["latent", "time", "pooled text"])
+def test_every_input_of_the_router_matters(which):
+    x, t, _, _, pooled = inputs()
+    params, given = random_params(ROUTER), [x, t, pooled]
+    base = run(ROUTER, params, *given)
+    given[which] = given[which][::-1]
+    assert float(jnp.abs(run(ROUTER, params, *given) - base)[0].max()) > 1e-4
+
+
+def test_queries_and_keys_have_one_length_whatever_their_scale():
+    """QK-RMSNorm: scaling what makes queries and keys changes nothing."""
+    params = random_params(SMALL)
+    base = run(SMALL, params, *inputs())
+    qkv = params["double_blocks"]["video"]["qkv"]
+    kept = SMALL.hidden * 2  # queries and keys; values are not normalised
+    qkv["kernel"] = qkv["kernel"].at[..., :kept].multiply(7.0)
+    qkv["bias"] = qkv["bias"].at[..., :kept].multiply(7.0)
+    np.testing.assert_allclose(run(SMALL, params, *inputs()), base, rtol=1e-3, atol=1e-3)
+
+
 def test_a_sample_does_not_see_its_batch_mates():
     params, given = random_params(SMALL), inputs()
     together = run(SMALL, params, *given)

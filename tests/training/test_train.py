@@ -199,6 +199,14 @@ for fsdp in (1, 4):
             assert kernel.addressable_shards[0].data.size == kernel.size // 4
         for norm in (tree["head_norm"]["query"]["scale"] for tree in trees):
             assert norm.sharding.is_fully_replicated
+        every = (state.params, state.ema, moments.mu, moments.nu)
+        every = [jax.tree_util.tree_leaves_with_path(tree) for tree in every]
+        for (path, parameter), *others in zip(*every, strict=True):
+            spec = parameter.sharding.spec
+            assert all(other.sharding.spec == spec for _, other in others), path
+            if "_blocks" in path[0].key:  # layers of a stack are never told apart
+                assert not spec or spec[0] is None, path
+            assert not spec or parameter.addressable_shards[0].data.size == parameter.size // 4, path
 """
     repository = Path(__file__).parents[2]
     flags = "--xla_force_host_platform_device_count=8"

@@ -174,7 +174,7 @@ class Experiment:
                     f"data.{axis}={size}: must be {more}a multiple of {factor} (codec and 2 x 2 packing), "
                     f"for example {near}"
                 )
-        if self.features.name == "statistics" and min(data.height, data.width) <= 2:
+        if self.features.name == "statistics" and min(data.height, data.width) <= 2:  # 3 is no multiple of 2
             yield f"data.height, data.width={data.height}, {data.width}: features.name='statistics' needs at least 4"
         if self.sampling.top_k > self.partition.num_clusters:
             yield (

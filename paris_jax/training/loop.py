@@ -223,16 +223,20 @@ def to_host(tree: Any) -> Any:
     What is split over processes is gathered piece by piece (a layer of a stack at a time), so that no device has to
     hold more than one piece beside its own share.
     """
-    gathered = jax.tree.map(_gather, tree)
-    return gathered if jax.process_index() == 0 else None
+    kept = jax.process_index() == 0
+    gathered = jax.tree.map(lambda leaf: _gather(leaf, kept), tree)
+    return gathered if kept else None
 
 
-def _gather(leaf: jax.Array) -> np.ndarray:
+def _gather(leaf: jax.Array, kept: bool) -> np.ndarray | None:
     if leaf.is_fully_addressable:
-        return np.asarray(leaf)
+        return np.asarray(leaf) if kept else None
     assert isinstance(leaf.sharding, NamedSharding)
     everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     if leaf.ndim < 3:
-        return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(leaf).addressable_data(0))
+        whole = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+        return np.asarray(whole.addressable_data(0)) if kept else None
     layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)
-    return np.stack([np.asarray(layer(leaf, i).addressable_data(0)) for i in range(leaf.shape[0])])
+    layers = (layer(leaf, i).addressable_data(0) for i in range(leaf.shape[0]))  # every process makes each of them
+    held = [np.asarray(piece) for piece in layers if kept]
+    return np.stack(held) if kept else None

@@ -75,7 +75,7 @@ def _is_matrix(params: functional.Params) -> Any:
 
 
 def _stacked_matrices(params: functional.Params) -> Any:
-    """How Muon reads each stack (layers, inputs, outputs) of matrices; None for what is AdamW's."""
+    """How Muon reads each stack (layers, inputs, outputs) of matrices; None for what is Adam's."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def of(path: Any, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,10 +52,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes the whole file under another name and renames it, so that a killed process leaves no half file."""
+def write_atomically(path: epath.PathLike, data: bytes | str, shared: bool = False) -> None:
+    """Writes the whole file under another name and renames it, so that a killed process leaves no half file.
+
+    `shared` is for a file that several processes, on several machines even, may write at the same moment.
+    """
     path = epath.Path(path)
-    partial = path.parent / f".{path.name}.partial"
+    partial = path.parent / f".{path.name}{f'.{secrets.token_hex(8)}' if shared else ''}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -68,8 +72,8 @@ def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
         ) from error
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: epath.PathLike, value: Any, shared: bool = False) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", shared)
 
 
 def read_json(

@@ -108,7 +108,9 @@ class RunFolder:
     def claim(self, config: dict[str, Any], config_hash: str) -> None:
         """Writes config.json at the first stage; afterwards refuses a config whose hash is another one."""
         if not self.config.exists():
-            manifest.write_json(self.config, {"schema": manifest.SCHEMA, "hash": config_hash, "config": config})
+            # The processes of a job come here together.
+            value = {"schema": manifest.SCHEMA, "hash": config_hash, "config": config}
+            manifest.write_json(self.config, value, shared=True)
             return
         found = self.stored_config()
         if found["hash"] != config_hash:

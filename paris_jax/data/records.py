@@ -214,7 +214,7 @@ def _shards(folder: epath.Path) -> list[str]:
     cache.mkdir(parents=True, exist_ok=True)
     for name in names:
         if not (cache / name).exists():
-            partial = cache / f".{name}.partial"
+            partial = cache / f".{name}.{os.getpid()}.partial"  # other roles on this machine may copy it, too
             (folder / name).copy(partial, overwrite=True)
             partial.replace(cache / name)
     return [str(cache / name) for name in names]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from paris_jax import manifest
 from paris_jax.training.step import TIME_BINS
 
 
@@ -37,8 +38,10 @@ class _TensorBoardX:
 def tensorboard(folder: epath.PathLike) -> Writer:
     """clu's writer where TensorFlow is installed, otherwise one that needs none."""
     if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
+        import tensorflow as tf
         from clu import metric_writers
 
+        tf.config.set_visible_devices([], "GPU")  # it would take the memory that the network needs
         return metric_writers.SummaryWriter(str(folder))
     return _TensorBoardX(folder)
 
@@ -58,9 +61,8 @@ class Metrics:
 
     def __init__(self, folder: epath.PathLike, start: int):
         self.path = epath.Path(folder) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        manifest.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._board = tensorboard(epath.Path(folder) / "tensorboard")
 

@@ -169,10 +169,29 @@ def test_an_expert_needs_its_own_cluster_folder_only(others, micro, run, trained
     assert export_bytes(run) == export_bytes(trained)
 
 
-def test_results_do_not_depend_on_the_number_of_devices(micro, run, trained):
-    """Eight devices, as 8 x 1 and 2 x 4 (data x fsdp): the same losses in float32; moments lie with parameters."""
+def test_results_do_not_depend_on_the_number_of_devices(micro, run, caplog):
+    """Eight devices, as 8 x 1 and 2 x 4 (data x fsdp): the same losses in float32; moments lie with parameters.
+
+    A checkpoint made on one device goes on upon eight, and one made on eight goes on upon one.
+    """
+    config = dataclasses.replace(micro.network, hidden=128, heads=8)
+    experiment = with_training(dataclasses.replace(micro, network=config), batch=8, log_every=1)
+
+    def train_here(name):
+        job = stage.make_job(experiment, RunFolder(run.path / name), EXPERT, manifest.read(run.cluster(0), "cluster"))
+        loop.train(job, lambda: training_batches(run.cluster(0), 8, 0))
+
+    def losses(name):
+        return [line["loss"] for line in metrics.read(RunFolder(run.path / name).metrics(EXPERT))]
+
+    def stopped_at_the_eighth_step(name, was):
+        shutil.copytree(run.path / was, run.path / name)
+        shutil.rmtree(RunFolder(run.path / name).checkpoints(EXPERT) / "12")
+
+    train_here("one")
+    stopped_at_the_eighth_step("one, then eight", "one")
     script = """
-import sys, jax, numpy as np
+import logging, sys, jax
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax import manifest
@@ -180,8 +199,9 @@ from paris_jax.stages import train as stage
 from paris_jax.training import loop
 from tests.conftest import micro_config
 
+logging.basicConfig(level="INFO", force=True)
 assert jax.device_count() == 8
-for fsdp in (1, 4):
+for name, fsdp in (("8 x 1", 1), ("2 x 4", 4), ("one, then eight", 4)):
     config = micro_config()
     config.training.update(batch=8, fsdp=fsdp, log_every=1)
     config.network.hidden = 128
@@ -189,7 +209,7 @@ for fsdp in (1, 4):
     experiment = Experiment.from_config(config)
     run = RunFolder(sys.argv[1])
     data = manifest.read(run.cluster(0), "cluster")
-    job = stage.make_job(experiment, RunFolder(f"{sys.argv[1]}/{fsdp}"), Role("expert", 0), data)
+    job = stage.make_job(experiment, RunFolder(f"{sys.argv[1]}/{name}"), Role("expert", 0), data)
     state = loop.train(job, lambda: stage.training_batches(run.cluster(0), 8, 0))
     if fsdp == 4:
         moments = state.opt_state[1][0]
@@ -215,14 +235,12 @@ for fsdp in (1, 4):
         [sys.executable, "-c", script, str(run)], env=environment, capture_output=True, text=True, cwd=repository
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    config = dataclasses.replace(micro.network, hidden=128, heads=8)
-    experiment = with_training(dataclasses.replace(micro, network=config), batch=8, log_every=1)
-    job = stage.make_job(experiment, RunFolder(run.path / "one"), EXPERT, manifest.read(run.cluster(0), "cluster"))
-    loop.train(job, lambda: training_batches(run.cluster(0), 8, 0))
-    one = [line["loss"] for line in metrics.read(run.path / "one" / "experts" / "0" / "metrics.jsonl")]
-    for fsdp in (1, 4):
-        many = [line["loss"] for line in metrics.read(run.path / str(fsdp) / "experts" / "0" / "metrics.jsonl")]
-        np.testing.assert_allclose(many, one, rtol=1e-5)
+    stopped_at_the_eighth_step("eight, then one", "2 x 4")
+    with caplog.at_level("INFO"):
+        train_here("eight, then one")
+    assert caplog.text.count("goes on from step 8") == done.stderr.count("goes on from step 8") == 1
+    for name in ("8 x 1", "2 x 4", "one, then eight", "eight, then one"):
+        np.testing.assert_allclose(losses(name), losses("one"), rtol=1e-5)
 
 
 def test_a_finished_role_says_so_and_does_nothing(micro, trained, caplog):

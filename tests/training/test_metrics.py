@@ -1,0 +1,92 @@
+"""The metrics' writers: clu's where TensorFlow is there, one without it elsewhere, and lines that survive a stop."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_jax.errors import Refused
+from paris_jax.training import metrics
+
+HERE = importlib.util.find_spec("tensorflow") is not None and importlib.util.find_spec("tensorboard") is not None
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would read: (step, value) by name, decoded from the event files' own records."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.glob("events*")):
+        data, start = path.read_bytes(), 0
+        while start < len(data):  # length (8 bytes), its checksum (4), an event, its checksum (4)
+            length = int.from_bytes(data[start : start + 8], "little")
+            event = Event.FromString(data[start + 12 : start + 12 + length])
+            start += 16 + length
+            for value in event.summary.value:
+                packed = np.frombuffer(value.tensor.tensor_content, np.float32)  # TensorFlow's way
+                number = float(packed[0]) if packed.size else value.simple_value
+                found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+def write(folder: Path) -> None:
+    writer = metrics.tensorboard(folder)
+    writer.write_scalars(4, {"loss": 0.5, "loss_t/0.125": 0.25})
+    writer.write_scalars(8, {"loss": 0.375})
+    writer.close()
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    write(tmp_path)
+    assert scalars(tmp_path) == {"loss": [(4, 0.5), (8, 0.375)], "loss_t/0.125": [(4, 0.25)]}
+
+
+@pytest.mark.skipif(not HERE, reason="needs TensorFlow: pip install -e '.[tfds]'")
+def test_with_tensorflow_it_is_clu_that_writes(tmp_path):
+    from clu import metric_writers
+
+    assert isinstance(metrics.tensorboard(tmp_path), metric_writers.SummaryWriter)
+
+
+@pytest.mark.skipif(HERE, reason="TensorFlow is installed, and the test above runs")
+def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
+    """Stands in for the test above on machines without TensorFlow."""
+    opened = []
+    writers, tensorflow = types.ModuleType("clu.metric_writers"), types.ModuleType("tensorflow")
+    writers.SummaryWriter = opened.append
+    tensorflow.config = types.SimpleNamespace(set_visible_devices=lambda *hidden: opened.append(hidden))
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", writers)
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("tensorflow", "tensorboard"))
+    metrics.tensorboard(tmp_path)
+    assert opened == [([], "GPU"), str(tmp_path)]  # the accelerator stays JAX's
+
+
+def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):
+    for start, steps in ((0, (4, 8, 12)), (8, (12, 16))):
+        job = metrics.Metrics(tmp_path, start)
+        for step in steps:
+            job.write(step, {"loss": 1 / (step + start)})
+        job.close()
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(4, 1 / 4), (8, 1 / 8), (12, 1 / 20), (16, 1 / 24)]
+
+
+def test_a_disk_that_is_full_at_a_new_start_keeps_the_lines(tmp_path, monkeypatch):
+    job = metrics.Metrics(tmp_path, 0)
+    job.write(4, {"loss": 1.0})
+    job.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(type(job.path), "write_bytes", full)
+    with pytest.raises(Refused, match="No space left on device"):
+        metrics.Metrics(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert json.loads(before)["loss"] == 1.0

@@ -83,3 +83,14 @@ def trained(micro, clustered, tmp_path_factory):
         train(micro, run, role)
     assemble(micro, run)
     return run
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of the trained run folder, without what only training reads."""
+    import shutil
+
+    from paris_jax.run_folder import RunFolder
+
+    shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "data"))
+    return RunFolder(tmp_path / "run")

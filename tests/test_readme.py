@@ -28,9 +28,12 @@ def test_it_names_every_command():
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_command_is_accepted(line):
-    name, _ = parse(shlex.split(line.replace("\\\n", " ").replace("...", "x")))
+def test_every_command_is_accepted(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, call = parse(shlex.split(line.replace("\\\n", " ").replace("...", "x")))
     assert name in COMMANDS
+    if "--config=configs/" in line:
+        call.experiment(call.run)  # the config is there, and so is every field that is changed
 
 
 @pytest.mark.slow

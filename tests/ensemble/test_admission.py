@@ -20,10 +20,9 @@ EXPERT = Role("expert", 1)
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    """A trained run folder that may be damaged; without its checkpoints, which admission never reads."""
-    shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "data"))
-    return RunFolder(tmp_path / "run")
+def run(finished):
+    """A trained run folder that may be damaged."""
+    return finished
 
 
 def rewrite(folder: Path, change):

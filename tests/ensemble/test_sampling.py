@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +42,27 @@ def test_a_seed_gives_the_same_video_every_time_whatever_stands_beside_it(ensemb
     np.testing.assert_allclose(alone.videos[0], both.videos[0], atol=1e-4)
     other = ensemble.sample(PROMPTS, num_steps=3, seed=6)
     assert np.abs(other.videos - both.videos).max() > 0.1
+
+
+def test_other_prompts_seeds_strengths_and_schedules_do_not_compile_again(ensemble):
+    """The first call compiles; afterwards only what changes the program does: steps, rule, number of prompts."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    how = {"num_steps": 3, "guidance": 2.5}
+    longer = "a large striped blue square circling clockwise fast on a noisy dark ground"
+    ensemble.sample(PROMPTS, seed=1, **how)
+    ensemble.sample(PROMPTS, experts=[0, 1, 1], **how)
+    assert compiled  # it is counted at all
+    compiled.clear()
+    ensemble.sample([longer, PROMPTS[0]], seed=2, **how)
+    ensemble.sample(PROMPTS, seed=1, num_steps=3, guidance=4.0)
+    ensemble.sample(PROMPTS, experts=[2, 0, 1], **how)
+    ensemble.sample(PROMPTS, noise=ensemble.noise(2, 3), **how)
+    assert not compiled
+    ensemble.sample(PROMPTS, seed=1, num_steps=4)
+    assert compiled
 
 
 def test_given_noise_replaces_the_seed(ensemble):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +13,53 @@ from paris_jax.data.shapes import ATTRIBUTES
 from paris_jax.ensemble.api import Ensemble
 from paris_jax.errors import Refused
 from paris_jax.evaluation.arms import Heldout
-from paris_jax.run_folder import RunFolder
+from paris_jax.run_folder import RunFolder, roles
 from paris_jax.stages import evaluate as stage
+from paris_jax.stages.assemble import assemble
+from paris_jax.stages.cluster import cluster
 from paris_jax.stages.evaluate import evaluate
+from paris_jax.stages.prepare import prepare
+from paris_jax.stages.train import train
+from tests.evaluation.browser import browse, needs_browser
 
 
-@pytest.fixture
-def finished(trained, tmp_path):
-    """A copy of the trained run folder."""
-    import shutil
+@pytest.fixture(scope="module")
+def larger(micro, tmp_path_factory):
+    """An experiment with enough held-out clips for every row, evaluated as its stages do, and its run folder."""
+    data = dataclasses.replace(micro.data, num_clips=100, heldout_fraction=0.4)
+    settings = dataclasses.replace(micro.evaluation, clips=16, loss_clips=16)
+    training = dataclasses.replace(micro.training, steps=4)
+    experiment = dataclasses.replace(micro, data=data, evaluation=settings, training=training)
+    run = RunFolder(tmp_path_factory.mktemp("larger") / "run")
+    prepare(experiment, run)
+    cluster(experiment, run)
+    for role in roles(experiment.partition.num_clusters):
+        train(experiment, run, role)
+    assemble(experiment, run)
+    evaluate(experiment, run)
+    return experiment, run
 
-    shutil.copytree(trained.path, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
+
+def test_with_enough_clips_every_row_is_there(larger):
+    experiment, run = larger
+    found = json.loads((run.evaluation / "results.json").read_text())
+    assert found["complete"] is True and found["left_out"] == []
+    assert [c["id"] for c in found["comparisons"]] == ["agreement", "frechet", "loss", "error", "motion"]
+    frechet = found["comparisons"][1]
+    assert all(0 < frechet[who]["value"] < np.inf and frechet[who]["stderr"] > 0 for who in ("ensemble", "monolith"))
+    assert frechet["reference"]["value"] < min(frechet[arm]["value"] for arm in ("ensemble", "monolith"))
+    assert found["protocol"]["prompts"] == experiment.evaluation.clips
+    assert "Frechet distance (shapes judge)" in (run.evaluation / "report.html").read_text()
+
+
+@needs_browser
+def test_a_browser_plays_every_video_of_the_report_it_wrote(larger, tmp_path):
+    _, run = larger
+    dom, logged, addresses = browse(Path(run.evaluation / "report.html"), tmp_path)
+    opening = dom[: dom.index("<head>")]
+    assert 'data-videos="6 of 6"' in opening and 'data-playing="6"' in opening  # two prompts: real and two arms
+    assert "CONSOLE" not in logged
+    assert addresses == []
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import safetensors.numpy
 from paris_jax import manifest
 from paris_jax.ensemble import bundle, parts
 from paris_jax.errors import Refused
-from paris_jax.run_folder import Role, RunFolder
+from paris_jax.run_folder import Role
 from paris_jax.stages.assemble import assemble
 
 EXPERT = Role("expert", 1)

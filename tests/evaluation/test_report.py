@@ -11,6 +11,7 @@ from paris_jax.evaluation import report
 from tests.evaluation import synthetic
 from tests.evaluation.browser import browse, needs_browser
 
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     results, videos = synthetic.make()

@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from paris_jax.errors import Refused, nearest
 from paris_jax.experiment import default_config
 
 EXPERTS = 3  # [R], one per cluster
@@ -25,6 +26,8 @@ EXPERTS = 3  # [R], one per cluster
 
 def get_config(arg: str = "11b") -> ConfigDict:
     """Returns the variant `arg`."""
+    if arg not in VARIANTS:
+        raise Refused(f"configs/paris2.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
     config = default_config()
     config.name = f"paris2-{arg}"
     VARIANTS[arg](config)

@@ -18,7 +18,7 @@
 #
 # Three experts were trained apart, each on one cluster of the clips, and never exchanged anything. A small router looks
 # at the noisy video, the time and the prompt, and weighs the experts at every step. This notebook draws videos from
-# them and looks at who did what. It works offline, on a CPU, in a minute or two.
+# them and looks at who did what. It works offline, and on a CPU.
 #
 # The ensemble that ships with the package knows moving shapes: flat ones on plain grounds, patterned ones that circle,
 # and handwritten digits that drift.

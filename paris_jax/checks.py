@@ -24,6 +24,13 @@ def above(low: float, **fields: float) -> Problems:
             yield f"{name}={value}: must be above {low}"
 
 
+def seed(**fields: int) -> Problems:
+    """What a 32-bit key can be made of; beyond that, two seeds would give the same draws."""
+    for name, value in fields.items():
+        if not 0 <= value < 2**32:
+            yield f"{name}={value}: must be from 0 to {2**32 - 1}"
+
+
 def between(low: float, high: float, **fields: float) -> Problems:
     for name, value in fields.items():
         if not low <= value <= high:

@@ -89,6 +89,7 @@ def _assembling(values: flags.FlagValues) -> None:
 def _sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_string("ensemble", None, "RUN/ensemble, or bundled:shapes", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "what to show; may be repeated", flag_values=values)
+    flags.DEFINE_string("image", None, "first frame (not in this version yet)", flag_values=values)
     flags.DEFINE_integer("num_steps", None, "solver steps", flag_values=values)
     flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", flag_values=values)
     flags.DEFINE_string("routing", None, "top_k, full or threshold", flag_values=values)
@@ -141,7 +142,10 @@ def _assemble(call: Call) -> None:
 def _sample(call: Call) -> None:
     from paris_jax.stages.sample import sample
 
-    given = {name: call[name] for name in call.flags if name not in ("ensemble", "prompt", "out", "help", "h")}
+    if call["image"]:
+        raise Refused(f"--image={call['image']}: making videos from an image is not in this version yet; leave it out")
+    apart = ("ensemble", "prompt", "image", "out", "help", "h")
+    given = {name: call[name] for name in call.flags if name not in apart}
     if not call["ensemble"]:
         raise Refused("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
     if given["experts"] is not None:
@@ -324,6 +328,15 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        said = f" ({error})" if str(error) else ""
+        print(f"refused: There is not enough memory{said}; use smaller clips, batches or networks", file=sys.stderr)
+        return REFUSED
+    except ImportError as error:
+        if not any("gs://" in str(argument) for argument in arguments):
+            raise
+        print(f"refused: gs:// needs the extra 'tpu' ({error}); pip install -e '.[tpu]'", file=sys.stderr)
+        return REFUSED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             remedy = "make room or choose another --workdir, then run the same command again"

@@ -41,7 +41,7 @@ class Data:
             yield "path is empty; source 'folder' needs the directory of the videos"
         yield from checks.at_least(1 if self.source == "shapes" else 0, num_clips=self.num_clips)
         yield from checks.at_least(1, frames=self.frames, height=self.height, width=self.width)
-        yield from checks.at_least(0, seed=self.seed)
+        yield from checks.seed(seed=self.seed)
         yield from checks.above(0, fps=self.fps)
         yield from checks.between(0.0, 0.5, heldout_fraction=self.heldout_fraction)
 
@@ -104,7 +104,7 @@ class Partition:
         yield from checks.at_least(
             1, num_clusters=self.num_clusters, iterations=self.iterations, restarts=self.restarts
         )
-        yield from checks.at_least(0, seed=self.seed)
+        yield from checks.seed(seed=self.seed)
         if self.fine_clusters and self.fine_clusters < self.num_clusters:
             yield f"fine_clusters={self.fine_clusters}: must be 0 or at least num_clusters={self.num_clusters}"
 
@@ -122,7 +122,7 @@ class Evaluation:
     def problems(self) -> Problems:
         yield from checks.at_least(2, clips=self.clips, loss_clips=self.loss_clips)
         yield from checks.at_least(1, loss_times=self.loss_times, shown=self.shown)
-        yield from checks.at_least(0, seed=self.seed)
+        yield from checks.seed(seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,16 @@ from paris_jax.errors import Refused
 SCHEMA = "paris_jax/1"
 FILE_NAME = "manifest.json"
 
+# What readers of each kind rely on.
+_SPACE = ("latent", "codec", "text", "text_length", "fps", "clips")
+NEEDED = {
+    "data": _SPACE,
+    "cluster": _SPACE,
+    "part": ("network", "role", "cluster", "clusters", "latent", "codec", "text", "text_length", "fps", "shift"),
+    "ensemble": ("experts", "router", "sampling", "clusters"),
+    "evaluation": ("evaluation_hash",),
+}
+
 # The one convention of the project (DESIGN: Mathematics); a part that follows another one must say so.
 CONVENTIONS = {
     "time": "t in [0, 1], t = 0 data, t = 1 noise",
@@ -67,7 +77,7 @@ def write_atomically(path: epath.PathLike, data: bytes | str, shared: bool = Fal
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise Refused(
-            f"Cannot write {path} ({error.strerror or error}); free some space or choose another --workdir, "
+            f"Cannot write {path} ({error.strerror or error}); free some space or choose another place, "
             "then run the same command again"
         ) from error
 
@@ -129,6 +139,9 @@ def read(folder: epath.PathLike, kind: str, verify: bool = False) -> dict[str, A
         raise Refused(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
     if manifest.get("kind") != kind:
         raise Refused(f"{path} describes a {manifest.get('kind')!r}, where a {kind!r} is expected")
+    absent = [name for name in ("files", "config_hash", *NEEDED.get(kind, ())) if name not in manifest]
+    if absent:
+        raise Refused(f"{path} lacks {', '.join(absent)}; copy the {kind} again from its origin, or make it again")
     for name, promise in manifest["files"].items():
         check_file(folder / name, promise, contents=verify)
     return manifest

@@ -106,8 +106,11 @@ class RunFolder:
             yield
 
     def claim(self, config: dict[str, Any], config_hash: str) -> None:
-        """Writes config.json at the first stage; afterwards refuses a config whose hash is another one."""
-        if not self.config.exists():
+        """Writes config.json at the first stage; afterwards refuses a config whose hash is another one.
+
+        A config under which nothing was made (its first stage was refused, say) stands in nobody's way.
+        """
+        if not self.config.exists() or (self.stored_config()["hash"] != config_hash and self._holds_only_a_config()):
             # The processes of a job come here together.
             value = {"schema": manifest.SCHEMA, "hash": config_hash, "config": config}
             manifest.write_json(self.config, value, shared=True)
@@ -120,6 +123,9 @@ class RunFolder:
                 "use a new --workdir, or give the config that this one was made with"
             )
 
+    def _holds_only_a_config(self) -> bool:
+        return not any(_holds_files(path) for path in self.path.iterdir() if path.name != self.config.name)
+
     def stored_config(self) -> dict[str, Any]:
         """Returns {"hash", "config"} of config.json, or refuses where there is none."""
         if not self.config.exists():
@@ -130,6 +136,10 @@ class RunFolder:
         if not isinstance(stored, dict) or not {"hash", "config"} <= stored.keys():
             raise Refused(f"{self.config} is not a paris_jax config; restore it from a copy, or use a new --workdir")
         return stored
+
+
+def _holds_files(path: epath.Path) -> bool:
+    return any(map(_holds_files, path.iterdir())) if path.is_dir() else True
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

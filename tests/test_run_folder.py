@@ -33,6 +33,16 @@ def test_processes_that_claim_a_folder_together_all_get_it(tmp_path):
 def test_a_folder_of_another_config_is_refused_by_the_fields_that_differ(tmp_path):
     run = RunFolder(tmp_path)
     run.claim({"seed": 1, "training": {"batch": 8, "steps": 10}}, "one")
+    run.data.mkdir()
+    (run.data / "shard").write_text("made under the first config")
     with pytest.raises(Refused, match=r"different: training\.batch, training\.ema\)"):
         run.claim({"seed": 1, "training": {"batch": 4, "steps": 10, "ema": 0.9}}, "other")
     assert run.stored_config()["hash"] == "one"
+
+
+def test_a_config_under_which_nothing_was_made_stands_in_nobodys_way(tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim({"frames": 400}, "one")
+    run.data.mkdir()
+    run.claim({"frames": 8}, "other")
+    assert run.stored_config() == {"schema": "paris_jax/1", "hash": "other", "config": {"frames": 8}}

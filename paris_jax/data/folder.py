@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,15 +146,22 @@ def find(root: epath.Path, folder: str = "") -> list[str]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += [name] if pictures(entry) else find(root, name)
+            inside = find(root, name)  # a picture beside videos is a thumbnail, not a frame
+            found += inside or ([name] if pictures(entry) else [])
         elif entry.suffix.lower() in VIDEOS:
             found.append(name)
     return found
 
 
 def pictures(folder: epath.Path) -> list[str]:
-    """Returns the names of the pictures in a folder, in order."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICTURES)
+    """Returns the names of the pictures in a folder, in the order of the numbers in them: 9.png before 10.png."""
+    names = (entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICTURES)
+    return sorted(names, key=_in_order)
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", name)  # text and digits in turn
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def cut_video(path: epath.Path, frames: int, height: int, width: int, fps: float) -> list[Cut]:

@@ -42,7 +42,7 @@ def check_length(text: str, count: int, max_tokens: int, unit: str) -> None:
     if count > max_tokens:
         raise Refused(
             f"The prompt {text[:60]!r}... has {count} {unit}; at most {max_tokens} are taken (config.text.max_tokens); "
-            "shorten it"
+            "shorten it, or raise text.max_tokens"
         )
 
 

@@ -7,6 +7,7 @@ samples.save("out.mp4")
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from etils import epath
 from rich.progress import Progress
 
+from paris_jax import checks
 from paris_jax.diffusion import randomness, times
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, sampler
@@ -78,7 +80,9 @@ class Ensemble:
         )
 
     def noise(self, count: int, seed: int = 0) -> jax.Array:
-        """Starting noise (count, T, H, W, C); sample i's depends on the seed and i alone."""
+        """Starting noise (count, T, H, W, C); sample i's depends on the seed (0 to 2^32 - 1) and i alone."""
+        for problem in checks.seed(seed=seed):
+            raise Refused(problem)
         return randomness.normal(randomness.sample_keys(seed, 0, jnp.arange(count)), self.latent_shape)
 
     def sample(
@@ -105,7 +109,7 @@ class Ensemble:
           routing: "top_k", "full" or "threshold".
           top_k: experts a sample uses at each step (implies routing="top_k").
           threshold: smallest set of experts with this weight (implies routing="threshold").
-          experts: one cluster, or one for each step: used whatever the router says.
+          experts: one cluster, or one for each step: used whatever the router says, so instead of the three above.
           solver: "euler" or "heun".
           seed: of the starting noise.
           noise: the starting noise itself, (N, T, H, W, C), instead of a seed.
@@ -164,6 +168,7 @@ class Ensemble:
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
 
     def _plan(self, steps, guidance, routing, top_k, threshold, experts, solver) -> tuple[Sampling, sampler.Plan]:
+        _refuse_contradictions(routing, top_k, threshold, experts)
         if routing is None and experts is None:
             routing = "top_k" if top_k is not None else "threshold" if threshold is not None else None
         given = {"steps": steps, "guidance": guidance, "routing": routing, "top_k": top_k, "threshold": threshold}
@@ -183,13 +188,23 @@ class Ensemble:
         """Positions of the forced experts, (S,) int32; zeros where none is forced."""
         if experts is None:
             return jnp.zeros(steps, jnp.int32)
-        schedule = [experts] * steps if isinstance(experts, int) else list(experts)
+        schedule = [int(experts)] * steps if isinstance(experts, numbers.Integral) else [int(k) for k in experts]
         if len(schedule) != steps:
             raise Refused(f"experts names {len(schedule)} steps where num_steps={steps}; give one expert for each step")
         absent = sorted({k for k in schedule if k not in self.clusters})
         if absent:
             raise Refused(f"experts={absent}: this ensemble has the experts {', '.join(map(str, self.clusters))}")
         return jnp.asarray([self.clusters.index(k) for k in schedule], jnp.int32)
+
+
+def _refuse_contradictions(routing: Any, top_k: Any, threshold: Any, experts: Any) -> None:
+    """One rule at a time: of two that are asked for, neither is passed over in silence."""
+    rules = {"top_k": top_k, "threshold": threshold, "experts": experts}
+    asked = [f"{name}={value}" for name, value in rules.items() if value is not None and name != routing]
+    if routing is not None and asked:
+        asked.insert(0, f"routing={routing!r}")
+    if len(asked) > 1:
+        raise Refused(f"{' and '.join(asked)} are different routing rules; give one of them")
 
 
 _route = functools.partial(jax.jit, static_argnames=("plan",))(sampler.route)

@@ -108,8 +108,8 @@ def read(path: epath.PathLike) -> Bundle:
     found = manifest.read(folder, "ensemble")
 
     def part(entry: dict[str, str]) -> Part:
-        where = folder / entry["path"]
-        where = epath.Path(os.path.normpath(os.fspath(where))) if "://" not in os.fspath(where) else where
+        scheme, mark, rest = os.fspath(folder / entry["path"]).rpartition("://")
+        where = epath.Path(scheme + mark + os.path.normpath(rest))  # a bucket knows no ".."
         admitted = parts.read(where)
         if manifest.hash_file(where / manifest.FILE_NAME) != entry["manifest_sha256"]:
             raise Refused(f"{where} is not the part that was admitted to {folder}; run 'paris-jax assemble' again")

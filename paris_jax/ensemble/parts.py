@@ -103,7 +103,13 @@ def _network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
         raise Refused(
             f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax"
         )
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
+    try:
+        config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
+        functional.abstract(config)
+    except Exception as error:  # whatever impossible sizes make the network say
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Refused(f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again") from error
+    return config
 
 
 def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path: epath.Path) -> None:

@@ -63,7 +63,6 @@ class Samples:
         path = epath.Path(path)
         if path.suffix.lower() not in FORMATS:
             raise Refused(f"{path} has the ending {path.suffix!r}; allowed are {', '.join(FORMATS)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".png":
             video_io.write_png(path, video_io.contact_sheet(self.pixels(), self.prompts))
         else:

@@ -114,6 +114,7 @@ class Evaluation:
         self.ensemble = Ensemble.load(run.ensemble)
         self.monolith = Ensemble.single(run.export(MONOLITH), **sampling)
         self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
+        self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
         # As many real clips as prompts are set aside to measure distances to.
         self.count = min(settings.clips, len(self.heldout) // 2)
         if self.count < 2:
@@ -123,10 +124,15 @@ class Evaluation:
             )
         self.prompts, self.others = self.heldout[: self.count], self.heldout[self.count : 2 * self.count]
         self.scored = self.heldout[: settings.loss_clips]
-        names = ("solver", "guidance", "routing", "threshold")
-        self.how = {name: sampling[name] for name in names} | {
-            "num_steps": sampling["steps"],
-            "top_k": min(sampling["top_k"], len(self.ensemble.clusters)),
+        self.routing = {"routing": experiment.sampling.routing}
+        if experiment.sampling.routing == "top_k":
+            self.routing["top_k"] = min(experiment.sampling.top_k, len(self.ensemble.clusters))
+        elif experiment.sampling.routing == "threshold":
+            self.routing["threshold"] = experiment.sampling.threshold
+        self.how = {
+            "num_steps": experiment.sampling.steps,
+            "guidance": experiment.sampling.guidance,
+            "solver": experiment.sampling.solver,
         }
 
     def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -164,7 +170,8 @@ class Evaluation:
         noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))
         videos = {"real": arms.decode(self.ensemble, self.prompts.latents)}
         routing = np.zeros(0)
-        for name, arm, how in (("ensemble", self.ensemble, self.how), ("monolith", self.monolith, {})):
+        both = (("ensemble", self.ensemble, self.how | self.routing), ("monolith", self.monolith, self.how))
+        for name, arm, how in both:
             task = self.progress.add_task(f"sampling: {name}", total=self.count)
 
             def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
@@ -184,9 +191,8 @@ class Evaluation:
         latents = self.ensemble.scale.normalise(self.scored.latents)
         points = Points.draw(latents, self.scored.ids, settings.loss_times, settings.seed)
         captions, batches = self.scored.captions, losses.num_batches(points)
-        routing = {name: self.how[name] for name in ("routing", "top_k", "threshold")}
         made: dict[str, Any] = {}
-        for name, arm, how in (("ensemble", self.ensemble, routing), ("monolith", self.monolith, {})):
+        for name, arm, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
             advance = self._bar(f"held-out loss: {name}", batches)
 
             def ask(arm=arm, how=how, advance=advance) -> dict[str, np.ndarray]:
@@ -240,18 +246,19 @@ class Evaluation:
 
     def _protocol(self) -> dict[str, Any]:
         sampling, settings = self.experiment.sampling, self.experiment.evaluation
-        card, rule = read_card(), sampling.routing
-        detail = {"top_k": f", k = {self.how['top_k']}", "threshold": f", weight {sampling.threshold}"}.get(rule, "")
+        card = read_card()
+        detail = "".join(f", {name} = {value}" for name, value in self.routing.items() if name != "routing")
         shape = " x ".join(map(str, arms.decode(self.ensemble, self.prompts.latents[:1]).shape[1:4]))
         bins = settings.loss_times
         return {
             "prompts": self.count,
-            "prompts from": "captions of clips held out before clustering, clusters in natural proportion",
+            "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
+            + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
             "noise": f"seed {settings.seed}; prompt i starts from the same noise in both arms",
             "solver": f"{sampling.solver}, {sampling.steps} steps, time shift {self.ensemble.shift:g}",
             "guidance": f"{sampling.guidance:g}, inside the merge, with the same weights for both branches",
-            "routing": f"{rule}{detail}",
+            "routing": f"{sampling.routing}{detail}",
             "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
             f"noise and times from (seed {settings.seed}, clip id)",
             "Frechet distance": f"{self.count} videos an arm, {self.count} other held-out clips; "

@@ -42,8 +42,8 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
         another config.
     """
     check_encoders(experiment)
-    run.claim(experiment.to_dict(), experiment.hash)
     if manifest.exists(run.data):
+        run.claim(experiment.to_dict(), experiment.hash)
         found = manifest.read(run.data, "data")
         if found["config_hash"] != experiment.hash:
             raise Refused(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
@@ -52,6 +52,7 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
     clips = source(experiment.data)
     if not len(clips):
         raise Refused("The data source has no clips; raise data.num_clips or add videos to data.path")
+    run.claim(experiment.to_dict(), experiment.hash)  # not before the clips were looked at
     count = -(-len(clips) // shard_size)
     jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]

@@ -4,33 +4,32 @@ from rich.console import Console
 from rich.table import Table
 
 from paris_jax import manifest
+from paris_jax.experiment import Experiment
 from paris_jax.run_folder import RunFolder, roles
 from paris_jax.training import metrics
 
 
 def status(run: RunFolder) -> list[tuple[str, str, str]]:
     """Prints a line a stage and the next command; returns (stage, state, command of the stage) for each."""
-    stored = run.stored_config()
-    config = stored["config"]
-    clusters, steps = config["partition"]["num_clusters"], config["training"]["steps"]
+    experiment = Experiment.from_config(run.stored_config()["config"])
+    clusters = experiment.partition.num_clusters
     rows = [
         ("prepare", _state(manifest.exists(run.data), run.data.exists()), f"prepare --workdir={run}"),
         ("cluster", _state(manifest.exists(run.partition), run.partition.exists()), f"cluster --workdir={run}"),
     ]
     for role in roles(clusters):
-        total = {"router": config["router_training"]["steps"], "monolith": steps * clusters}.get(role.kind, steps)
-        lines = metrics.read(run.metrics(role))
-        reached = f"step {lines[-1]['step']} of {total}" if lines else "begun"
+        newest = metrics.newest(run.metrics(role))
+        reached = f"step {newest['step']} of {experiment.steps(role.kind)}" if newest else "begun"
         state = _state(manifest.exists(run.export(role)), run.role(role).exists(), reached)
         rows.append((f"train {role.name}", state, f"train --workdir={run} {role.arguments}"))
     rows.append(("assemble", _state(manifest.exists(run.ensemble), False), f"assemble --workdir={run}"))
-    if config["data"]["heldout_fraction"]:  # without clips set apart, there is nothing to evaluate on
+    if experiment.data.heldout_fraction:  # without clips set apart, there is nothing to evaluate on
         rows.append(
             ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}")
         )
 
     console = Console(highlight=False)
-    table = Table("stage", "state", title=f"{run} ({config['name']}, config {stored['hash'][:12]})")
+    table = Table("stage", "state", title=f"{run} ({experiment.name}, config {experiment.hash[:12]})")
     for stage, state, _ in rows:
         table.add_row(stage, f"[green]{state}" if state == "done" else f"[yellow]{state}")
     console.print(table)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,23 +57,51 @@ class Nothing:
         pass
 
 
+class _Lines:
+    """A text file that grows by a line at a time; on a bucket, where nothing grows, it is written anew now and then."""
+
+    PAUSE = 30.0  # seconds between two writings of an object
+
+    def __init__(self, path: epath.Path, text: str):
+        self._path, self._text, self._written = path, text, time.monotonic()
+        manifest.write_atomically(path, text)
+        self._file = None if "://" in str(path) else path.open("a")
+
+    def add(self, line: str) -> None:
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._written > self.PAUSE:
+            self._write()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        self._path.write_text(self._text)
+        self._written = time.monotonic()
+
+
 class Metrics:
     """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped."""
 
     def __init__(self, folder: epath.PathLike, start: int):
         self.path = epath.Path(folder) / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
-        manifest.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a")
+        self._lines = _Lines(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._board = tensorboard(epath.Path(folder) / "tensorboard")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps({"step": step, **scalars}) + "\n")
         self._board.write_scalars(step, scalars)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         self._board.close()
 
 

@@ -49,7 +49,8 @@ class Training:
     def problems(self) -> Problems:
         yield from checks.at_least(1, steps=self.steps, batch=self.batch, fsdp=self.fsdp, log_every=self.log_every)
         yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
-        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, seed=self.seed)
+        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        yield from checks.seed(seed=self.seed)
         yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
         yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
         yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon", "adafactor"))

@@ -57,11 +57,17 @@ def test_a_slow_video_repeats_the_frame_on_show(tmp_path):
 def test_folders_of_frames_are_videos_too(tmp_path):
     for number, frame in enumerate(ramp(20)):
         (tmp_path / "shots" / "one").mkdir(parents=True, exist_ok=True)
-        video.write_png(tmp_path / "shots" / "one" / f"{number:03d}.png", frame)
+        video.write_png(tmp_path / "shots" / "one" / f"{number}.png", frame)  # 10 comes after 9
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "shots/one", "caption": "frames"}) + "\n\n")
     source = open_folder(tmp_path)
     assert [clip.id for clip in source] == ["shots/one#0000", "shots/one#0001"]
     assert levels(source[1]) == list(range(16, 32, 2))
+
+
+def test_a_picture_beside_videos_is_no_frame(tmp_path):
+    put(tmp_path / "sub" / "a.mp4", frames=20)
+    video.write_png(tmp_path / "sub" / "poster.png", next(iter(ramp(1))))
+    assert [clip.id for clip in open_folder(tmp_path)] == ["sub/a.mp4#0000"]
 
 
 def test_clips_come_in_the_order_of_names_and_from_subfolders(tmp_path):

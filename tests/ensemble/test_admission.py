@@ -98,6 +98,24 @@ def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told,
         parts.read(run.export(EXPERT))
 
 
+@pytest.mark.parametrize(
+    "what, change, told",
+    [
+        ("part", lambda m: m.pop("files"), r"experts/1/export/manifest.json lacks files"),
+        ("part", lambda m: m.pop("network"), r"experts/1/export/manifest.json lacks network"),
+        ("part", lambda m: m["network"].update(hidden="x"), r"describes a network that cannot be"),
+        ("part", lambda m: m["network"].update(heads=0), r"describes a network that cannot be"),
+        ("part", lambda m: m["network"].pop("heads"), r"describes a network that cannot be \(.*heads"),
+        ("ensemble", lambda m: m.pop("experts"), r"ensemble/manifest.json lacks experts"),
+        ("ensemble", lambda m: m.pop("sampling"), r"ensemble/manifest.json lacks sampling"),
+    ],
+)
+def test_an_altered_manifest_is_refused_by_what_is_wrong_with_it(what, change, told, run):
+    edit_manifest(run.export(EXPERT) if what == "part" else run.ensemble, change)
+    with pytest.raises(Refused, match=told):
+        bundle.read(run.ensemble)
+
+
 def test_every_problem_is_told_at_once(run):
     rewrite(Path(run.export(EXPERT)), lambda arrays: {name: a * np.nan for name, a in arrays.items()})
     with pytest.raises(Refused, match=r"and \d+ more"):
@@ -171,7 +189,7 @@ def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog
 
 def test_half_precision_parts_are_read_back_to_their_rounding(run, tmp_path):
     part = parts.read(run.export(EXPERT))
-    content = {k: part.manifest[k] for k in ("role", "cluster")}
+    content = {k: part.manifest[k] for k in manifest.NEEDED["part"] if k != "network"}
     parts.write(tmp_path / "half", part.config, part.params, "", "bfloat16", **content)
     read = parts.read(tmp_path / "half").params["video_in"]["kernel"]
     expected = part.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)

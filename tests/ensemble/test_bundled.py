@@ -7,9 +7,10 @@ import pytest
 
 from paris_jax import Ensemble, config_file, manifest
 from paris_jax.data import shapes
-from paris_jax.ensemble import bundle, make_bundled
+from paris_jax.ensemble import bundle
 from paris_jax.errors import Refused
 from paris_jax.evaluation.judge import Judge
+from paris_jax.stages import make_bundled
 
 FOLDER = Path(bundle.SHIPPED / "shapes")
 

@@ -65,6 +65,35 @@ def test_other_prompts_seeds_strengths_and_schedules_do_not_compile_again(ensemb
     assert compiled
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"routing": "full", "top_k": 1},
+        {"routing": "threshold", "top_k": 99},
+        {"routing": "top_k", "threshold": 0.5},
+        {"top_k": 1, "threshold": 1.0},
+        {"experts": 1, "top_k": 3},
+        {"experts": 1, "routing": "full"},
+    ],
+)
+def test_two_rules_at_once_are_refused_by_name(how, ensemble):
+    with pytest.raises(Refused, match=r"different routing rules; give one of them") as refusal:
+        ensemble.sample(PROMPTS, num_steps=2, **how)
+    assert all(f"{name}=" in str(refusal.value) for name in how)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
+def test_a_seed_that_no_key_can_be_made_of_is_refused(seed, ensemble):
+    with pytest.raises(Refused, match=rf"seed={seed}: must be from 0 to 4294967295"):
+        ensemble.sample(PROMPTS, num_steps=2, seed=seed)
+
+
+def test_numbers_of_numpy_are_numbers(ensemble):
+    same = [ensemble.sample(PROMPTS, num_steps=2, experts=k).videos for k in (1, np.int64(1), np.array([1, 1]))]
+    np.testing.assert_array_equal(same[0], same[1])
+    np.testing.assert_array_equal(same[0], same[2])
+
+
 def test_given_noise_replaces_the_seed(ensemble):
     noise = ensemble.noise(2, seed=5)
     np.testing.assert_array_equal(

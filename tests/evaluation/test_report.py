@@ -3,11 +3,13 @@
 import html.parser
 import json
 import re
+import string
 from pathlib import Path
 
 import pytest
 
 from paris_jax.evaluation import report
+from paris_jax.evaluation.results import format_estimate
 from tests.evaluation import synthetic
 from tests.evaluation.browser import browse, needs_browser
 
@@ -93,6 +95,65 @@ def test_everything_is_inlined(page):
     assert "url(" not in text
     assert "@import" not in text
     assert "${" not in text.replace("`${decoded} of ${videos.length}`", "").replace("`0 of ${videos.length}`", "")
+
+
+# Every panel, and the marks that its made-up results must leave in it: points, bars, areas or rows.
+PANELS = {
+    "Agreement by attribute": ("rect", 3 * 7),  # real clips and two arms, seven attributes
+    "Flow loss by time": ("circle", 2 * 8),  # two arms, eight bins of time
+    "Difference by time": ("circle", 8),
+    "Flow loss by cluster": ("rect", 2 * 3),
+    "Velocity error by time": ("circle", 2 * 8),
+    "Router accuracy by time": ("circle", 8),
+    "Expert use by step": ("polygon", 3),  # an area an expert
+    "Expert use by prompt": ("tr", 3),  # a row a cluster
+}
+
+
+@pytest.mark.parametrize("title", PANELS)
+def test_every_plot_is_there_and_draws_what_was_measured(title, page):
+    panels = dict(re.findall(r'<figure class="panel[^"]*"><h3>(.*?)</h3>(.*?)</figure>', page.read_text(), re.DOTALL))
+    assert panels.keys() == PANELS.keys()
+    mark, count = PANELS[title]
+    assert len(re.findall(f"<{mark}[ >]", panels[title])) == count
+
+
+def test_every_score_the_compute_and_the_protocol_are_there(page):
+    text, (results, _) = page.read_text(), synthetic.make()
+    tables = [
+        re.findall(r"<tr[^>]*>.*?</tr>", body, re.DOTALL)
+        for body in re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
+    ]
+    scores = tables[0]
+    assert len(scores) == len(results["comparisons"])
+    for row, comparison in zip(scores, results["comparisons"], strict=True):
+        assert comparison["label"] in row
+        assert [format_estimate(comparison[arm], comparison["unit"]) in row for arm in ("ensemble", "monolith")]
+        assert format_estimate(comparison["difference"], comparison["unit"], signed=True) in row
+    assert text.count('<section class="tile">') == 3
+    (compute,) = (rows for rows in tables if "expert 0" in "".join(rows) and "1,000" in "".join(rows))
+    for name in ("expert 0", "expert 1", "expert 2", "monolith", "router"):
+        assert sum(name in row for row in compute) == 1
+    protocol = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('class="protocol"') :]))
+    told = results["protocol"]
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    assert protocol == {name: str(value) for name, value in told.items()} | {"versions": versions}
+
+
+def test_nothing_that_is_rendered_is_left_out_of_the_page(monkeypatch):
+    """A template ignores what it does not name."""
+    given = []
+    real = string.Template.substitute
+
+    def substitute(self, *args, **keys):
+        given.append((set(keys), set(self.get_identifiers())))
+        return real(self, *args, **keys)
+
+    monkeypatch.setattr(string.Template, "substitute", substitute)
+    results, videos = synthetic.make(shown=1)
+    report.render(results, videos, 8.0)
+    assert len(given) >= 2
+    assert all(keys == named for keys, named in given)
 
 
 def test_says_who_wins_in_the_headline(page):

@@ -64,12 +64,16 @@ def test_a_browser_plays_every_video_of_the_report_it_wrote(larger, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the batches that were sampled, by arm ("3 experts" or "1 experts")."""
+    """What was sampled with: the arm's number of experts, prompts, noise, and the settings that came of them."""
     counted = []
     original = Ensemble.sample
 
     def sample(self, *args, **how):
-        counted.append((len(self.clusters), np.asarray(how["noise"])))
+        asked = (how.get(k) for k in ("num_steps", "guidance", "routing", "top_k", "threshold", "experts", "solver"))
+        settings, plan = self._plan(*asked)
+        told = {"steps": settings.steps, "guidance": settings.guidance, "solver": settings.solver}
+        assert (plan.solver, plan.guided) == (settings.solver, settings.guidance != 1)
+        counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told))
         return original(self, *args, **how)
 
     monkeypatch.setattr(Ensemble, "sample", sample)
@@ -94,10 +98,13 @@ def test_writes_results_and_report(micro, finished, calls):
             assert row[who].keys() == {"value", "stderr", "n"}
     assert "data:video/mp4" in (finished.evaluation / "report.html").read_text()
     assert not (finished.evaluation / ".partial").exists()
-    # Both arms start from the same noise.
-    (first, noise1), (second, noise2) = calls
+    # Both arms get the same prompts, noise, steps, guidance and solver, and they are the config's.
+    (first, prompts1, noise1, told1), (second, prompts2, noise2, told2) = calls
     assert (first, second) == (3, 1)
+    assert list(prompts1) == list(prompts2) and len(set(prompts1)) > 1
     np.testing.assert_array_equal(noise1, noise2)
+    sampling = micro.sampling
+    assert told1 == told2 == {"steps": sampling.steps, "guidance": sampling.guidance, "solver": sampling.solver}
 
 
 def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finished, calls):

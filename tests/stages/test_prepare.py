@@ -196,7 +196,20 @@ def test_bad_video_is_refused_before_anything_is_written(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(Refused, match=r"b\.mp4 cannot be read"):
         prepare(experiment(data=data), run)
-    assert not Path(run.data).exists()
+    assert not Path(run.path).exists()
+
+
+def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "words that are five long"})
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(Refused, match=r"shorter than one clip .* lower data.frames"):
+        prepare(experiment(data=data | {"frames": 400}), run)
+    with pytest.raises(Refused, match=r"at most 3.* raise text.max_tokens"):
+        prepare(experiment(data=data, text={"max_tokens": 3}), run)
+    prepare(experiment(data=data), run)
+    assert run.stored_config()["hash"] == experiment(data=data).hash
+    with pytest.raises(Refused, match=r"made with another config \(different: text.max_tokens\)"):
+        prepare(experiment(data=data, text={"max_tokens": 7}), run)
 
 
 def test_minilm_goes_through_the_same_stage(tmp_path):

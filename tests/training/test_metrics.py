@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from paris_jax.errors import Refused
-from paris_jax.training import metrics
+from paris_jax.training import loop, metrics
+from paris_jax.training.step import TIME_BINS
 
 HERE = importlib.util.find_spec("tensorflow") is not None and importlib.util.find_spec("tensorboard") is not None
 
@@ -64,6 +65,42 @@ def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("tensorflow", "tensorboard"))
     metrics.tensorboard(tmp_path)
     assert opened == [([], "GPU"), str(tmp_path)]  # the accelerator stays JAX's
+
+
+def test_a_line_is_the_average_of_its_steps_and_time_bins_weigh_samples(tmp_path):
+    """Two steps whose samples fall differently into the bins: a bin's loss is its sum over its count."""
+    bins = np.zeros((2, 2, TIME_BINS))  # step, (sum, count), bin
+    bins[0, :, 1], bins[1, :, 1] = (6.0, 3), (2.0, 1)
+    bins[1, :, 5] = (1.5, 2)
+    window = [
+        {"loss": loss, "grad_norm": norm, "bin_sum": sums, "bin_count": counts}
+        for loss, norm, (sums, counts) in zip((1.0, 2.0), (3.0, 5.0), bins, strict=True)
+    ]
+    assert metrics.average(window) == {"loss": 1.5, "grad_norm": 4.0, "loss_t/0.125": 2.0, "loss_t/0.625": 0.75}
+
+
+def test_the_first_step_that_is_not_finite_is_found():
+    good = {"loss": 1.0, "param_norm": 1.0, "grad_norm": 1.0}
+    assert metrics.first_not_finite([good, good]) is None
+    for name in good:
+        assert metrics.first_not_finite([good, good | {name: np.inf}, good | {name: np.nan}]) == 1
+
+
+def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(monkeypatch):
+    """Ten steps of 4 clips in 2 seconds, 1 GFLOP a clip, on two devices of 50 GFLOP/s: 20 of 100 GFLOP/s."""
+    monkeypatch.setattr(loop.flops, "peak", lambda device: 50e9)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: 12.0)
+    job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
+    mesh = types.SimpleNamespace(devices=np.array([object(), object()]))
+    clocks = loop.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
+    assert loop._speed(job, 10, clocks, mesh) == {
+        "seconds_per_step": 0.2,
+        "clips_per_second": 20.0,
+        "data_wait": 0.25,
+        "seconds_trained": 110.0,
+        "share_of_peak": 0.2,
+    }
+    assert (clocks.waited, clocks.lined) == (0.0, 12.0)  # the next line starts here
 
 
 def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):

@@ -1,6 +1,6 @@
 """Makes an ensemble that ships with the package: the parts of a finished run in bfloat16, and how they came to be.
 
-python -m paris_jax.ensemble.make_bundled --workdir=runs/bundled --name=shapes --revision=$(git rev-parse HEAD)
+python -m paris_jax.stages.make_bundled --workdir=runs/bundled --name=shapes --revision=$(git rev-parse HEAD)
 """
 
 import argparse

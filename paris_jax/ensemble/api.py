@@ -7,7 +7,6 @@ samples.save("out.mp4")
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,7 +187,8 @@ class Ensemble:
         """Positions of the forced experts, (S,) int32; zeros where none is forced."""
         if experts is None:
             return jnp.zeros(steps, jnp.int32)
-        schedule = [int(experts)] * steps if isinstance(experts, numbers.Integral) else [int(k) for k in experts]
+        schedule = [int(k) for k in np.atleast_1d(experts)]
+        schedule = schedule * steps if np.ndim(experts) == 0 else schedule
         if len(schedule) != steps:
             raise Refused(f"experts names {len(schedule)} steps where num_steps={steps}; give one expert for each step")
         absent = sorted({k for k in schedule if k not in self.clusters})

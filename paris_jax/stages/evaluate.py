@@ -124,7 +124,7 @@ class Evaluation:
             )
         self.prompts, self.others = self.heldout[: self.count], self.heldout[self.count : 2 * self.count]
         self.scored = self.heldout[: settings.loss_clips]
-        self.routing = {"routing": experiment.sampling.routing}
+        self.routing: dict[str, Any] = {"routing": experiment.sampling.routing}
         if experiment.sampling.routing == "top_k":
             self.routing["top_k"] = min(experiment.sampling.top_k, len(self.ensemble.clusters))
         elif experiment.sampling.routing == "threshold":

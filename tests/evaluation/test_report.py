@@ -120,10 +120,8 @@ def test_every_plot_is_there_and_draws_what_was_measured(title, page):
 
 def test_every_score_the_compute_and_the_protocol_are_there(page):
     text, (results, _) = page.read_text(), synthetic.make()
-    tables = [
-        re.findall(r"<tr[^>]*>.*?</tr>", body, re.DOTALL)
-        for body in re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
-    ]
+    bodies = re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
+    tables = [re.findall(r"<tr[^>]*>.*?</tr>", body, re.DOTALL) for body in bodies]
     scores = tables[0]
     assert len(scores) == len(results["comparisons"])
     for row, comparison in zip(scores, results["comparisons"], strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from paris_jax import manifest
 from paris_jax.ensemble import bundle, parts
 from paris_jax.ensemble.parts import Part
 from paris_jax.errors import Refused
@@ -40,18 +41,24 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
     bundle.write(folder, experts, router, found.sampling, config_hash, made=made)
 
 
-def provenance(config: dict[str, Any], revision: str) -> dict[str, Any]:
-    """How a run came to be: command, revision, seeds, and the whole config, so that nothing has to be believed."""
+def provenance(config: dict[str, Any], sampling: dict[str, Any], revision: str) -> dict[str, Any]:
+    """How a run came to be: command, revision, seeds, and the whole config, so that nothing has to be believed.
+
+    `sampling` is what the ensemble was assembled with, which may be other than what the run began with.
+    """
     family, _, variant = config["name"].partition("-")
     if family != "shapes" or not variant:
         raise Refused(
             f"config.name={config['name']!r}: only runs of configs/shapes.py, named shapes-VARIANT, are shipped"
         )
+    changed = {name: value for name, value in sampling.items() if config["sampling"][name] != value}
+    flags = [f"--config.sampling.{name}={value}" for name, value in changed.items()]
+    command = ["paris-jax quickstart", f"--config=configs/shapes.py:{variant}", f"--workdir=runs/{variant}", *flags]
     return {
-        "command": f"paris-jax quickstart --config=configs/shapes.py:{variant} --workdir=runs/{variant}",
+        "command": " ".join(command),
         "revision": revision,
         "seeds": {section: values["seed"] for section, values in config.items() if "seed" in (values or {})},
-        "config": config,
+        "config": config | {"sampling": config["sampling"] | changed},
         "licence": "Apache-2.0",
     }
 
@@ -63,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", required=True, help="revision of this project that trained it")
     flags = parser.parse_args(arguments)
     run = RunFolder(flags.workdir)
-    made = provenance(run.stored_config()["config"], flags.revision)
+    sampling = manifest.read(run.ensemble, "ensemble")["sampling"]
+    made = provenance(run.stored_config()["config"], sampling, flags.revision)
     folder = bundle.SHIPPED / flags.name
     make(run, folder, made)
     print(f"{bundle.BUNDLED}{flags.name} is in {folder}")

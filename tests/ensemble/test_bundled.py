@@ -24,8 +24,9 @@ def test_it_ships_within_its_size_with_how_it_was_made():
     sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(sizes) < 8e6 and max(sizes) < 2e6
     made = manifest.read(FOLDER, "ensemble")["made"]
-    assert made["command"].startswith("paris-jax ") and made["seeds"] == {"data": 0, "training": 0}
-    assert len(made["revision"]) == 40
+    assert made["command"].startswith("paris-jax quickstart --config=configs/shapes.py:bundled ")
+    assert set(made["seeds"]) == {"data", "partition", "training", "router_training", "evaluation"}
+    assert len(made["revision"]) == 40 and made["config"]["name"] == "shapes-bundled"
 
 
 def test_both_arms_are_there_and_cost_the_same(ensemble):
@@ -38,16 +39,18 @@ def test_both_arms_are_there_and_cost_the_same(ensemble):
     assert sum(work(f"experts/{k}") for k in range(3)) == work("monolith")
 
 
-def test_it_shows_the_right_world_colour_and_motion_for_most_prompts(ensemble):
+def test_it_shows_the_right_thing_in_the_right_colour_moving_the_right_way_for_most_prompts(ensemble):
     rng = np.random.default_rng(11)
-    asked = [shapes.draw_attributes(rng) for _ in range(24)]
+    asked = [shapes.draw_attributes(rng) for _ in range(64)]
     samples = ensemble.sample([shapes.caption(a) for a in asked], num_steps=20, seed=1)
     _, seen = Judge.load().look(samples.videos)
     right = {
         name: np.mean([s[name] == a[name] for s, a in zip(seen, asked, strict=True)]) for name in shapes.ATTRIBUTES
     }
-    assert right["world"] > 0.95 and right["colour"] > 0.9 and right["ground"] > 0.9, right
-    assert right["direction"] > 0.5 and right["size"] > 0.75 and right["speed"] > 0.6, right
+    assert min(right[name] for name in ("world", "colour", "ground", "size", "speed")) > 0.9, right
+    assert right["direction"] > 0.75 and right["object"] > 0.55, right
+    everything = np.mean([all(s[name] == a[name] for name in a) for s, a in zip(seen, asked, strict=True)])
+    assert everything > 0.45  # 0.63 of 256 held-out prompts
 
 
 def test_each_prompt_is_answered_by_the_expert_of_its_world(ensemble):
@@ -64,9 +67,13 @@ def test_each_prompt_is_answered_by_the_expert_of_its_world(ensemble):
 
 def test_what_is_shipped_says_how_it_was_made():
     config = config_file.load(config_file.embedded() + ":bundled")
-    made = make_bundled.provenance(config, "a" * 40)
+    given = dict(config)
+    made = make_bundled.provenance(given, given["sampling"], "a" * 40)
     assert made["command"] == "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled"
-    assert made["config"] == config
+    assert made["config"] == given
+    other = make_bundled.provenance(given, given["sampling"] | {"steps": 7}, "a" * 40)
+    assert other["command"] == made["command"] + " --config.sampling.steps=7"
+    assert other["config"] == given | {"sampling": given["sampling"] | {"steps": 7}}
     assert made["seeds"] == dict.fromkeys(("data", "partition", "training", "router_training", "evaluation"), 0)
     with pytest.raises(Refused, match=r"config.name='mine': only runs of configs/shapes.py"):
-        make_bundled.provenance(config | {"name": "mine"}, "a" * 40)
+        make_bundled.provenance(given | {"name": "mine"}, given["sampling"], "a" * 40)

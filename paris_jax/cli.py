@@ -43,11 +43,15 @@ class Call:
             raise Refused("--workdir is missing; name the run folder, for example --workdir=runs/shapes")
         return RunFolder(self["workdir"])
 
-    def experiment(self, run: RunFolder) -> Experiment:
+    def experiment(self, run: RunFolder | None) -> Experiment:
         """The config given, or else the one the run folder was made with, with the changes."""
-        if not self["config"] and not run.config.exists():
-            raise Refused(f"--config is missing, and {run} has none yet; name a config file, such as {EXAMPLE}")
-        config = load(self["config"]) if self["config"] else run.stored_config()["config"]
+        if self["config"]:
+            config = load(self["config"])
+        elif run and run.config.exists():
+            config = run.stored_config()["config"]
+        else:
+            where = f", and {run} has none yet" if run else ""
+            raise Refused(f"--config is missing{where}; name a config file, such as {EXAMPLE}")
         change(config, self.changes)
         return Experiment.from_config(config)
 
@@ -99,6 +103,14 @@ def _sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_string("solver", None, "euler or heun", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the starting noise", flag_values=values)
     flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
+
+
+def _target(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("target", None, "a slice: v4:2x2x2, v5e:4x4, v5p:2x2x4, v6e:4x8 or cpu:8", flag_values=values)
+    flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "one role; by default all", flag_values=values)
+    flags.DEFINE_float("share", 0.4, "of the chips' peak that steps are expected to reach", flag_values=values)
+    flags.DEFINE_float("price", None, "of one chip for one hour, in your money", flag_values=values)
+    flags.DEFINE_bool("search", True, "find the largest batch and the smallest slice too", flag_values=values)
 
 
 def _placing(values: flags.FlagValues) -> None:
@@ -167,6 +179,19 @@ def _evaluate(call: Call) -> None:
     evaluate(call.experiment(call.run), call.run)
 
 
+def _plan(call: Call) -> None:
+    from paris_jax.stages.plan import ROLES, check, plan
+    from paris_jax.training.slices import Slice
+
+    if not call["target"]:
+        raise Refused("--target is missing; name a slice, such as v5p:2x2x4, v6e:4x4, or cpu:8")
+    roles = (call["role"],) if call["role"] else ROLES
+    check(call["share"], call["price"])
+    target = Slice.parse(call["target"])
+    experiment = call.experiment(call.run if call["workdir"] else None)
+    plan(experiment, target, roles, call["share"], call["price"], call["search"])
+
+
 def _status(call: Call) -> None:
     from paris_jax.stages.status import status
 
@@ -232,6 +257,15 @@ COMMANDS = {
         ),
         (_config, _workdir),
         _evaluate,
+    ),
+    "plan": Command(
+        "whether it fits on a slice that is not here, and what the run would take",
+        (
+            "paris-jax plan --config=configs/paris2.py --target=v5p:2x2x4 --role=expert",
+            "paris-jax plan --config=configs/shapes.py:small --target=v6e:2x2 --price=2.70",
+        ),
+        (_config, _workdir, _target),
+        _plan,
     ),
     "status": Command(
         "what is done, what is missing, the next command",

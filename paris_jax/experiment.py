@@ -202,6 +202,10 @@ class Experiment:
         kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "sampling", "evaluation")}
         return manifest.hash_text(manifest.canonical_json(kept))
 
+    def settings_of(self, kind: str) -> Training:
+        """How a role is trained: experts and monolith alike."""
+        return self.router_training if kind == "router" else self.training
+
     def steps(self, kind: str) -> int:
         """Training steps of a role: the monolith gets the sum of the experts', so both arms cost the same."""
         if kind == "router":

@@ -96,7 +96,7 @@ def test_a_whole_number_stands_for_a_float():
         ("partition__num_clusters", 0, "config.partition.num_clusters=0: must be at least 1"),
         ("partition__fine_clusters", 2, "config.partition.fine_clusters=2: must be 0 or at least num_clusters=3"),
         ("network__preset", "tinny", "did you mean 'tiny'?"),
-        ("network__remat", "some", "config.network.remat='some': must be one of none, full"),
+        ("network__remat", "some", "config.network.remat='some': must be one of none, named, full, offload"),
         ("network__hidden", -1, "config.network.hidden=-1: must be at least 0"),
         ("network__heads", 3, "config.network.hidden=112 over heads=3 is not 16 a head"),
         ("network__hidden", 100, "for example hidden=112"),

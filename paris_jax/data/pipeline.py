@@ -54,6 +54,7 @@ def training_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    text_length: int | None = None,
     threads: int = THREADS,
     read_ahead: int = READ_AHEAD,
 ) -> Any:
@@ -67,8 +68,9 @@ def training_batches(
       folders: one cluster's folder (an expert) or all (monolith, router).
       batch: clips of the global batch.
       seed: of the order.
-      process_index: which of `process_count` processes this is.
-      process_count: how many share the global batch; must divide it.
+      process_index: which of `process_count` equal parts of each batch to give.
+      process_count: how many parts there are, one for each process or for several that need the same samples.
+      text_length: tokens are padded to this many; by default to the longest caption's.
       threads: that read records.
       read_ahead: batches kept ready; memory is about (read_ahead + 1) batches.
 
@@ -87,7 +89,7 @@ def training_batches(
     found.sort(key=lambda pair: (pair[0].get("cluster") or 0, str(pair[1])))
     check(found, batch, process_count)
     shared = found[0][0]
-    collate = Collate(LatentScale.from_manifest(shared["latent"]), shared["text_length"])
+    collate = Collate(LatentScale.from_manifest(shared["latent"]), text_length or shared["text_length"])
     stream = grain.MapDataset.source(Records([path for _, path in found])).seed(seed).shuffle().repeat()
     rows = stream.map_with_index(_with_place).batch(batch // process_count, drop_remainder=True, batch_fn=collate)
     mine = rows[process_index::process_count]

@@ -50,6 +50,7 @@ def write(
     manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
     kind = "router" if isinstance(config, RouterConfig) else "dit"
     network = {"kind": kind, **dataclasses.asdict(config)}
+    del network["remat"]  # of training only
     manifest.write(
         folder,
         "part",

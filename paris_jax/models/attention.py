@@ -9,35 +9,96 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from paris_jax.models.axes import constrain, spec
 
 logger = logging.getLogger(__name__)
 
-Kernel = Literal["xla", "cudnn"]
+Kernel = Literal["xla", "cudnn", "pallas"]
+BLOCKS = (512, 256, 128)  # tokens that the TPU's kernel takes at once
 
 
 def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the first `length` keys of each sample; returns (B, N, H, D)."""
-    return jax.nn.dot_product_attention(
-        q_BNHD,
-        k_BNHD,
-        v_BNHD,
-        query_seq_lengths=None if length_B is None else jnp.full_like(length_B, q_BNHD.shape[1]),
-        key_value_seq_lengths=length_B,
-        implementation=implementation(jax.default_backend(), q_BNHD.dtype.name, q_BNHD.shape[-1]),
-    )
+    """softmax(q k^T / sqrt(D)) v over the first `length` keys of each sample; returns (B, N, H, D).
+
+    What queries beyond `length` get is not defined.
+    """
+    # Heads are independent: a device that holds some of the tokens gives them away for all tokens of some heads.
+    q_BNHD, k_BNHD, v_BNHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BNHD, v_BNHD))
+    kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], q_BNHD.shape[1])
+    if kernel == "pallas":
+        attended_BNHD = _on_every_device(_flash)(q_BNHD, k_BNHD, v_BNHD, _lengths(q_BNHD, length_B))
+    else:
+        attended_BNHD = jax.nn.dot_product_attention(
+            q_BNHD,
+            k_BNHD,
+            v_BNHD,
+            query_seq_lengths=None if length_B is None else _lengths(q_BNHD, None),
+            key_value_seq_lengths=length_B,
+            implementation=kernel,
+        )
+    return checkpoint_name(constrain(attended_BNHD, "batch", None, "attending", None), "attended")
+
+
+def _lengths(x_BNHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
+    return jnp.full(x_BNHD.shape[0], x_BNHD.shape[1], jnp.int32) if length_B is None else length_B
+
+
+def _platform() -> str:
+    """Of the mesh that is compiled for, which may not be here; without one, of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 @functools.cache
-def implementation(backend: str, dtype: str, head_width: int) -> Kernel:
-    """Chooses "cudnn" or "xla", and logs the choice once, with the reason where it is not the fast one."""
-    choice: Kernel
-    if backend != "gpu":
-        choice, reason = "xla", f"there is no flash attention for {backend} here yet"
+def implementation(platform: str, dtype: str, head_width: int, tokens: int) -> Kernel:
+    """Chooses a kernel, and logs the choice once, with the reason where it is not the fast one."""
+    choice: Kernel = "xla"
+    if platform == "tpu" and tokens < BLOCKS[-1]:
+        reason = f"the TPU's flash kernel works on {BLOCKS[-1]} tokens at once, and here are {tokens}"
+    elif platform == "tpu":
+        choice, reason = "pallas", "flash attention"
+    elif platform not in ("gpu", "cuda"):
+        reason = f"there is no flash attention for {platform}"
     elif dtype not in ("bfloat16", "float16"):
-        choice, reason = "xla", f"cuDNN's kernel takes 16-bit floats, not {dtype}"
+        reason = f"cuDNN's kernel takes 16-bit floats, not {dtype}"
     elif head_width % 8 or head_width > 128:
-        choice, reason = "xla", f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
+        reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:
         choice, reason = "cudnn", "flash attention"
     logger.info("attention: %s (%s)", choice, reason)
     return choice
+
+
+def _on_every_device(kernel):
+    """A kernel that XLA cannot split, called by each device of the mesh on its own samples and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel
+    heads, samples = spec(("batch", None, "attending", None), mesh.shape), spec(("batch",), mesh.shape)
+    return jax.shard_map(kernel, in_specs=(heads, heads, heads, samples), out_specs=heads, check_vma=False)
+
+
+def _flash(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array) -> jax.Array:
+    """JAX's Pallas flash attention for TPU, forward and backward (Dao et al. 2022), on padded tokens."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
+
+    tokens = q_BNHD.shape[1]
+    padding = -tokens % BLOCKS[-1]
+    block = next(b for b in BLOCKS if (tokens + padding) % b == 0)
+    names = [name for name in kernel.BlockSizes.__dataclass_fields__ if name != "block_b"]
+    sizes = kernel.BlockSizes(block_b=1, **dict.fromkeys(names, block))
+    # Padding is a segment of its own, which nobody else looks at.
+    is_padding = (jnp.arange(tokens + padding) >= length_B[:, None]).astype(jnp.int32)
+
+    def by_head(x_BNHD: jax.Array) -> jax.Array:
+        return jnp.pad(x_BNHD, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    attended_BHND = kernel.flash_attention(
+        *(by_head(x) for x in (q_BNHD, k_BNHD, v_BNHD)),
+        segment_ids=kernel.SegmentIds(is_padding, is_padding),
+        sm_scale=q_BNHD.shape[-1] ** -0.5,
+        block_sizes=sizes,
+    )
+    return attended_BHND[:, :, :tokens].transpose(0, 2, 1, 3)

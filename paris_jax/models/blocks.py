@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from paris_jax.models.positions import time_features
 
@@ -77,10 +78,17 @@ class HeadNorm(nnx.Module):
         return self.query(q).astype(q.dtype), self.key(k).astype(k.dtype)
 
 
-def split_heads(qkv_BNX: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(B, N, 3 * H * D) to queries, keys and values, each (B, N, H, D)."""
-    q, k, v = jnp.split(qkv_BNX.reshape(*qkv_BNX.shape[:2], 3 * heads, -1), 3, axis=2)
-    return q, k, v
+def split_heads(fused_BNX: jax.Array, heads: int, head_width: int) -> list[jax.Array]:
+    """(B, N, H * (3 * D + M)) to queries, keys, values, each (B, N, H, D), and what else each head has, (B, N, H, M).
+
+    Heads come first in the fused features, so that a device that owns some of the heads owns all that belongs to them.
+    """
+    by_head = fused_BNX.reshape(*fused_BNX.shape[:2], heads, -1)
+    return jnp.split(by_head, [head_width, 2 * head_width, 3 * head_width], axis=-1)
+
+
+def join_heads(x_BNHD: jax.Array) -> jax.Array:
+    return x_BNHD.reshape(*x_BNHD.shape[:2], -1)
 
 
 class Sizes(Protocol):
@@ -107,17 +115,18 @@ class Stream(nnx.Module):
         self.out = linear(D, D, dtype, rngs)
         self.mlp_in = linear(D, config.mlp_ratio * D, dtype, rngs)
         self.mlp_out = linear(config.mlp_ratio * D, D, dtype, rngs)
-        self.heads = config.heads
+        self.heads, self.head_width = config.heads, D // config.heads
 
     def heads_of(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = split_heads(self.qkv(modulate(x, shift, scale)), self.heads)
+        fused = checkpoint_name(self.qkv(modulate(x, shift, scale)), "projected")
+        q, k, v, _ = split_heads(fused, self.heads, self.head_width)
         return *self.head_norm(q, k), v
 
-    def update(self, x: jax.Array, attended: jax.Array, gates: list[jax.Array]) -> jax.Array:
+    def update(self, x: jax.Array, attended_BNHD: jax.Array, gates: list[jax.Array]) -> jax.Array:
         gate_attention, shift, scale, gate_mlp = gates
-        x = x + gate_attention[:, None] * self.out(attended.reshape(x.shape))
-        hidden = nnx.gelu(self.mlp_in(modulate(x, shift, scale)), approximate=True)
-        return x + gate_mlp[:, None] * self.mlp_out(hidden)
+        x = x + gate_attention[:, None] * self.out(join_heads(attended_BNHD))
+        hidden = checkpoint_name(self.mlp_in(modulate(x, shift, scale)), "projected")
+        return x + gate_mlp[:, None] * self.mlp_out(nnx.gelu(hidden, approximate=True))
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -127,18 +136,37 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
     return build(rngs.split(count))
 
 
-def scan_blocks(blocks: nnx.Module, carry: Any, remat: bool, *shared: Any) -> Any:
+# What the backward pass finds again, of the names given in the blocks; the rest it computes anew.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": None,  # everything is kept
+    "named": _policies.save_only_these_names("projected", "attended"),  # what matrix products and attention made
+    "full": _policies.nothing_saveable,  # what goes into each block
+    "offload": _policies.save_and_offload_only_these_names(  # the same, kept in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
     Args:
       blocks: from `stacked`; called as block(*carry, *shared) -> carry.
-      carry: tuple of arrays handed from block to block.
-      remat: recompute activations in the backward pass instead of keeping them.
+      carry: tuple of activations (B, N, D) handed from block to block.
+      remat: what the backward pass computes again instead of keeping it, a key of REMAT.
       *shared: inputs that every block sees.
     """
     graph, layers = nnx.split(blocks)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        if remat == "offload":
+            carry = tuple(checkpoint_name(x, "block_input") for x in carry)
         return nnx.merge(graph, layer)(*carry, *shared), None
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, carry, layers)[0]
+    if remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
+    return jax.lax.scan(body, carry, layers)[0]

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from paris_jax.models import positions
 from paris_jax.models.attention import attend
+from paris_jax.models.axes import constrain
 from paris_jax.models.blocks import (
     Conditioning,
     HeadNorm,
     Modulation,
     Stream,
+    join_heads,
     linear,
     modulate,
     scan_blocks,
@@ -48,7 +51,7 @@ class DiTConfig:
     rope_axes: tuple[int, int, int]  # features of a head turned by t, h, w; their sum is the head width
     mlp_ratio: int = 4
     theta: float = 1e4
-    remat: bool = False
+    remat: str = "none"  # what the backward pass computes again: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
 
 
@@ -82,7 +85,10 @@ class DoubleBlock(nnx.Module):
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
         N = video.shape[1]
-        return self.video.update(video, attended[:, :N], gates_v), self.text.update(text, attended[:, N:], gates_t)
+        seen_v = constrain(attended[:, :N], "batch", "tokens", "heads", None)
+        seen_t = constrain(attended[:, N:], "batch", None, "heads", None)
+        video = constrain(self.video.update(video, seen_v, gates_v), "batch", "tokens", None)
+        return video, constrain(self.text.update(text, seen_t, gates_t), "batch", None, None)
 
 
 class SingleBlock(nnx.Module):
@@ -94,16 +100,17 @@ class SingleBlock(nnx.Module):
         self.qkv_mlp = linear(D, 3 * D + M, dtype, rngs)
         self.head_norm = HeadNorm(D // config.heads, rngs)
         self.out = linear(D + M, D, dtype, rngs)
-        self.heads = config.heads
+        self.heads, self.head_width = config.heads, D // config.heads
 
     def __call__(self, x, condition, rope, length):  # arrays in, (x,) out
         shift, scale, gate = self.modulation(condition)
-        qkv, hidden = jnp.split(self.qkv_mlp(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
-        q, k, v = split_heads(qkv, self.heads)
+        fused = checkpoint_name(self.qkv_mlp(modulate(x, shift, scale)), "projected")
+        q, k, v, hidden = split_heads(fused, self.heads, self.head_width)
         q, k = self.head_norm(q, k)
-        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length).reshape(x.shape)
-        mixed = self.out(jnp.concatenate([attended, nnx.gelu(hidden, approximate=True)], axis=-1))
-        return (x + gate[:, None] * mixed,)
+        attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
+        attended = constrain(attended, "batch", "tokens", "heads", None)
+        mixed = self.out(join_heads(jnp.concatenate([attended, nnx.gelu(hidden, approximate=True)], axis=-1)))
+        return (constrain(x + gate[:, None] * mixed, "batch", "tokens", None),)
 
 
 class SpatiotemporalDiT(nnx.Module):
@@ -137,14 +144,14 @@ class SpatiotemporalDiT(nnx.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         _, T, H, W, _ = x_BTHWC.shape
-        video = self.video_in(pack(x_BTHWC).astype(dtype))
+        video = constrain(self.video_in(pack(x_BTHWC).astype(dtype)), "batch", "tokens", None)
         text = self.text_in(tokens_BLX.astype(dtype))
         condition = self.conditioning(t_B, pooled_BP)
         # Video first: padding is then at the end of the joint sequence, where attention kernels want it.
         N, length = video.shape[1], length_B + video.shape[1]
         rope = _rope(T, H // PATCH, W // PATCH, text.shape[1], config.rope_axes, config.theta)
         video, text = scan_blocks(self.double_blocks, (video, text), config.remat, condition, rope, length)
-        joint = jnp.concatenate([video, text], axis=1)
+        joint = constrain(jnp.concatenate([video, text], axis=1), "batch", "tokens", None)
         (joint,) = scan_blocks(self.single_blocks, (joint,), config.remat, condition, rope, length)
         shift, scale = self.final_modulation(condition)
         tokens = self.velocity_out(modulate(joint[:, :N], shift, scale))

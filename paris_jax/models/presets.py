@@ -9,6 +9,7 @@ from typing import Any
 
 from paris_jax import checks
 from paris_jax.checks import Problems
+from paris_jax.models.blocks import REMAT
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
 
@@ -61,11 +62,11 @@ class Network:
     heads: int = 0  # 0: the preset's
     double_blocks: int = -1  # -1: the preset's
     single_blocks: int = -1  # -1: the preset's
-    remat: str = "none"  # "none" or "full": recompute each block's activations in the backward pass
+    remat: str = "none"  # what the backward pass computes again: "none", "named", "full", "offload" (blocks.REMAT)
 
     def problems(self) -> Problems:
         yield from checks.choice("preset", self.preset, NETWORKS)
-        yield from checks.choice("remat", self.remat, ("none", "full"))
+        yield from checks.choice("remat", self.remat, REMAT)
         yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
         yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
         if self.preset in NETWORKS:

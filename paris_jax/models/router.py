@@ -14,6 +14,7 @@ from flax import nnx
 
 from paris_jax.models import positions
 from paris_jax.models.attention import attend
+from paris_jax.models.axes import constrain
 from paris_jax.models.blocks import (
     Conditioning,
     Modulation,
@@ -39,7 +40,7 @@ class RouterConfig:
     rope_axes: tuple[int, int, int]
     mlp_ratio: int = 4
     theta: float = 1e4
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
 
@@ -50,7 +51,7 @@ class RouterBlock(Stream):
         shift, scale, *gates = self.modulation(condition)
         q, k, v = self.heads_of(x, shift, scale)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v)
-        return (self.update(x, attended, gates),)
+        return (constrain(self.update(x, attended, gates), "batch", None, None),)
 
 
 class Router(nnx.Module):

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import jax
+from etils import epath
 
 from paris_jax import manifest
 from paris_jax.data.pipeline import training_batches
@@ -16,7 +17,8 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import PATCH
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.training import flops, loop
+from paris_jax.training import loop
+from paris_jax.training.program import Job
 from paris_jax.training.step import TimeLaw
 
 logger = logging.getLogger(__name__)
@@ -43,14 +45,8 @@ def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
     logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
     settings = job.settings
 
-    def batches() -> Any:
-        return training_batches(
-            folders,
-            batch=settings.batch,
-            seed=settings.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def batches(part: int, parts: int) -> Any:
+        return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
 
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
         params = loop.to_host(loop.train(job, batches).ema)
@@ -59,7 +55,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
     logger.info("%s is trained: %s", role.name, export)
 
 
-def _export(run: RunFolder, experiment: Experiment, role: Role, job: loop.Job, params: Any, data: list[Any]) -> None:
+def _export(run: RunFolder, experiment: Experiment, role: Role, job: Job, params: Any, data: list[Any]) -> None:
     """Writes the averaged parameters with everything that is needed to use them."""
     parts.write(
         run.export(role),
@@ -111,31 +107,38 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
     return found
 
 
-def network_config(
-    experiment: Experiment, role: Role, channels: int, text: dict[str, Any], dtype: str
-) -> functional.Config:
-    """The config of a role's network for a latent of `channels` and a described text encoder."""
-    encoder = texts.from_description(text)
-    settings = experiment.network
+def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
+    """The job of a role on prepared data, described by a cluster's manifest."""
+    encoder = texts.from_description(data["text"])
+    T, H, W, C = data["latent"]["shape"]
+    dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
+    widths = encoder.width, encoder.pooled_width
+    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+
+
+def job_of(
+    experiment: Experiment,
+    folder: epath.Path,
+    role: Role,
+    latent_shape: tuple[int, int, int, int],
+    text_widths: tuple[int, int],
+    text_length: int,
+    dtype: str,
+) -> Job:
+    """The job of a role on latents and text of these sizes, computing in `dtype`."""
+    settings, shift = experiment.settings_of(role.kind), sampling_shift(experiment, latent_shape)
     given = {
-        "channels": channels,
-        "pooled_width": encoder.pooled_width,
+        "channels": latent_shape[-1],
+        "pooled_width": text_widths[1],
         "dtype": dtype,
-        "remat": settings.remat == "full",
+        "remat": experiment.network.remat,
     }
     if role.kind == "router":
-        return presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
-    return presets.network_config(settings, text_width=encoder.width, **given)
-
-
-def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> loop.Job:
-    settings = experiment.router_training if role.kind == "router" else experiment.training
-    shape = tuple(data["latent"]["shape"])
-    config = network_config(experiment, role, shape[-1], data["text"], compute_dtype(settings.compute_dtype))
-    shift = sampling_shift(experiment, shape)
+        config = presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
+    else:
+        config = presets.network_config(experiment.network, text_width=text_widths[0], **given)
     law = TimeLaw(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
-    cost = flops.training_step(config, shape, data["text_length"])
-    return loop.Job(role.name, run.role(role), config, settings, experiment.steps(role.kind), law, cost)
+    return Job(role.name, folder, config, settings, experiment.steps(role.kind), law, latent_shape, text_length)
 
 
 def sampling_shift(experiment: Experiment, latent_shape: Any) -> float:
@@ -144,14 +147,14 @@ def sampling_shift(experiment: Experiment, latent_shape: Any) -> float:
     return experiment.diffusion.shift or times.open_sora_shift((H // PATCH) * (W // PATCH), T)
 
 
-def compute_dtype(name: str) -> str:
+def compute_dtype(name: str, platform: str) -> str:
     """ "auto" is float32 on CPUs and bfloat16 on everything else."""
     if name != "auto":
         return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
-def describe(job: loop.Job, clips: int) -> str:
+def describe(job: Job, clips: int) -> str:
     work = job.steps * job.settings.batch * job.flops_per_sample
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
     return (

@@ -99,8 +99,3 @@ def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refu
     return Refused(
         f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )
-
-
-def abstract(shapes: Any, shardings: Any) -> Any:
-    """Shapes and dtypes with the shardings to restore into."""
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)

@@ -3,24 +3,9 @@
 Matrix products only (2 m n k each), backward counted as twice the forward, recomputation not counted.
 """
 
-from typing import Any
-
 from paris_jax.models.blocks import TIME_FEATURES
 from paris_jax.models.dit import PATCH, DiTConfig
 from paris_jax.models.router import RouterConfig
-
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets; jax counts one device a chip on these.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
@@ -51,10 +36,3 @@ def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], tex
 def training_step(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
     """FLOPs of one training step on one sample: forward, and backward at twice its cost."""
     return 3 * forward(config, latent_shape, text_length)
-
-
-def peak(device: Any) -> float | None:
-    """The device's peak in bfloat16, FLOP/s, or None where none is stated (CPUs)."""
-    kind = device.device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None

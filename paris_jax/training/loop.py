@@ -1,7 +1,6 @@
 """The training loop, for every role: save, fetch, step, log, in this order, so that state and data always agree."""
 
 import dataclasses
-import functools
 import logging
 import signal
 import threading
@@ -11,33 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from paris_jax.errors import Preempted, Refused
-from paris_jax.models import functional
-from paris_jax.training import checkpoints, flops, metrics, sharding
-from paris_jax.training import state as states
-from paris_jax.training.settings import Training
+from paris_jax.training import checkpoints, chips, metrics, sharding
+from paris_jax.training.program import Job, Program
 from paris_jax.training.state import TrainState
-from paris_jax.training.step import TimeLaw, make_step
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One network to train on one slice."""
-
-    name: str  # for people: "expert 0"
-    folder: epath.Path  # where checkpoints and metrics go
-    config: functional.Config
-    settings: Training
-    steps: int
-    time_law: TimeLaw
-    flops_per_sample: int  # of a training step
 
 
 @dataclasses.dataclass
@@ -78,29 +60,26 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def train(job: Job, batches: Callable[[], Any]) -> TrainState:
+def train(job: Job, batches: Callable[[int, int], Any]) -> TrainState:
     """Trains to `job.steps`, going on from the newest checkpoint where there is one.
 
     Args:
-      batches: makes the data iterator, with get_state and set_state (JSON) for its position.
+      batches: makes the data iterator of one of so many equal parts of each batch (index, count), with get_state and
+        set_state (JSON) for its position.
 
     Returns:
       The final state, also saved as a checkpoint.
 
     Raises:
       Preempted: after SIGTERM, with everything saved.
-      Refused: unreadable checkpoints, or a loss that is not finite.
+      Refused: unreadable checkpoints, a mesh that does not fit, or a loss that is not finite.
     """
-    mesh = sharding.make_mesh(job.settings.fsdp, job.settings.batch)
-    make_state = functools.partial(states.create, job.config, job.settings, job.steps)
-    shapes = jax.eval_shape(make_state, jax.random.key(0))
-    shardings = sharding.state_shardings(shapes, mesh)
+    program = Program(job)
     saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep)
-    iterator = batches()
-    found = saved.restore(checkpoints.abstract(shapes, shardings))
+    iterator = batches(*sharding.rows_of_this_process(program.mesh))
+    found = saved.restore(program.state)
     if found is None:
-        start, clocks = 0, Clocks()
-        state = jax.jit(make_state, out_shardings=shardings)(jax.random.key(job.settings.seed))
+        start, clocks, state = 0, Clocks(), program.first_state()
     else:
         start, state, position, kept = found
         clocks = Clocks(trained=kept["trained"])
@@ -108,19 +87,16 @@ def train(job: Job, batches: Callable[[], Any]) -> TrainState:
         saved.delete_after(start)
         logger.info("%s goes on from step %d", job.name, start)
     written = metrics.Metrics(job.folder, start) if jax.process_index() == 0 else metrics.Nothing()
-    # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
-    step_fn = jax.jit(
-        make_step(job.config, job.settings, job.steps, job.time_law), donate_argnums=0, out_shardings=(shardings, None)
-    )
     try:
-        with StopRequest() as stop, _progress(job, start) as advance:
-            return _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, stop, advance)
+        with jax.set_mesh(program.mesh), StopRequest() as stop, _progress(job, start) as advance:
+            return _run(program, state, start, iterator, saved, written, clocks, stop, advance)
     finally:
         written.close()
         saved.close()
 
 
-def _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, stop, advance) -> TrainState:
+def _run(program, state, start, iterator, saved, written, clocks, stop, advance) -> TrainState:
+    job, mesh = program.job, program.mesh
     window: list[dict[str, jax.Array]] = []
 
     def line(step: int) -> None:
@@ -152,7 +128,7 @@ def _run(job, step_fn, state, start, iterator, saved, written, clocks, mesh, sto
         asked_data = time.perf_counter()
         batch = sharding.place_batch(next(iterator), mesh)
         clocks.waited += time.perf_counter() - asked_data
-        state, values = step_fn(state, batch)
+        state, values = program.step(state, batch)
         window.append(values)
         if (step + 1) % job.settings.log_every == 0:
             line(step + 1)
@@ -181,9 +157,8 @@ def _speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dic
         "data_wait": waited / elapsed,
         "seconds_trained": clocks.total(),
     }
-    peak = flops.peak(mesh.devices.flat[0])
-    if peak:
-        scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (peak * mesh.devices.size)
+    if chip := chips.of(mesh.devices.flat[0]):
+        scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (chip.peak * mesh.devices.size)
     return scalars
 
 

@@ -40,14 +40,17 @@ class Training:
     drop_tokens: float = 0.3162  # probability of training without the token sequence
     drop_pooled: float = 0.3162  # and, independently, without the pooled vector
     compute_dtype: str = "auto"  # "auto" (bfloat16 where the device has it), "float32", "bfloat16"
-    fsdp: int = 1  # devices over which parameters are split; the rest split the batch
+    fsdp: int = 1  # devices that share the batch and the parameters; what is left of the slice shares the batch only
+    tensor: int = 1  # devices that share the heads and hidden features
+    sequence: int = 1  # devices that share the tokens of each clip, for long videos
     log_every: int = 20
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints kept
     seed: int = 0
 
     def problems(self) -> Problems:
-        yield from checks.at_least(1, steps=self.steps, batch=self.batch, fsdp=self.fsdp, log_every=self.log_every)
+        yield from checks.at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every)
+        yield from checks.at_least(1, fsdp=self.fsdp, tensor=self.tensor, sequence=self.sequence)
         yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
         yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
         yield from checks.seed(seed=self.seed)

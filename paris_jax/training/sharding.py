@@ -1,5 +1,7 @@
-"""How a job's slice is used: a mesh (data, fsdp), batches split over both, parameters over fsdp."""
+"""How a job uses its slice: its mesh, where its state lies on it, and which rows of a batch each process brings."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,48 +9,92 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from paris_jax.errors import Refused
+from paris_jax.models import axes, functional
+from paris_jax.models.router import RouterConfig
+from paris_jax.training.settings import Training
 
-BATCH_AXES = ("data", "fsdp")
-STACKED = ("double_blocks", "single_blocks", "blocks")  # their leading axis is the layer, which is never split
-SMALLEST_SPLIT = 2**14  # elements; below it, splitting costs more than it saves
 
-
-def make_mesh(fsdp: int, batch: int) -> Mesh:
-    """All devices of this job as (data, fsdp); refuses a split that does not divide."""
-    devices = jax.device_count()
-    if devices % fsdp:
+def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
+    """The devices of this job as (data, fsdp, tensor, sequence); refuses a split that does not divide them."""
+    devices = jax.devices() if devices is None else devices
+    named = {name: getattr(settings, name) for name in axes.MESH if name != "data"}
+    split = math.prod(named.values())
+    if len(devices) % split:
+        wanted = " x ".join(f"training.{name}={n}" for name, n in named.items())
         raise Refused(
-            f"training.fsdp={fsdp} does not divide the {devices} devices of this job; choose a divisor of {devices}"
+            f"{wanted} = {split} does not divide the {len(devices)} devices of this job; choose them so that their "
+            f"product divides {len(devices)}"
         )
-    if batch % devices:
+    sizes = (len(devices) // split, *named.values())
+    rows = sizes[0] * named["fsdp"]
+    if settings.batch % rows:
         raise Refused(
-            f"training.batch={batch} does not divide over the {devices} devices of this job; "
-            f"choose a multiple of {devices}, for example {max(devices, batch // devices * devices)}"
+            f"training.batch={settings.batch} does not divide over data x fsdp = {rows} of the {len(devices)} devices "
+            f"of this job; choose a multiple of {rows}, for example {max(rows, settings.batch // rows * rows)}"
         )
-    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(sizes, axes.MESH, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Splits the largest divisible axis of a large array over fsdp; small arrays are copied to every device."""
-    first = 1 if any(part in STACKED for part in name.split(".")) else 0
-    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
-    if fsdp == 1 or not candidates or np.prod(shape) < SMALLEST_SPLIT:
-        return PartitionSpec()
-    axis = max(candidates, key=lambda a: (shape[a], a))
-    return PartitionSpec(*("fsdp" if a == axis else None for a in range(axis + 1)))
+def check_network(config: functional.Config, mesh: Mesh, tokens: int) -> None:
+    """Refuses a mesh that does not divide a network's width, heads or tokens (video and text, of one sample)."""
+    fsdp, tensor, sequence = (mesh.shape[name] for name in ("fsdp", "tensor", "sequence"))
+    if isinstance(config, RouterConfig) and sequence > 1:
+        raise Refused(f"training.sequence={sequence}: a router's tokens are not split; use 1")
+    for what, size, by, named in (
+        ("width", config.hidden, fsdp * sequence, f"training.fsdp={fsdp} x training.sequence={sequence}"),
+        ("heads", config.heads, tensor * sequence, f"training.tensor={tensor} x training.sequence={sequence}"),
+        ("tokens of a clip and its text", tokens, sequence, f"training.sequence={sequence}"),
+    ):
+        if size % by:
+            raise Refused(f"{named}: {by} does not divide the network's {size} {what}; choose divisors of {size}")
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array of a training state: moments and EMA lie where their parameter lies."""
+def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
+    """A PartitionSpec for every array of a training state, on a mesh of these sizes.
 
-    def of(path: Any, leaf: Any) -> NamedSharding:
-        name = ".".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh.shape["fsdp"]))
+    Moments and EMA lie where their parameter lies.
+    """
+    parameters = functional.to_names(abstract_state.params)
+    specs = {name: axes.parameter_spec(name, leaf.shape, sizes) for name, leaf in parameters.items()}
+
+    def of(path: Any, leaf: Any) -> PartitionSpec:
+        keys = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
+        ends = (".".join(keys[i:]) for i in range(len(keys)))
+        name = next((end for end in ends if end in parameters), None)
+        # What is smaller than its parameter (Adafactor's means of rows and columns) is whole everywhere.
+        same = name is not None and leaf.shape == parameters[name].shape
+        return specs[name] if same and name else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(of, abstract_state)
 
 
+def rows_of_this_process(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of the batch this process brings.
+
+    Processes whose devices hold the same samples (split over tensor or sequence) bring the same part.
+    """
+    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for number, row in enumerate(rows):
+        for device in row:
+            held.setdefault(device.process_index, set()).add(number)
+    parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(rows):
+        raise Refused(
+            "training.tensor and training.sequence: some processes of this job hold the same samples and others only "
+            "some of them; choose their product so that it divides the devices of a process, or is a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, axes.spec(("batch",), mesh.shape))
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of the global batch on its devices."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    sharding, (_, parts) = batch_sharding(mesh), rows_of_this_process(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * parts, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }

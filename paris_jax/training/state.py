@@ -10,7 +10,6 @@ import optax.contrib
 
 from paris_jax.models import functional
 from paris_jax.training.settings import Training
-from paris_jax.training.sharding import STACKED
 
 
 @jax.tree_util.register_dataclass
@@ -75,13 +74,12 @@ def _is_matrix(params: functional.Params) -> Any:
 
 
 def _stacked_matrices(params: functional.Params) -> Any:
-    """How Muon reads each stack (layers, inputs, outputs) of matrices; None for what is Adam's."""
+    """How Muon reads each stack (layers, inputs, outputs) of the blocks' matrices; None for what is Adam's."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def of(path: Any, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         names = {key.key for key in path}
-        stacked = leaf.ndim == 3 and not names.isdisjoint(STACKED)
-        return spec if stacked and "modulation" not in names else None
+        return spec if leaf.ndim == 3 and "modulation" not in names else None  # only stacks have three axes
 
     return jax.tree_util.tree_map_with_path(of, params)
 

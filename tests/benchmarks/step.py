@@ -19,7 +19,7 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.stages.devices import keep_freed_memory
 from paris_jax.stages.train import compute_dtype, sampling_shift
-from paris_jax.training import flops
+from paris_jax.training import chips, flops
 from paris_jax.training import state as states
 from paris_jax.training.step import TimeLaw, make_step
 
@@ -54,7 +54,7 @@ def main():
     experiment = Experiment.from_config(config)
     settings, shape = experiment.training, experiment.latent_shape
     encoder = dict(zip(("text_width", "pooled_width"), experiment.text_widths, strict=True))
-    dtype = compute_dtype(settings.compute_dtype)
+    dtype = compute_dtype(settings.compute_dtype, jax.default_backend())
     network = presets.network_config(experiment.network, channels=shape[-1], dtype=dtype, **encoder)
 
     keys = jax.random.split(jax.random.key(0), 4)
@@ -85,8 +85,8 @@ def main():
     measure("forward, backward", lambda _: gradient(state.params), given.seconds)
     seconds = measure("step", lambda s: step(s, batch)[0], given.seconds, carry=state)
     work = flops.training_step(network, shape, WORDS) * settings.batch
-    peak = flops.peak(device)
-    share = f", {work / seconds / peak:.1%} of peak" if peak else ""
+    chip = chips.of(device)
+    share = f", {work / seconds / chip.peak:.1%} of peak" if chip else ""
     print(f"{work / 1e9:.1f} GFLOP a step: {work / seconds / 1e9:.0f} GFLOP/s{share}")
 
 

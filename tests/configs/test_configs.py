@@ -79,7 +79,7 @@ def network(paris2):
         text_width=tokens,
         pooled_width=pooled,
         dtype="bfloat16",
-        remat=paris2.network.remat == "full",
+        remat=paris2.network.remat,
     )
 
 

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from paris_jax.experiment import Network
 from paris_jax.models import attention, functional, positions, presets
+from paris_jax.models.blocks import REMAT
 from paris_jax.models.dit import DiTConfig, pack, unpack
 from paris_jax.models.router import RouterConfig
 
@@ -116,9 +118,10 @@ def test_queries_and_keys_have_one_length_whatever_their_scale():
     params = random_params(SMALL)
     base = run(SMALL, params, *inputs())
     qkv = params["double_blocks"]["video"]["qkv"]
-    kept = SMALL.hidden * 2  # queries and keys; values are not normalised
-    qkv["kernel"] = qkv["kernel"].at[..., :kept].multiply(7.0)
-    qkv["bias"] = qkv["bias"].at[..., :kept].multiply(7.0)
+    of_a_head = np.repeat([7.0, 7.0, 1.0], SMALL.hidden // SMALL.heads)  # values are not normalised
+    factors = np.tile(of_a_head, SMALL.heads)
+    qkv["kernel"] = qkv["kernel"] * factors
+    qkv["bias"] = qkv["bias"] * factors
     np.testing.assert_allclose(run(SMALL, params, *inputs()), base, rtol=1e-3, atol=1e-3)
 
 
@@ -161,15 +164,39 @@ def test_attention_over_lengths_is_softmax_attention_over_the_first_keys():
         np.testing.assert_allclose(given[b], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernel_of_tpus_is_the_same_attention_forward_and_backward(width):
+    """JAX's kernel, interpreted: 200 tokens are padded to 256, and keys beyond each length are not seen."""
+    keys = jax.random.split(jax.random.key(6), 4)
+    q, k, v, weight = (jax.random.normal(key, (2, 200, 1, width)) for key in keys)
+    length = jnp.array([200, 150], jnp.int32)
+    counted = (jnp.arange(200) < length[:, None])[..., None, None]
+
+    def both(attention):
+        def value(q, k, v):
+            out = jnp.where(counted, attention(q, k, v, length), 0.0)
+            return (out * weight).sum(), out
+
+        return jax.grad(value, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    with pltpu.force_tpu_interpret_mode():
+        made = both(attention._flash)
+    expected = both(attention.attend)
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
 def test_the_slow_kernel_is_chosen_with_a_reason(caplog):
     attention.implementation.cache_clear()
     with caplog.at_level("INFO"):
-        assert attention.implementation("gpu", "bfloat16", 128) == "cudnn"
-        assert attention.implementation("gpu", "float32", 128) == "xla"
-        assert attention.implementation("gpu", "bfloat16", 72) == "cudnn"
-        assert attention.implementation("gpu", "bfloat16", 256) == "xla"
-        assert attention.implementation("cpu", "float32", 64) == "xla"
-    assert "float32" in caplog.text and "256" in caplog.text
+        assert attention.implementation("gpu", "bfloat16", 128, 999) == "cudnn"
+        assert attention.implementation("gpu", "float32", 128, 999) == "xla"
+        assert attention.implementation("gpu", "bfloat16", 72, 999) == "cudnn"
+        assert attention.implementation("gpu", "bfloat16", 256, 999) == "xla"
+        assert attention.implementation("cpu", "float32", 64, 999) == "xla"
+        assert attention.implementation("tpu", "bfloat16", 128, 999) == "pallas"
+        assert attention.implementation("tpu", "bfloat16", 128, 100) == "xla"
+    assert "float32" in caplog.text and "256" in caplog.text and "here are 100" in caplog.text
 
 
 @pytest.mark.parametrize("blocks", [(2, 0), (0, 2)])
@@ -178,13 +205,14 @@ def test_a_network_may_have_one_kind_of_block(blocks):
     assert run(config, random_params(config), *inputs()).shape == (3, 2, 4, 6, 6)
 
 
-def test_recomputing_activations_changes_no_gradient():
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_recomputing_activations_changes_no_gradient(remat):
     params, given = random_params(SMALL), inputs()
 
     def gradient(config):
         return jax.grad(lambda p: jnp.square(run(config, p, *given)).mean())(params)
 
-    plain, recomputed = gradient(SMALL), gradient(dataclasses.replace(SMALL, remat=True))
+    plain, recomputed = gradient(SMALL), gradient(dataclasses.replace(SMALL, remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), plain, recomputed)
 
 

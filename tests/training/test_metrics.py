@@ -88,7 +88,7 @@ def test_the_first_step_that_is_not_finite_is_found():
 
 def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(monkeypatch):
     """Ten steps of 4 clips in 2 seconds, 1 GFLOP a clip, on two devices of 50 GFLOP/s: 20 of 100 GFLOP/s."""
-    monkeypatch.setattr(loop.flops, "peak", lambda device: 50e9)
+    monkeypatch.setattr(loop.chips, "of", lambda device: types.SimpleNamespace(peak=50e9))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: 12.0)
     job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
     mesh = types.SimpleNamespace(devices=np.array([object(), object()]))

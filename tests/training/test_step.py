@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from paris_jax.stages.train import compute_dtype
-from paris_jax.training import flops
+from paris_jax.training import chips
 from paris_jax.training import state as states
 from paris_jax.training.settings import Training
 from paris_jax.training.step import TimeLaw, drop_text, make_step
@@ -81,11 +81,10 @@ def test_computing_in_bfloat16_keeps_the_state_in_float32(batch):
     assert exact.step == half.step == 1
 
 
-def test_auto_computes_in_bfloat16_on_accelerators_only(monkeypatch):
-    assert compute_dtype("auto") == "float32"
-    assert compute_dtype("bfloat16") == "bfloat16"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert compute_dtype("auto") == "bfloat16"
+def test_auto_computes_in_bfloat16_on_accelerators_only():
+    assert compute_dtype("auto", "cpu") == "float32"
+    assert compute_dtype("bfloat16", "cpu") == "bfloat16"
+    assert compute_dtype("auto", "tpu") == compute_dtype("auto", "gpu") == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -96,4 +95,5 @@ def test_the_peak_of_a_device_is_found_by_its_kind(kind, teraflops):
     class Device:
         device_kind = kind
 
-    assert flops.peak(Device()) == (teraflops and teraflops * 1e12)
+    found = chips.of(Device())
+    assert (found and found.peak) == (teraflops and teraflops * 1e12)

@@ -1,0 +1,269 @@
+"""One code path from one device to a whole slice: where everything lies, and that it changes no result."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from paris_jax.errors import Refused
+from paris_jax.models import axes, functional, presets
+from paris_jax.training import sharding
+from paris_jax.training import state as states
+from paris_jax.training.program import Job, Program
+from paris_jax.training.settings import Training
+from paris_jax.training.step import TimeLaw
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+P = jax.P
+
+
+class FakeMesh:
+    """The sizes of a mesh without its devices."""
+
+    def __init__(self, **shape):
+        self.shape = dict.fromkeys(axes.MESH, 1) | shape
+
+
+def make_job(router=False, **settings) -> Job:
+    """A network of eight heads on samples of 8 + 6 tokens, with every kind of parameter large enough to be split."""
+    given = {"channels": 24, "pooled_width": 64, "dtype": "float32", "remat": "none"}
+    if router:
+        tiny = dataclasses.replace(presets.ROUTERS["tiny"], hidden=128, heads=2)
+        config = presets.RouterConfig(**dataclasses.asdict(tiny), clusters=3, **given)
+    else:
+        network = presets.Network(preset="tiny", hidden=128, heads=8)
+        config = presets.network_config(network, text_width=64, **given)
+    settings = Training(**{"steps": 10, "batch": 8, "warmup": 2} | settings)
+    law = TimeLaw("logit_normal", 0.0, 1.0, 2.0)
+    return Job("test", epath.Path("nowhere"), config, settings, settings.steps, law, (2, 4, 4, 24), 6)
+
+
+def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+
+    def batch(n: int) -> dict[str, np.ndarray]:
+        B, L = job.settings.batch, job.padded_text_length
+        length = rng.integers(1, job.text_length + 1, B).astype(np.int32)
+        tokens = rng.normal(size=(B, job.text_length, 64)) * (
+            np.arange(job.text_length)[:, None] < length[:, None, None]
+        )
+        return {
+            "latent": rng.normal(size=(B, *job.latent_shape)).astype(np.float32),
+            "tokens": np.pad(tokens, ((0, 0), (0, L - job.text_length), (0, 0))).astype(np.float32),
+            "length": length,
+            "pooled": rng.normal(size=(B, 64)).astype(np.float32),
+            "cluster": rng.integers(0, 3, B).astype(np.int32),
+            "index": np.arange(n * B, (n + 1) * B, dtype=np.int32),
+        }
+
+    return [batch(n) for n in range(count)]
+
+
+def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
+    """Losses of the first steps on so many devices."""
+    program = Program(job, jax.devices()[:devices])
+    state, found = program.first_state(), []
+    with jax.set_mesh(program.mesh):
+        for batch in batches(job, steps):
+            state, metrics = program.step(state, sharding.place_batch(batch, program.mesh))
+            found.append(float(metrics["loss"]))
+    return found
+
+
+# Devices, and what they split beside the batch.
+MESHES = [
+    (1, {}),
+    (2, {"tensor": 2}),
+    (4, {"fsdp": 4}),
+    (4, {"sequence": 4}),
+    (8, {}),
+    (8, {"fsdp": 2, "tensor": 2, "sequence": 2}),
+]
+
+
+def on_eight_devices() -> dict:
+    """What the tests below look at; called in a process with eight simulated devices."""
+    assert jax.device_count() == 8
+    job = make_job(**MESHES[-1][1])
+    offload = dataclasses.replace(job, config=dataclasses.replace(job.config, remat="offload"))
+    state = Program(job).first_state()
+    return {
+        "losses": [losses(make_job(**splits), devices) for devices, splits in MESHES],
+        "offload": losses(offload, 8, 2),
+        "router": [losses(make_job(router=True, **s), n) for n, s in ((1, {}), (8, {"fsdp": 4, "tensor": 2}))],
+        "pieces": {name: leaf.addressable_shards[0].data.shape for name, leaf in leaves(state).items()},
+    }
+
+
+def leaves(tree) -> dict:
+    """Names like params.single_blocks.out.kernel to leaves."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    script = "import json; from tests.training.test_sharding import on_eight_devices as f; print(json.dumps(f()))"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("which", range(1, len(MESHES)), ids=lambda i: f"{MESHES[i][0]}-{MESHES[i][1]}")
+def test_the_loss_is_the_same_on_every_mesh(which, found):
+    np.testing.assert_allclose(found["losses"][which], found["losses"][0], rtol=1e-6)
+    assert len(set(found["losses"][0])) == 3  # it learns, or at least moves
+
+
+def test_the_loss_is_the_same_with_activations_kept_on_the_host(found):
+    np.testing.assert_allclose(found["offload"], found["losses"][0][:2], rtol=1e-6)
+
+
+def test_the_routers_loss_is_the_same_on_one_device_and_eight(found):
+    np.testing.assert_allclose(*found["router"], rtol=1e-6)
+
+
+# Every parameter that is split, on a mesh that splits everything; norms, small ones and the rest are whole.
+WIDTH, HEADS = ("fsdp", "sequence"), "tensor"
+SPECS = {
+    "qkv.kernel": [None, WIDTH, HEADS],
+    "mlp_in.kernel": [None, WIDTH, HEADS],
+    "qkv_mlp.kernel": [None, WIDTH, HEADS],
+    "modulation.out.kernel": [None, WIDTH, HEADS],
+    "mlp_out.kernel": [None, HEADS, WIDTH],
+    "out.kernel": [None, HEADS, WIDTH],
+    "inner.kernel": [None, WIDTH],
+    "outer.kernel": [None, WIDTH],
+    "final_modulation.out.kernel": [WIDTH],
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_every_parameter_and_moment_lies_where_the_table_says(optimizer):
+    job = make_job(optimizer=optimizer)
+    shapes = jax.eval_shape(lambda: states.create(job.config, job.settings, job.steps, jax.random.key(0)))
+    lies = leaves(sharding.state_specs(shapes, SIZES))
+    shapes = leaves(shapes)
+    parameters = {name.removeprefix("params."): s.shape for name, s in shapes.items() if name.startswith("params.")}
+    assert len(parameters) == len(jax.tree.leaves(functional.abstract(job.config)))
+    split = 0
+    for name, leaf in shapes.items():
+        of = next((p for p in parameters if name.endswith("." + p)), None)
+        ends = [end for end in SPECS if of and of.endswith(end)]
+        large = of and parameters[of] == leaf.shape and leaf.size >= axes.SMALLEST_SPLIT
+        expected = P(*SPECS[max(ends, key=len)]) if ends and large else P()
+        assert lies[name] == expected, name
+        split += bool(expected)
+    # Parameters and EMA; beside them Adam's two moments, Muon's one of most, none of Adafactor's.
+    assert split >= {"adamw": 4, "muon": 3, "adafactor": 2}[optimizer] * len(SPECS)
+
+
+def test_every_device_holds_its_piece_of_the_state(found):
+    job = make_job()
+    shapes = leaves(jax.eval_shape(lambda: states.create(job.config, job.settings, job.steps, jax.random.key(0))))
+    for name, leaf in shapes.items():
+        spec = next((s for p, s in table(job).items() if name.endswith("." + p)), P())
+        ways = [np.prod([SIZES[m] for m in np.ravel(part)]) if part else 1 for part in spec]
+        whole = leaf.shape[len(ways) :]
+        assert found["pieces"][name] == [n // way for n, way in zip(leaf.shape, ways)] + list(whole), name
+
+
+def table(job) -> dict:
+    names = functional.to_names(functional.abstract(job.config))
+    return {name: axes.parameter_spec(name, leaf.shape, SIZES) for name, leaf in names.items()}
+
+
+def test_the_table_names_every_matrix_of_every_preset():
+    for name in presets.NETWORKS:
+        config = presets.network_config(presets.Network(preset=name), channels=16, text_width=4096, pooled_width=768)
+        for parameter in functional.to_names(functional.abstract(config)):
+            if parameter.endswith("kernel"):
+                assert any(parameter.endswith(end) for end in axes.PARAMETERS), parameter
+
+
+def test_the_published_network_is_split_to_its_last_percents():
+    """11.89B parameters over fsdp = 64: what is left whole on every device is less than a fiftieth of its share."""
+    config = presets.network_config(presets.Network(preset="11b"), channels=16, text_width=4096, pooled_width=768)
+    names = functional.to_names(functional.abstract(config))
+    whole = sum(leaf.size for name, leaf in names.items() if not axes.parameter_spec(name, leaf.shape, {"fsdp": 64}))
+    assert whole < functional.count(config) / 64 / 50
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"fsdp": 3}, r"training.fsdp=3 x training.tensor=1 x training.sequence=1 = 3 does not divide the 1 devices"),
+        ({"tensor": 2}, r"training.tensor=2 .* does not divide the 1 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(settings, said):
+    with pytest.raises(Refused, match=said):
+        sharding.make_mesh(Training(steps=10, warmup=0, **settings), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "router, shape, said",
+    [
+        (False, {"fsdp": 3}, r"training.fsdp=3 x training.sequence=1: 3 does not divide the network's 128 width"),
+        (False, {"tensor": 16}, r"training.tensor=16 .* 16 does not divide the network's 8 heads"),
+        (
+            False,
+            {"sequence": 16},
+            r"training.tensor=1 x training.sequence=16: 16 does not divide the network's 8 heads",
+        ),
+        (True, {"sequence": 2}, r"training.sequence=2: a router's tokens are not split"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_network_is_refused(router, shape, said):
+    with pytest.raises(Refused, match=said):
+        sharding.check_network(make_job(router).config, FakeMesh(**shape), 8)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(Refused, match=r"training.batch=3 does not divide over data x fsdp = 2"):
+        sharding.make_mesh(Training(steps=10, warmup=0, batch=3, fsdp=2), jax.devices()[:1] * 2)
+
+
+class FakeDevices:
+    """Devices of several processes, in the order of a mesh."""
+
+    def __init__(self, processes, **shape):
+        from types import SimpleNamespace
+
+        self.shape = dict.fromkeys(axes.MESH, 1) | shape
+        self.devices = np.array([SimpleNamespace(process_index=p) for p in processes]).reshape(
+            [self.shape[name] for name in axes.MESH]
+        )
+
+
+@pytest.mark.parametrize(
+    "mesh, parts",
+    [
+        (FakeDevices([0, 0, 1, 1], data=2, fsdp=2), [(0, 2), (1, 2)]),
+        (FakeDevices([0, 0, 1, 1], data=2, tensor=2), [(0, 2), (1, 2)]),
+        (FakeDevices([0, 0, 1, 1], tensor=4), [(0, 1), (0, 1)]),  # both hold every sample
+        (FakeDevices([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (FakeDevices([0, 1, 0, 1], data=4), [(0, 2), (1, 2)]),  # not in one piece
+    ],
+)
+def test_processes_that_hold_the_same_samples_bring_the_same_rows(mesh, parts, monkeypatch):
+    for process, part in enumerate(parts):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.rows_of_this_process(mesh) == part
+
+
+def test_a_mesh_across_which_samples_are_shared_unevenly_is_refused():
+    with pytest.raises(Refused, match="the same samples"):
+        sharding.rows_of_this_process(FakeDevices([0, 1, 1, 2], data=2, tensor=2))

@@ -84,6 +84,7 @@ def _workdir(values: flags.FlagValues) -> None:
 def _role(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "which network to train", flag_values=values)
     flags.DEFINE_integer("cluster", None, "the expert's cluster", flag_values=values)
+    flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
 
 
 def _assembling(values: flags.FlagValues) -> None:
@@ -142,7 +143,16 @@ def _train(call: Call) -> None:
     run = call.run
     if call["role"] is None:
         raise Refused("--role is missing; it is expert (with --cluster=K), monolith or router")
-    train(call.experiment(run), run, Role(call["role"], call["cluster"]))
+    train(call.experiment(run), run, Role(call["role"], call["cluster"]), _steps(call["profile_steps"]))
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise Refused(f"--profile_steps={text}: must be the first step and the one after the last, such as 10:15")
+    return int(first), int(end)
 
 
 def _assemble(call: Call) -> None:

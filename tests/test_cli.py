@@ -63,6 +63,13 @@ def test_every_example_can_be_typed(example):
     assert name == arguments[0]
 
 
+@pytest.mark.parametrize("text", ["10", "5:5", "9:2", "a:b", "-1:3"])
+def test_steps_to_profile_are_two_growing_numbers(text):
+    assert cli._steps("10:15") == (10, 15)
+    with pytest.raises(Refused, match=f"--profile_steps={text}: must be the first step"):
+        cli._steps(text)
+
+
 def test_the_version(capsys):
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
@@ -185,7 +192,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("flag", "sentence"),
         [
-            ("--config.training.stepss=3", "config.training.stepss is unknown; allowed are b1, "),
+            ("--config.training.stepss=3", "config.training.stepss is unknown; allowed are accumulate, "),
             ("--config.trainig.steps=3", "config.trainig is unknown"),
             ("--config.training.steps=many", "config.training.steps='many': must be an int"),
             ("--config.training.steps=0", "steps=0: must be at least 1"),

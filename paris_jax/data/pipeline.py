@@ -83,20 +83,37 @@ def training_batches(
     Raises:
       Refused: a folder that is not finished, folders that do not belong together, or fewer clips than one batch.
     """
-    paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
-    found = [(read_manifest(path), path) for path in paths]
-    # The order of clips must not depend on the order in which folders are named.
-    found.sort(key=lambda pair: (pair[0].get("cluster") or 0, str(pair[1])))
+    found = _found(folders)
     check(found, batch, process_count)
     shared = found[0][0]
     collate = Collate(LatentScale.from_manifest(shared["latent"]), text_length or shared["text_length"])
-    stream = grain.MapDataset.source(Records([path for _, path in found])).seed(seed).shuffle().repeat()
-    rows = stream.map_with_index(_with_place).batch(batch // process_count, drop_remainder=True, batch_fn=collate)
+    rows = (
+        _stream(found, seed)
+        .map_with_index(_with_place)
+        .batch(batch // process_count, drop_remainder=True, batch_fn=collate)
+    )
     mine = rows[process_index::process_count]
     each = 4 * (math.prod(shared["latent"]["shape"]) * batch // process_count)  # float32; text is small beside it
     logger.info("the data keep up to %d batches ready, about %.0f MB", read_ahead, read_ahead * each / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     return iter(mine.to_iter_dataset(options))
+
+
+def clip_ids(folders: epath.PathLike | Sequence[epath.PathLike], batch: int, seed: int, number: int) -> list[str]:
+    """Ids of the clips of global batch `number` (from 0) of `training_batches`, in order."""
+    stream = _stream(_found(folders), seed)
+    return [stream[number * batch + row].id for row in range(batch)]
+
+
+def _found(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[dict[str, Any], epath.PathLike]]:
+    """Manifests and folders; the order of clips must not depend on the order in which folders are named."""
+    paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
+    found = [(read_manifest(path), path) for path in paths]
+    return sorted(found, key=lambda pair: (pair[0].get("cluster") or 0, str(pair[1])))
+
+
+def _stream(found: Sequence[tuple[dict[str, Any], epath.PathLike]], seed: int) -> Any:
+    return grain.MapDataset.source(Records([path for _, path in found])).seed(seed).shuffle().repeat()
 
 
 def _with_place(place: int, record: Record) -> tuple[int, Record]:

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from paris_jax import manifest
-from paris_jax.data.pipeline import training_batches
+from paris_jax.data.pipeline import clip_ids, training_batches
 from paris_jax.diffusion import times
 from paris_jax.encoders import text as texts
 from paris_jax.ensemble import parts
@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 CARRIED = ("latent", "codec", "text", "text_length", "fps")
 
 
-def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
+def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int, int] | None = None) -> None:
     """Trains `role` to its last step and exports it; goes on where an earlier call stopped.
+
+    `profile` records steps with JAX's profiler, from its first to before its second number.
 
     Only the role's own folder and the cluster folders it learns from are read: for an expert, its own cluster's.
     """
@@ -48,8 +50,11 @@ def train(experiment: Experiment, run: RunFolder, role: Role) -> None:
     def batches(part: int, parts: int) -> Any:
         return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
 
+    def ids(number: int) -> list[str]:
+        return clip_ids(folders, settings.batch, settings.seed, number)
+
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
-        params = loop.to_host(loop.train(job, batches).ema)
+        params = loop.to_host(loop.train(job, batches, ids, profile).ema)
         if jax.process_index() == 0:
             _export(run, experiment, role, job, params, data)
     logger.info("%s is trained: %s", role.name, export)

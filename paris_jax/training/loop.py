@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import resource
 import signal
 import threading
 import time
@@ -60,12 +61,19 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def train(job: Job, batches: Callable[[int, int], Any]) -> TrainState:
+def train(
+    job: Job,
+    batches: Callable[[int, int], Any],
+    clip_ids: Callable[[int], list[str]] | None = None,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
     """Trains to `job.steps`, going on from the newest checkpoint where there is one.
 
     Args:
       batches: makes the data iterator of one of so many equal parts of each batch (index, count), with get_state and
         set_state (JSON) for its position.
+      clip_ids: names the clips of a batch by its number, to say which ones gave a loss that is not finite.
+      profile: first step to record with JAX's profiler and the one after the last, into `profile/` of the job's folder.
 
     Returns:
       The final state, also saved as a checkpoint.
@@ -74,8 +82,11 @@ def train(job: Job, batches: Callable[[int, int], Any]) -> TrainState:
       Preempted: after SIGTERM, with everything saved.
       Refused: unreadable checkpoints, a mesh that does not fit, or a loss that is not finite.
     """
+    if profile and profile[1] > job.steps:
+        asked = f"--profile_steps={profile[0]}:{profile[1]}"
+        raise Refused(f"{asked}: {job.name} has {job.steps} steps; choose earlier ones")
     program = Program(job)
-    saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep)
+    saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep, job.settings.keep_every)
     iterator = batches(*sharding.rows_of_this_process(program.mesh))
     found = saved.restore(program.state)
     if found is None:
@@ -89,13 +100,13 @@ def train(job: Job, batches: Callable[[int, int], Any]) -> TrainState:
     written = metrics.Metrics(job.folder, start) if jax.process_index() == 0 else metrics.Nothing()
     try:
         with jax.set_mesh(program.mesh), StopRequest() as stop, _progress(job, start) as advance:
-            return _run(program, state, start, iterator, saved, written, clocks, stop, advance)
+            return _run(program, state, start, iterator, saved, written, clocks, stop, advance, clip_ids, profile)
     finally:
         written.close()
         saved.close()
 
 
-def _run(program, state, start, iterator, saved, written, clocks, stop, advance) -> TrainState:
+def _run(program, state, start, iterator, saved, written, clocks, stop, advance, clip_ids, profile) -> TrainState:
     job, mesh = program.job, program.mesh
     window: list[dict[str, jax.Array]] = []
 
@@ -106,7 +117,7 @@ def _run(program, state, start, iterator, saved, written, clocks, stop, advance)
         values = jax.device_get(window)
         bad = metrics.first_not_finite(values)
         if bad is not None:
-            _refuse_not_finite(job, step - len(values) + bad + 1, saved)
+            _refuse_not_finite(job, step - len(values) + bad + 1, saved, clip_ids)
         scalars = metrics.average(values) | _speed(job, len(values), clocks, mesh)
         written.write(step, scalars)
         advance(step, scalars)
@@ -128,19 +139,27 @@ def _run(program, state, start, iterator, saved, written, clocks, stop, advance)
         asked_data = time.perf_counter()
         batch = sharding.place_batch(next(iterator), mesh)
         clocks.waited += time.perf_counter() - asked_data
-        state, values = program.step(state, batch)
+        if profile and step == profile[0]:
+            jax.profiler.start_trace(str(job.folder / "profile"))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, values = program.step(state, batch)
         window.append(values)
+        if profile and step + 1 == profile[1] and start <= profile[0]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            logger.info("%s: steps %d to %d are profiled in %s", job.name, *profile, job.folder / "profile")
         if (step + 1) % job.settings.log_every == 0:
             line(step + 1)
     raise AssertionError("the loop ends by returning")
 
 
-def _refuse_not_finite(job: Job, step: int, saved: checkpoints.Checkpoints) -> None:
+def _refuse_not_finite(job: Job, step: int, saved: checkpoints.Checkpoints, clip_ids: Any) -> None:
     saved.wait()
     good = saved.steps()
     kept = f"the checkpoint of step {good[-1]} is kept" if good else "no checkpoint was made yet"
+    clips = f" (clips {', '.join(clip_ids(step - 1))})" if clip_ids else ""
     raise Refused(
-        f"{job.name}: the loss, its gradient or the parameters are not finite at step {step}; {kept}: "
+        f"{job.name}: the loss, its gradient or the parameters are not finite at step {step}{clips}; {kept}: "
         f"lower training.learning_rate={job.settings.learning_rate} or training.clip_norm={job.settings.clip_norm} "
         "in a new --workdir, or look at the data of that step"
     )
@@ -156,7 +175,10 @@ def _speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dic
         "clips_per_second": steps * job.settings.batch / elapsed,
         "data_wait": waited / elapsed,
         "seconds_trained": clocks.total(),
+        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # bytes, the most so far
     }
+    if stats := mesh.local_devices[0].memory_stats():  # CPUs have none
+        scalars["device_memory"] = stats["peak_bytes_in_use"]
     if chip := chips.of(mesh.devices.flat[0]):
         scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (chip.peak * mesh.devices.size)
     return scalars

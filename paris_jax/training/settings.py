@@ -25,6 +25,7 @@ class Training:
 
     steps: int = 1000
     batch: int = 32  # clips a step, over all devices of the job
+    accumulate: int = 1  # parts of a batch that are worked on one after the other: less memory, the same update
     learning_rate: float = 1e-3
     warmup: int = 50  # steps, linear from 0
     optimizer: str = "adamw"  # "muon": more progress for more work a step; "adafactor": least memory
@@ -46,13 +47,15 @@ class Training:
     log_every: int = 20
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # and all whose step is a multiple of this; 0: none
     seed: int = 0
 
     def problems(self) -> Problems:
         yield from checks.at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every)
         yield from checks.at_least(1, fsdp=self.fsdp, tensor=self.tensor, sequence=self.sequence)
         yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
-        yield from checks.at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        yield from checks.at_least(1, accumulate=self.accumulate)
+        yield from checks.at_least(0, keep_every=self.keep_every, warmup=self.warmup, weight_decay=self.weight_decay)
         yield from checks.seed(seed=self.seed)
         yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
         yield from checks.choice("times", self.times, ("logit_normal", "uniform"))

@@ -27,6 +27,12 @@ def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
         )
     sizes = (len(devices) // split, *named.values())
     rows = sizes[0] * named["fsdp"]
+    parts = rows * settings.accumulate
+    if settings.accumulate > 1 and settings.batch % parts:
+        raise Refused(
+            f"training.batch={settings.batch} does not divide into training.accumulate={settings.accumulate} parts "
+            f"over data x fsdp = {rows} devices; choose a multiple of {parts}"
+        )
     if settings.batch % rows:
         raise Refused(
             f"training.batch={settings.batch} does not divide over data x fsdp = {rows} of the {len(devices)} devices "

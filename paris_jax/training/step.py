@@ -66,8 +66,9 @@ def make_step(
     losses_of = router_losses if isinstance(config, RouterConfig) else velocity_losses
     transform, schedule = states.optimizer(settings, steps), states.learning_rate(settings, steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        keys = randomness.sample_keys(settings.seed, state.step, batch["index"])
+    def gradient(params: functional.Params, step: jax.Array, batch: Batch) -> tuple[functional.Params, Any]:
+        """Gradient of the mean loss, and each sample's loss and time."""
+        keys = randomness.sample_keys(settings.seed, step, batch["index"])
         noise_keys, time_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
         x_0 = batch["latent"]
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
@@ -77,14 +78,29 @@ def make_step(
             losses_B = losses_of(config, params, inputs, x_0, noise, t_B)
             return losses_B.mean(), losses_B
 
-        (loss, losses_B), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        grads, losses_B = jax.grad(mean_loss, has_aux=True)(params)
+        return grads, (losses_B, t_B)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        if settings.accumulate == 1:
+            grads, (losses_B, t_B) = gradient(state.params, state.step, batch)
+        else:
+
+            def one_part(total: functional.Params, part: Batch) -> tuple[functional.Params, Any]:
+                grads, of_samples = gradient(state.params, state.step, part)
+                return jax.tree.map(jnp.add, total, grads), of_samples
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            total, of_samples = jax.lax.scan(one_part, zeros, in_parts(batch, settings.accumulate))
+            grads = jax.tree.map(lambda g: g / settings.accumulate, total)
+            losses_B, t_B = (x.reshape(-1) for x in of_samples)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         decay = states.ema_decay(settings, state.step)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
         bin_sum, bin_count = objectives.by_time_bin(losses_B, t_B, TIME_BINS)
         metrics = {
-            "loss": loss,
+            "loss": losses_B.mean(),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
@@ -95,3 +111,8 @@ def make_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
+
+
+def in_parts(batch: Batch, parts: int) -> Batch:
+    """A batch (B, ...) as (parts, B / parts, ...), every device keeping the samples it has."""
+    return {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}

@@ -91,14 +91,18 @@ def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(mo
     monkeypatch.setattr(loop.chips, "of", lambda device: types.SimpleNamespace(peak=50e9))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: 12.0)
     job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
-    mesh = types.SimpleNamespace(devices=np.array([object(), object()]))
+    device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5000})
+    mesh = types.SimpleNamespace(devices=np.array([device, device]), local_devices=[device])
     clocks = loop.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
-    assert loop._speed(job, 10, clocks, mesh) == {
+    found = loop._speed(job, 10, clocks, mesh)
+    assert 1e6 < found.pop("host_memory") < 1e12
+    assert found == {
         "seconds_per_step": 0.2,
         "clips_per_second": 20.0,
         "data_wait": 0.25,
         "seconds_trained": 110.0,
         "share_of_peak": 0.2,
+        "device_memory": 5000,
     }
     assert (clocks.waited, clocks.lined) == (0.0, 12.0)  # the next line starts here
 

@@ -82,7 +82,7 @@ def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
 MESHES = [
     (1, {}),
     (2, {"tensor": 2}),
-    (4, {"fsdp": 4}),
+    (4, {"fsdp": 4, "accumulate": 2}),
     (4, {"sequence": 4}),
     (8, {}),
     (8, {"fsdp": 2, "tensor": 2, "sequence": 2}),
@@ -229,6 +229,11 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused(settings, said):
 def test_a_mesh_that_does_not_divide_the_network_is_refused(router, shape, said):
     with pytest.raises(Refused, match=said):
         sharding.check_network(make_job(router).config, FakeMesh(**shape), 8)
+
+
+def test_a_batch_that_does_not_divide_into_its_parts_is_refused():
+    with pytest.raises(Refused, match=r"training.batch=8 does not divide into training.accumulate=8 parts over .* = 2"):
+        sharding.make_mesh(Training(steps=10, warmup=0, batch=8, fsdp=2, accumulate=8), jax.devices()[:1] * 2)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

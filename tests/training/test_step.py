@@ -12,7 +12,7 @@ from paris_jax.stages.train import compute_dtype
 from paris_jax.training import chips
 from paris_jax.training import state as states
 from paris_jax.training.settings import Training
-from paris_jax.training.step import TimeLaw, drop_text, make_step
+from paris_jax.training.step import TimeLaw, drop_text, in_parts, make_step
 from tests.training.test_optimizers import NETWORK
 
 COUNT = 4000
@@ -62,6 +62,21 @@ def test_gradients_are_clipped_by_their_global_norm(batch):
     _, _, clipped = one_step(batch, clip_norm=1e-3)
     assert float(free["grad_norm"]) == float(clipped["grad_norm"]) > 1e-3  # as it was before clipping
     assert float(clipped["update_norm"]) == pytest.approx(0.1 * 1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_same_update(parts, batch):
+    _, whole, values = one_step(batch)
+    _, split, same = one_step(batch, accumulate=parts)
+    for name in ("loss", "grad_norm", "bin_sum", "bin_count"):
+        np.testing.assert_allclose(same[name], values[name], rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), split.params, whole.params)
+
+
+def test_parts_of_a_batch_leave_every_sample_on_its_device():
+    """Two devices hold samples 0-3 and 4-7; of two parts, each takes two samples of both."""
+    parts = in_parts({"index": jnp.arange(8)}, 2)["index"]
+    np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
 def test_updates_and_the_average_follow_their_definitions(batch):

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 
 from paris_jax import manifest
 from paris_jax.data.pipeline import training_batches
+from paris_jax.data.records import read_records
+from paris_jax.encoders import codecs
 from paris_jax.errors import Refused
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages import train as stage
@@ -261,18 +263,44 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
         stage.train(micro, run, EXPERT)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(micro, run, monkeypatch):
+def test_the_newest_checkpoints_and_every_so_many_are_kept(micro, run):
+    experiment = with_training(micro, steps=14, checkpoint_every=2, keep=2, keep_every=6)
+    reclaimed(run, experiment)
+    stage.train(experiment, run, EXPERT)
+    assert sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir()) == [6, 12, 14]
+
+
+def test_a_loss_that_is_not_finite_stops_names_its_clips_and_keeps_the_last_good_state(micro, run, monkeypatch):
     real = loop.sharding.place_batch
-    count = []
+    latents = []
 
     def poisoned(batch, mesh):
-        count.append(1)
-        return real(batch | ({"latent": batch["latent"] * np.nan} if len(count) == 7 else {}), mesh)
+        latents.append(batch["latent"])
+        return real(batch | ({"latent": batch["latent"] * np.nan} if len(latents) == 7 else {}), mesh)
 
     monkeypatch.setattr(loop.sharding, "place_batch", poisoned)
-    with pytest.raises(Refused, match="not finite at step 7; the checkpoint of step 4 is kept"):
+    with pytest.raises(
+        Refused, match=r"not finite at step 7 \(clips .*\); the checkpoint of step 4 is kept"
+    ) as refusal:
         stage.train(micro, run, EXPERT)
     assert final_checkpoint(run, micro)[0] == 4
+    named = re.search(r"\(clips (.*?)\)", str(refusal.value)).group(1).split(", ")
+    scale = codecs.LatentScale.from_manifest(manifest.read(run.cluster(0), "cluster")["latent"])
+    clips = {record.id: scale.normalise(record.latent) for record in read_records(run.cluster(0))}
+    np.testing.assert_array_equal(np.stack([clips[name] for name in named]), latents[6])
+
+
+def test_steps_that_will_not_come_cannot_be_profiled(micro, run):
+    with pytest.raises(Refused, match=r"--profile_steps=10:13: expert 0 has 12 steps"):
+        stage.train(micro, run, EXPERT, profile=(10, 13))
+
+
+def test_chosen_steps_are_profiled(micro, run):
+    stage.train(micro, run, EXPERT, profile=(2, 4))
+    (trace,) = Path(run.role(EXPERT) / "profile").rglob("*.xplane.pb")
+    events = [event.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
+              for event in line.events]  # fmt: skip
+    assert events.count("train") == 2  # xprof's steps
 
 
 def test_a_cluster_smaller_than_a_batch_is_refused(micro, run):

@@ -41,7 +41,6 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "video_in.kernel": (None, "width"),
     "text_in.kernel": (None, "width"),
     "final_modulation.out.kernel": ("width", None),
-    "final_modulation.out.bias": (None,),
     "velocity_out.kernel": ("width", None),
 }
 SMALLEST_SPLIT = 2**14  # elements; below it, splitting costs more than it saves

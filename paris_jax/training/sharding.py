@@ -1,5 +1,6 @@
 """How a job uses its slice: its mesh, where its state lies on it, and which rows of a batch each process brings."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,14 +43,14 @@ def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
 
 
 def check_network(config: functional.Config, mesh: Mesh, tokens: int) -> None:
-    """Refuses a mesh that does not divide a network's width, heads or tokens (video and text, of one sample)."""
+    """Refuses a mesh that does not divide a network's width, heads or the video tokens of one sample."""
     fsdp, tensor, sequence = (mesh.shape[name] for name in ("fsdp", "tensor", "sequence"))
     if isinstance(config, RouterConfig) and sequence > 1:
         raise Refused(f"training.sequence={sequence}: a router's tokens are not split; use 1")
     for what, size, by, named in (
         ("width", config.hidden, fsdp * sequence, f"training.fsdp={fsdp} x training.sequence={sequence}"),
         ("heads", config.heads, tensor * sequence, f"training.tensor={tensor} x training.sequence={sequence}"),
-        ("tokens of a clip and its text", tokens, sequence, f"training.sequence={sequence}"),
+        ("tokens of a clip", tokens, sequence, f"training.sequence={sequence}"),
     ):
         if size % by:
             raise Refused(f"{named}: {by} does not divide the network's {size} {what}; choose divisors of {size}")
@@ -97,9 +98,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, axes.spec(("batch",), mesh.shape))
 
 
+@functools.cache
+def _placing(mesh: Mesh) -> tuple[NamedSharding, int]:
+    """Where batches lie and in how many parts they come: found once, not at every step."""
+    return batch_sharding(mesh), rows_of_this_process(mesh)[1]
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of the global batch on its devices."""
-    sharding, (_, parts) = batch_sharding(mesh), rows_of_this_process(mesh)
+    sharding, parts = _placing(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * parts, *rows.shape[1:]))
         for name, rows in batch.items()

@@ -19,10 +19,14 @@ function play() {
     video.play().catch(() => {});
   }
 }
+const moving = new Set();
 for (const video of videos) {
-  video.addEventListener("playing", () => {
-    root.dataset.playing = videos.filter((v) => !v.paused).length;
-  });
+  for (const [event, moves] of [["playing", true], ["pause", false], ["error", false]]) {
+    video.addEventListener(event, () => {
+      moving[moves ? "add" : "delete"](video);
+      root.dataset.playing = moving.size;
+    });
+  }
 }
 root.dataset.videos = `0 of ${videos.length}`;
 if (!videos.length) root.dataset.settled = "true";

@@ -1,36 +1,48 @@
 """A real browser that opens a page without a screen and without a network."""
 
-import json
+import contextlib
+import dataclasses
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from playwright import sync_api
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless",
+FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--virtual-time-budget=8000",
-    "--enable-logging=stderr",
-)
+    "--autoplay-policy=no-user-gesture-required",
+]
+PATIENCE = 90.0  # seconds of the real clock, which the decoders of videos follow
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH (apt-get install chromium)")
 
 
-def browse(path: Path, folder: Path) -> tuple[str, str, list[str]]:
-    """Opens a page; returns its DOM, what the browser logged, and every address that the page asked for."""
-    log = folder / "net.json"
-    arguments = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom", path.as_uri()]
-    done = subprocess.run([BROWSER, *FLAGS, *arguments], capture_output=True, text=True, timeout=120)
-    asked = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    # What the browser asks for on its own account (and does not get: no name resolves) has no origin.
-    asked = [p["url"] for p in asked if "url" in p and p.get("initiator", "not an origin") != "not an origin"]
-    return done.stdout, done.stderr, [url for url in asked if not url.startswith(("data:", "file:", "blob:"))]
+@dataclasses.dataclass
+class Visit:
+    """What came of opening a page."""
+
+    data: dict[str, str]  # data-* attributes of the root element
+    logged: list[str]  # messages of the console and uncaught errors
+    asked: list[str]  # addresses that the page wanted from a network
+
+
+def browse(path: Path, until: str = "html[data-settled]") -> Visit:
+    """Opens a page and waits for what a CSS selector names; the caller sees by the attributes what never came."""
+    visit = Visit({}, [], [])
+    with sync_api.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page()
+        page.on("console", lambda message: visit.logged.append(message.text))
+        page.on("pageerror", lambda error: visit.logged.append(str(error)))
+        page.on("request", lambda request: visit.asked.append(request.url))
+        page.on("requestfailed", lambda request: request.failure == "csp" and visit.asked.remove(request.url))
+        page.goto(path.as_uri())
+        with contextlib.suppress(sync_api.TimeoutError):
+            page.wait_for_selector(until, state="attached", timeout=PATIENCE * 1000)
+        visit.data = page.evaluate("({...document.documentElement.dataset})")
+        browser.close()
+    visit.asked = [address for address in visit.asked if not address.startswith(("data:", "file:", "blob:"))]
+    return visit

@@ -53,13 +53,11 @@ def test_with_enough_clips_every_row_is_there(larger):
 
 
 @needs_browser
-def test_a_browser_plays_every_video_of_the_report_it_wrote(larger, tmp_path):
+def test_a_browser_plays_every_video_of_the_report_it_wrote(larger):
     _, run = larger
-    dom, logged, addresses = browse(Path(run.evaluation / "report.html"), tmp_path)
-    opening = dom[: dom.index("<head>")]
-    assert 'data-videos="6 of 6"' in opening and 'data-playing="6"' in opening  # two prompts: real and two arms
-    assert "CONSOLE" not in logged
-    assert addresses == []
+    visit = browse(Path(run.evaluation / "report.html"), until="html[data-playing='6']")
+    assert visit.data == {"videos": "6 of 6", "settled": "true", "playing": "6"}  # two prompts: real and two arms
+    assert visit.logged == [] and visit.asked == []
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 
 from paris_jax import __version__
 from paris_jax.config_file import EXAMPLE, change, embedded, load
-from paris_jax.errors import Preempted, Refused, nearest
+from paris_jax.errors import Lost, Preempted, Refused, nearest
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages.devices import keep_freed_memory
@@ -85,6 +85,11 @@ def _role(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "which network to train", flag_values=values)
     flags.DEFINE_integer("cluster", None, "the expert's cluster", flag_values=values)
     flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of this job's process 0, where nothing tells", flag_values=values
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes this job has", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
 
 
 def _assembling(values: flags.FlagValues) -> None:
@@ -325,7 +330,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     return name, Call(values, tuple(c.removeprefix("--config.") for c in changes))
 
 
-def start(name: str) -> None:
+def start(name: str, call: Call) -> None:
     """Logging, the compilation cache, Grain's flags and, to train, the other hosts of the slice; once a process."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -342,9 +347,9 @@ def start(name: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if name == "train":
-        from paris_jax.training.hosts import join_hosts
+        from paris_jax.training.hosts import FLAGS, join_hosts, told_by
 
-        join_hosts()
+        join_hosts(told_by({flag: call[flag] for flag in FLAGS}))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -360,7 +365,7 @@ def run(arguments: Sequence[str]) -> int:
         if call["help"]:
             print(help_of(name, call.flags))
             return 0
-        start(name)
+        start(name, call)
         COMMANDS[name].run(call)
         return 0
     except Refused as refusal:
@@ -368,6 +373,8 @@ def run(arguments: Sequence[str]) -> int:
         return REFUSED
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
+        if isinstance(preempted, Lost):
+            _leave(PREEMPTED)  # the end of a joined process waits for the others
         return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -393,6 +400,13 @@ def run(arguments: Sequence[str]) -> int:
         return REFUSED
 
 
+def _leave(code: int) -> None:
+    """Ends this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _stop(*_: Any) -> None:
     raise Preempted("what was finished is kept")
 
@@ -402,10 +416,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
     if code == REFUSED:
-        # The sentence that was printed stands last: threads of a failed write must not add their tracebacks to it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _leave(code)  # the sentence stands last: threads of a failed write must not add their tracebacks to it
     sys.exit(code)
 
 

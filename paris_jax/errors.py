@@ -12,6 +12,10 @@ class Preempted(Exception):
     """The job was asked to stop, saved its state, and goes on when the same command runs again."""
 
 
+class Lost(Preempted):
+    """A device or another process of the job is gone: what was saved is kept, and nobody may be waited for."""
+
+
 def not_yet(what: str, field: str, instead: str) -> Refused:
     """The refusal of something published whose sizes are known here, but which cannot be run yet."""
     return Refused(f"{what} is not in this version yet: it can be planned with, not run; use {field}={instead!r}")

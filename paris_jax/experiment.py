@@ -18,7 +18,7 @@ from paris_jax.encoders import codecs, features, text
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused, nearest
 from paris_jax.models.presets import Network, Router
-from paris_jax.training.settings import Diffusion, Training
+from paris_jax.training.settings import ENGINE, Diffusion, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,7 @@ class Experiment:
     """One experiment, from clips to comparison."""
 
     name: str = "experiment"
+    wandb: str = ""  # project on Weights & Biases that training tells its metrics to; "": none
     data: Data = Data()
     codec: Codec = Codec()
     text: Text = Text()
@@ -198,8 +199,13 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """Hash of everything that decides what is trained; sampling and evaluation may change afterwards."""
-        kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "sampling", "evaluation")}
+        """Hash of everything that decides what is trained; the rest may change afterwards.
+
+        That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
+        """
+        kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "wandb", "sampling", "evaluation")}
+        for section, fields in (("training", ENGINE), ("router_training", ENGINE), ("network", ("remat",))):
+            kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
         return manifest.hash_text(manifest.canonical_json(kept))
 
     def settings_of(self, kind: str) -> Training:

@@ -18,7 +18,7 @@ CONFIG = "--config=configs/shapes.py:tiny"
 def in_the_checkout(monkeypatch, tmp_path):
     """Examples name configs/ relative to the checkout; no test may write into it or set jax up."""
     monkeypatch.chdir(cli.__file__.rpartition("/paris_jax/")[0])
-    monkeypatch.setattr(cli, "start", lambda name: None)
+    monkeypatch.setattr(cli, "start", lambda name, call: None)
 
 
 @pytest.fixture

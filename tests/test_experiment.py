@@ -170,7 +170,10 @@ def test_the_monolith_takes_the_sum_of_the_experts_steps():
 
 def test_the_hash_follows_what_is_trained_and_nothing_else():
     base = Experiment().hash
-    same = {"name": "other", "sampling__steps": 7, "sampling__top_k": 2, "evaluation__clips": 8}
+    same = {
+        **{"name": "other", "wandb": "project", "sampling__steps": 7, "sampling__top_k": 2, "evaluation__clips": 8},
+        **{"training__fsdp": 2, "training__keep": 9, "router_training__tensor": 2, "network__remat": "full"},
+    }
     for field, value in same.items():
         assert Experiment.from_config(changed(**{field: value})).hash == base, field
     other = {
@@ -189,7 +192,7 @@ def test_the_hash_follows_what_is_trained_and_nothing_else():
 
 def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
     groups = {field.name for field in dataclasses.fields(Experiment)}
-    assert groups - {"name", "sampling", "evaluation"} == {
+    assert groups - {"name", "wandb", "sampling", "evaluation"} == {
         *("data", "codec", "text", "features", "partition", "network", "router"),
         *("diffusion", "training", "router_training"),
     }

@@ -1,6 +1,7 @@
 """`paris-jax train`: one expert, the monolith or the router, on its own data, to a part that can be admitted."""
 
 import contextlib
+import importlib.util
 import logging
 from typing import Any
 
@@ -17,7 +18,7 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import PATCH
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.training import loop
+from paris_jax.training import loop, sharding
 from paris_jax.training.program import Job
 from paris_jax.training.step import TimeLaw
 
@@ -54,7 +55,8 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
         return clip_ids(folders, settings.batch, settings.seed, number)
 
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
-        params = loop.to_host(loop.train(job, batches, ids, profile).ema)
+        state = loop.train(job, batches, ids, profile, tracker(experiment, job))
+        params = sharding.to_host(state.ema)
         if jax.process_index() == 0:
             _export(run, experiment, role, job, params, data)
     logger.info("%s is trained: %s", role.name, export)
@@ -81,6 +83,22 @@ def _export(run: RunFolder, experiment: Experiment, role: Role, job: Job, params
         },
         **{name: data[0][name] for name in CARRIED},
     )
+
+
+def tracker(experiment: Experiment, job: Job) -> dict[str, Any] | None:
+    """How a job is told to Weights & Biases, if it is: its id comes of its folder and stays the same."""
+    if not experiment.wandb:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        raise Refused(f"wandb={experiment.wandb!r}: Weights & Biases is not installed; pip install -e '.[wandb]'")
+    return {
+        "project": experiment.wandb,
+        "id": manifest.hash_text(f"{experiment.hash} {job.folder.resolve()}")[:16],
+        "name": f"{experiment.name}, {job.name}",
+        "group": experiment.name,
+        "dir": None if "://" in str(job.folder) else str(job.folder),
+        "config": experiment.to_dict(),
+    }
 
 
 def check_role(experiment: Experiment, role: Role) -> None:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from paris_jax.errors import Refused
+from paris_jax.training import hosts
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonSave(clocks)))
         except (OSError, ValueError) as error:
-            raise _cannot_save(self.folder, step, error) from error
+            raise error if hosts.lost(error) else _cannot_save(self.folder, step, error) from error
 
     def _check_room(self, step: int, state: Any) -> None:
         """Refuses before writing what cannot fit; on a bucket there is always room."""
@@ -88,7 +89,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise _cannot_save(self.folder, None, error) from error
+            raise error if hosts.lost(error) else _cannot_save(self.folder, None, error) from error
 
     def close(self) -> None:
         self.wait()

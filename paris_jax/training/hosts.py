@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from paris_jax.errors import Refused
 
@@ -12,6 +14,10 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": join whatever else is set; "0": never; not set: as `why_join` finds
 TIMEOUT = 300  # seconds
+FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+# What is said when a device, or another process of the job, is gone: by what talks to it, and by XLA of a program.
+GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat")
+LOST = re.compile(rf"{GONE.pattern}|UNAVAILABLE|DATA_LOSS|ABORTED|DEADLINE_EXCEEDED|CANCELLED|INTERNAL")
 
 
 def why_join(environment: Mapping[str, str]) -> str:
@@ -23,19 +29,30 @@ def why_join(environment: Mapping[str, str]) -> str:
         return f"{SWITCH}=1" if switch == "1" else ""
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         return f"JAX_COORDINATOR_ADDRESS={address}"
-    if (tasks := _number(environment, "SLURM_NTASKS") or 1) > 1:
-        return f"SLURM_NTASKS={tasks}"
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (tasks := _number(environment, name) or 1) > 1:
+            return f"{name}={tasks}"
     hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]
     return f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts" if len(hosts) > 1 else ""
+
+
+def told_by(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment, with what the flags `coordinator`, `num_processes` and `process_id` say put in its place."""
+    given = {name: flags[flag] for flag, name in FLAGS.items() if flags[flag] is not None}
+    missing = [f"--{flag}" for flag, name in FLAGS.items() if name not in given]
+    if given and missing:
+        raise Refused(f"{' and '.join(missing)} must be given, too: the three flags together say who is in this job")
+    return {**environment, **{name: str(value) for name, value in given.items()}}
 
 
 def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
     """Joins the other processes of this job through jax.distributed where there are several; otherwise does nothing.
 
     With JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which one this is;
-    on SLURM and Cloud TPU JAX finds all three.
+    on SLURM, Cloud TPU and Open MPI 4 JAX finds all three. Open MPI 5 says all but the address.
 
     Args:
+      environment: of this process, or what stands in for it.
       timeout: seconds to wait for the coordinator and the other processes.
 
     Raises:
@@ -46,6 +63,10 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
         return
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     count, number = (_number(environment, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    own_devices = None
+    if address and count is None and number is None and environment.get("OMPI_COMM_WORLD_SIZE"):
+        ranks = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+        count, number, own_devices = (_number(environment, name) for name in ranks)  # a process a device
     # Where the others do not come in time, JAX ends the process itself, with a stack trace: so this is said before.
     where = address or "the address that JAX finds"
     logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
@@ -54,14 +75,23 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
     import jax
 
     try:
-        jax.distributed.initialize(address, count, number, initialization_timeout=timeout)
+        jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout)
     except (RuntimeError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise Refused(
             f"The processes of this job cannot be joined at {where} (asked for by {why}): {said}; set "
-            f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or {SWITCH}=0 to run this process alone"
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or give --coordinator, --num_processes and "
+            f"--process_id), or {SWITCH}=0 to run this process alone"
         ) from error
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of XLA, or of what waits for other processes, says that a device or a process is gone."""
+    import jax
+
+    told_by_xla = isinstance(error, jax.errors.JaxRuntimeError)
+    return bool((LOST if told_by_xla else GONE).search(str(error)))
 
 
 def _wait_for(address: str, timeout: int) -> None:

@@ -14,6 +14,14 @@ from paris_jax import manifest
 from paris_jax.training.step import TIME_BINS
 
 
+class NotFinite(Exception):
+    """The loss, its gradient or the parameters are not finite after step `step` (from 0)."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
 class Writer(Protocol):
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
 
@@ -45,6 +53,21 @@ def tensorboard(folder: epath.PathLike) -> Writer:
         tf.config.set_visible_devices([], "GPU")  # it would take the memory that the network needs
         return metric_writers.SummaryWriter(str(folder))
     return _TensorBoardX(folder)
+
+
+class _WeightsAndBiases:
+    """The same lines on Weights & Biases, as one run of a fixed id however often the job is stopped and goes on."""
+
+    def __init__(self, told: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(**told, resume="allow")
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Nothing:
@@ -88,21 +111,26 @@ class _Lines:
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped."""
+    """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped.
 
-    def __init__(self, folder: epath.PathLike, start: int):
+    `tracker` holds the arguments of `wandb.init`, for those who want the lines on Weights & Biases, too.
+    """
+
+    def __init__(self, folder: epath.PathLike, start: int, tracker: dict[str, Any] | None = None):
         self.path = epath.Path(folder) / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
         self._lines = _Lines(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = tensorboard(epath.Path(folder) / "tensorboard")
+        self._writers = [tensorboard(epath.Path(folder) / "tensorboard")]
+        self._writers += [_WeightsAndBiases(tracker)] if tracker else []
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._lines.add(json.dumps({"step": step, **scalars}) + "\n")
-        self._board.write_scalars(step, scalars)
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        for each in (self._lines, *self._writers):
+            each.close()
 
 
 def read(path: epath.PathLike) -> list[dict[str, float]]:

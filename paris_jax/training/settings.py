@@ -19,6 +19,11 @@ class Diffusion:
         yield from checks.at_least(0, shift=self.shift)
 
 
+# Fields of `Training` that do not decide what is learned, only how and where the work is done: a job that goes on may
+# change them.
+ENGINE = ("accumulate", "fsdp", "tensor", "sequence", "log_every", "checkpoint_every", "keep", "keep_every")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """One training job. `steps` is an expert's (or the router's); the monolith takes the sum over the experts."""

@@ -111,3 +111,28 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
         name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * parts, *rows.shape[1:]))
         for name, rows in batch.items()
     }
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of device arrays as numpy arrays in process 0, None elsewhere; every process of the job has to call it.
+
+    What is split over processes is gathered piece by piece (a layer of a stack at a time), so that no device has to
+    hold more than one piece beside its own share.
+    """
+    kept = jax.process_index() == 0
+    gathered = jax.tree.map(lambda leaf: _gather(leaf, kept), tree)
+    return gathered if kept else None
+
+
+def _gather(leaf: jax.Array, kept: bool) -> np.ndarray | None:
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf) if kept else None
+    assert isinstance(leaf.sharding, NamedSharding)
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    if leaf.ndim < 3:
+        whole = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+        return np.asarray(whole.addressable_data(0)) if kept else None
+    layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)
+    layers = (layer(leaf, i).addressable_data(0) for i in range(leaf.shape[0]))  # every process makes each of them
+    held = [np.asarray(piece) for piece in layers if kept]
+    return np.stack(held) if kept else None

@@ -5,10 +5,11 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from paris_jax.errors import Refused
-from paris_jax.training.hosts import join_hosts, why_join
+from paris_jax.training.hosts import join_hosts, told_by, why_join
 
 JOINED = (
     "from paris_jax.training.hosts import join_hosts; join_hosts(timeout=60); import jax; print(jax.process_count())"
@@ -39,11 +40,42 @@ def test_two_processes_are_one_job(address):
 
 
 @pytest.mark.parametrize(
+    ("told", "initialized"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, ("a:1", 4, 0, None)),
+        (  # Open MPI 5, which JAX does not know
+            {
+                **{"JAX_COORDINATOR_ADDRESS": "a:1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
+                "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+            },
+            ("a:1", 4, 0, 2),
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None, None)),  # Open MPI 4: JAX knows
+    ],
+)
+def test_jax_is_told_who_is_there(told, initialized, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: calls.append(who))
+    join_hosts(told)
+    assert calls == [initialized]
+
+
+def test_flags_stand_before_the_environment_and_go_together():
+    flags = {"coordinator": "a:1", "num_processes": 4, "process_id": 0}
+    told = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}
+    assert told_by(flags, {"JAX_PROCESS_ID": "3", "OTHER": "x"}) == told | {"OTHER": "x"}
+    assert told_by(dict.fromkeys(flags), {"JAX_PROCESS_ID": "3"}) == {"JAX_PROCESS_ID": "3"}
+    with pytest.raises(Refused, match="--coordinator and --num_processes must be given, too"):
+        told_by(flags | {"coordinator": None, "num_processes": None}, {})
+
+
+@pytest.mark.parametrize(
     ("environment", "why"),
     [
         ({}, ""),
         ({"SLURM_NTASKS": "1"}, ""),
         ({"SLURM_NTASKS": "8"}, "SLURM_NTASKS=8"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "TPU_WORKER_HOSTNAMES names 2 hosts"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS=a:1"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paris_jax.errors import Refused
-from paris_jax.training import loop, metrics
+from paris_jax.training import metrics, watch
 from paris_jax.training.step import TIME_BINS
 
 HERE = importlib.util.find_spec("tensorflow") is not None and importlib.util.find_spec("tensorboard") is not None
@@ -88,13 +88,13 @@ def test_the_first_step_that_is_not_finite_is_found():
 
 def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(monkeypatch):
     """Ten steps of 4 clips in 2 seconds, 1 GFLOP a clip, on two devices of 50 GFLOP/s: 20 of 100 GFLOP/s."""
-    monkeypatch.setattr(loop.chips, "of", lambda device: types.SimpleNamespace(peak=50e9))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: 12.0)
+    monkeypatch.setattr(watch.chips, "of", lambda device: types.SimpleNamespace(peak=50e9))
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: 12.0)
     job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5000})
     mesh = types.SimpleNamespace(devices=np.array([device, device]), local_devices=[device])
-    clocks = loop.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
-    found = loop._speed(job, 10, clocks, mesh)
+    clocks = watch.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
+    found = watch.speed(job, 10, clocks, mesh)
     assert 1e6 < found.pop("host_memory") < 1e12
     assert found == {
         "seconds_per_step": 0.2,

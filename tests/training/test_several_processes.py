@@ -1,4 +1,5 @@
-"""One job of two processes: it stops, resumes and exports as one, and learns what one process learns."""
+"""One job of several processes: it stops, resumes, loses one of them, is gone on with by another number of them, and
+learns what one process learns."""
 
 import os
 import shutil
@@ -9,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from paris_jax import manifest
 from paris_jax.ensemble import parts
@@ -18,59 +20,131 @@ from paris_jax.training import metrics
 from tests.training.test_train import command, reclaimed, with_training
 
 EXPERT = Role("expert", 0)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 
 
-def start(run, experiment, folder):
-    """Two processes of one job, each with a log file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    processes = []
-    for number in range(2):
-        with open(folder / f"log{number}", "w") as log:
-            environment = os.environ | told | {"JAX_PROCESS_ID": str(number)}
+class Job:
+    """The processes of one training job, `devices` simulated ones each, told of each other by flags or environment."""
+
+    def __init__(self, run, experiment, folder, processes, devices=1, by="environment"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.run, self.folder, self.processes = run, folder, []
+        flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+        for number in range(processes):
+            told = {"coordinator": address, "num_processes": processes, "process_id": number}
             arguments = command(run, experiment, "--role=expert", "--cluster=0")
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    return processes
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+            if by == "flags":
+                arguments += [f"--{name}={value}" for name, value in told.items()]
+            else:
+                names = {"coordinator": "COORDINATOR_ADDRESS", "num_processes": "NUM_PROCESSES"}
+                environment |= {f"JAX_{names.get(name, name).upper()}": str(value) for name, value in told.items()}
+            with open(folder / f"log{number}", "w") as log:
+                process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.processes.append(process)
+
+    def reaches(self, step):
+        """Waits for a line of metrics at or after `step`."""
+        deadline = time.time() + 240
+        while time.time() < deadline and all(process.poll() is None for process in self.processes):
+            line = metrics.newest(self.run.metrics(EXPERT))
+            if line and line["step"] >= step:
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.end())
+
+    def end(self):
+        """The exit codes, and what each process said, in one line each."""
+        try:
+            codes = [process.wait(timeout=240) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+            logs = [(self.folder / f"log{n}").read_text() for n in range(len(self.processes))]
+            print(*(log[-3000:] for log in logs), sep="\n---\n")
+        return codes, [" ".join(log.split()) for log in logs]
 
 
-def end(processes, folder):
-    try:
-        return [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-        for number in range(2):
-            print((folder / f"log{number}").read_text()[-3000:])
+@pytest.fixture
+def alone(run, tmp_path):
+    """Trains the same experiment in this process, on one device; gives the run folder."""
+
+    def train(experiment):
+        folder = RunFolder(tmp_path / "alone")
+        shutil.copytree(run.path, folder.path, ignore=shutil.ignore_patterns("experts"))
+        stage.train(experiment, folder, EXPERT)
+        return folder
+
+    return train
 
 
-def test_two_processes_stop_resume_and_export_as_one(micro, run, tmp_path):
-    experiment = with_training(micro, steps=60, fsdp=2, checkpoint_every=60, log_every=1)
-    alone = RunFolder(tmp_path / "alone")
-    shutil.copytree(run.path, alone.path)
-    reclaimed(run, experiment)
-
-    processes = start(run, experiment, tmp_path)
-    while all(p.poll() is None for p in processes) and not metrics.read(run.metrics(EXPERT)):
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)  # one of them hears of it; both stop, at the same step
-    assert end(processes, tmp_path) == [75, 75]
-    stopped = metrics.read(run.metrics(EXPERT))[-1]["step"]
-    assert 0 < stopped < 60
-    assert f"saved at step {stopped} of 60" in " ".join((tmp_path / "log1").read_text().split())
-
-    assert end(start(run, experiment, tmp_path), tmp_path) == [0, 0]
-    assert f"goes on from step {stopped}" in " ".join((tmp_path / "log0").read_text().split())
-    lines = metrics.read(run.metrics(EXPERT))
-    assert [line["step"] for line in lines] == list(range(1, 61))
-
-    one = with_training(experiment, fsdp=1)
-    reclaimed(alone, one)
-    stage.train(one, alone, EXPERT)
-    losses = [[line["loss"] for line in metrics.read(r.metrics(EXPERT))] for r in (run, alone)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+def assert_learned_the_same(run, alone, steps):
+    lines, expected = (metrics.read(r.metrics(EXPERT)) for r in (run, alone))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    losses = [[line["loss"] for line in each] for each in (lines, expected)]
+    np.testing.assert_allclose(losses[0][:8], losses[1][:8], rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)  # rounding grows from update to update
     manifest.read(run.export(EXPERT), "part")
-    exported = [parts.read(r.export(EXPERT)).params for r in (run, alone)]
-    for one_leaf, two_leaf in zip(*(jax.tree.leaves(p) for p in exported), strict=True):
-        np.testing.assert_allclose(one_leaf, two_leaf, atol=0.02)
+    for here, there in zip(*(jax.tree.leaves(parts.read(r.export(EXPERT)).params) for r in (run, alone)), strict=True):
+        np.testing.assert_allclose(here, there, atol=0.02)
+
+
+def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, run, alone, tmp_path):
+    experiment = with_training(micro, steps=60, fsdp=2, checkpoint_every=10, log_every=1)
+    reclaimed(run, experiment)
+    one = alone(with_training(experiment, fsdp=1))
+
+    job = Job(run, experiment, tmp_path, processes=2)
+    job.reaches(1)
+    job.processes[1].send_signal(signal.SIGTERM)  # one of them hears of it; both stop, at the same step
+    codes, (_, second) = job.end()
+    stopped = metrics.read(run.metrics(EXPERT))[-1]["step"]
+    assert codes == [75, 75] and 0 < stopped < 40
+    assert f"saved at step {stopped} of 60" in second
+
+    job = Job(run, experiment, tmp_path, processes=2, by="flags")
+    job.reaches(stopped + 11)
+    job.processes[1].kill()
+    codes, (first, _) = job.end()
+    assert codes[0] == 75 and f"goes on from step {stopped}" in first
+    assert "expert 0 lost a device or another process of its job" in first
+    assert "run the same command again" in first
+
+    stage.train(with_training(experiment, fsdp=1), run, EXPERT)
+    assert_learned_the_same(run, one, steps=60)
+
+
+def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, run, alone, tmp_path):
+    """Two of the four share the samples and split the heads (tensor), two pairs share the parameters (fsdp)."""
+    experiment = with_training(micro, steps=14, fsdp=2, tensor=2, checkpoint_every=14, log_every=1)
+    reclaimed(run, experiment)
+    one = alone(with_training(experiment, fsdp=1, tensor=1))
+
+    job = Job(run, experiment, tmp_path, processes=4, by="flags")
+    job.reaches(2)
+    job.processes[2].send_signal(signal.SIGTERM)
+    codes, _ = job.end()
+    stopped = metrics.read(run.metrics(EXPERT))[-1]["step"]
+    assert codes == [75] * 4 and 2 <= stopped < 14
+    written = {path.name for path in run.checkpoints(EXPERT).glob(f"{stopped}/state/ocdbt.process_*")}
+    assert written == {f"ocdbt.process_{n}" for n in range(4)}  # each wrote its own part
+
+    codes, logs = Job(run, experiment, tmp_path, processes=2, devices=2).end()
+    assert codes == [0, 0] and f"goes on from step {stopped}" in logs[0]
+    assert_learned_the_same(run, one, steps=14)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI: apt-get install openmpi-bin")
+def test_open_mpi_starts_a_job(micro, run, alone, tmp_path):
+    experiment = with_training(micro, steps=4, fsdp=2, log_every=1)
+    reclaimed(run, experiment)
+    one = alone(with_training(experiment, fsdp=1))
+    start = ["mpirun", "--oversubscribe", "-np", "2", *command(run, experiment, "--role=expert", "--cluster=0")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "because of OMPI_COMM_WORLD_SIZE=2" in " ".join(done.stderr.split())
+    assert_learned_the_same(run, one, steps=4)

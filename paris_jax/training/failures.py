@@ -1,0 +1,62 @@
+"""What can go wrong on the way, each in one sentence: too little memory, a loss that is not finite, a lost device."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+
+from paris_jax.errors import Lost, Refused
+from paris_jax.training import hosts, metrics, slices
+from paris_jax.training.checkpoints import Checkpoints
+from paris_jax.training.program import Job, Program
+
+REMEDY = (
+    "share it among more devices (training.fsdp), choose a smaller network.preset, or let 'paris-jax plan' find what "
+    "fits"
+)
+
+
+def check_room(program: Program) -> None:
+    """Refuses a state that is larger than the memory of the devices, before it is made."""
+    device, needed = program.mesh.local_devices[0], slices.argument_bytes(program)
+    stats = device.memory_stats()
+    if stats:
+        there = stats["bytes_limit"]
+    else:  # devices of a CPU share its memory
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(program.mesh.local_devices)
+    if needed > there:
+        raise Refused(
+            f"{program.job.name} does not fit: its state and batch take {slices.in_gib(needed)} of each "
+            f"{device.device_kind} and there are {slices.in_gib(there)}; {REMEDY}"
+        )
+
+
+@contextlib.contextmanager
+def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | None) -> Iterator[None]:
+    """Turns what ends a job before its time into a sentence that says what is kept and what to do."""
+    try:
+        yield
+    except metrics.NotFinite as found:
+        saved.wait()
+        clips = f" (clips {', '.join(clip_ids(found.step))})" if clip_ids else ""
+        raise Refused(
+            f"{job.name}: the loss, its gradient or the parameters are not finite at step {found.step + 1}{clips}; "
+            f"{_kept(saved)}: lower training.learning_rate={job.settings.learning_rate} or "
+            f"training.clip_norm={job.settings.clip_norm} in a new --workdir, or look at the data of that step"
+        ) from None
+    except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [""])[0][:300]
+        if "RESOURCE_EXHAUSTED" in said:
+            raise Refused(
+                f"{job.name} does not fit ({said}); {_kept(saved)}: lower training.batch={job.settings.batch}, raise "
+                f"training.accumulate={job.settings.accumulate}, set network.remat=full, or {REMEDY}"
+            ) from error
+        if not hosts.lost(error):
+            raise
+        raise Lost(f"{job.name} lost a device or another process of its job ({said}); {_kept(saved)}") from error
+
+
+def _kept(saved: Checkpoints) -> str:
+    good = saved.steps()
+    return f"the checkpoint of step {good[-1]} is kept" if good else "no checkpoint was made yet"

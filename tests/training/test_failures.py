@@ -1,0 +1,88 @@
+"""What ends a job before its time, in one sentence that says what is kept and what to do."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from paris_jax.errors import Lost, Refused
+from paris_jax.experiment import Network
+from paris_jax.run_folder import Role
+from paris_jax.stages import train as stage
+from paris_jax.training import failures, hosts, loop
+from tests.training.test_train import reclaimed
+
+EXPERT = Role("expert", 0)
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\nmore")
+GONE = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: ...")
+
+
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, run):
+    """The published 11.89B network on this machine: parameters, their average and two moments of float32 each."""
+    experiment = dataclasses.replace(micro, network=Network(preset="11b"))
+    reclaimed(run, experiment)
+    with pytest.raises(
+        Refused, match=r"expert 0 does not fit: its state and batch take 1[67]\d\.\d\d GiB of each cpu "
+    ):
+        stage.train(experiment, run, EXPERT)
+    assert not run.checkpoints(EXPERT).exists()
+
+
+@pytest.mark.parametrize(
+    "error, kind, sentence",
+    [
+        (FULL, Refused, r"expert 0 does not fit \(RESOURCE_EXHAUSTED: Out of memory .* 99 bytes\.\); the checkpoint of "
+         r"step 4 is kept: lower training.batch=4, raise training.accumulate=1, set network.remat=full, or share"),
+        (GONE, Lost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); the checkpoint of step 4 is kept$"),
+    ],
+    ids=["memory", "device"],
+)  # fmt: skip
+def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
+    error, kind, sentence, micro, run, trained, monkeypatch
+):
+    real, seen = loop.sharding.place_batch, []
+
+    def fails_at_the_seventh_step(batch, mesh):
+        seen.append(batch)
+        if len(seen) == 7:
+            raise error
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "place_batch", fails_at_the_seventh_step)
+    with pytest.raises(kind, match=sentence):
+        stage.train(micro, run, EXPERT)
+    monkeypatch.undo()
+    stage.train(micro, run, EXPERT)
+    exports = [(r.export(EXPERT) / "model.safetensors").read_bytes() for r in (run, trained)]
+    assert exports[0] == exports[1]
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (GONE, True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllReduce failed"), True),
+        (TimeoutError("Timed out while waiting for async_write_complete barrier."), True),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), False),
+        (ValueError("INTERNAL"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_what_is_lost_is_told_from_mistakes(error, lost):
+    assert hosts.lost(error) is lost
+
+
+def test_devices_that_know_their_memory_are_asked(monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**30}, device_kind="GPU")
+    program = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(local_devices=[device]), job=types.SimpleNamespace(name="router")
+    )
+    for needed in (2**30, 2**31):
+        monkeypatch.setattr(failures.slices, "argument_bytes", lambda _, needed=needed: needed)
+        if needed > 2**30:
+            with pytest.raises(Refused, match=r"router does not fit: .* 2\.00 GiB of each GPU and there are 1\.00 GiB"):
+                failures.check_room(program)
+        else:
+            failures.check_room(program)

@@ -24,8 +24,14 @@ python=$(find_python "$asked")
 folder=$(environment_of "$python" "$asked")
 accelerator=$(find_accelerator)
 case $accelerator in
-  cuda12) say "Found an NVIDIA GPU: installing jax for CUDA 12" ;;
-  tpu) say "Found a TPU: installing jax for TPU" ;;
+  cuda12)
+    say "Found an NVIDIA GPU: installing jax for CUDA 12"
+    source launch/device_flags.sh gpu
+    ;;
+  tpu)
+    say "Found a TPU: installing jax for TPU"
+    source launch/device_flags.sh tpu
+    ;;
   *) say "Found no accelerator: running on the CPU" ;;
 esac
 install_into "$folder" "$python" evaluation ${accelerator:+"$accelerator"}

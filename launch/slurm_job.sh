@@ -4,6 +4,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?this runs under sbatch}" || exit 1
 
+source launch/device_flags.sh gpu || exit 1
 # Every process saves before it exits with 75; srun must not kill the slower ones, or 75 is lost (it reports the highest).
 srun --gpu-bind=none --kill-on-bad-exit=0 --wait=60 .venv/bin/paris-jax "$@"
 code=$?

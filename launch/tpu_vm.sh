@@ -115,7 +115,7 @@ train() {
   local flags="--role=${roles[$1]}"
   [[ ${roles[$1]} != expert* ]] || flags="--role=expert --cluster=${roles[$1]#expert }"
   local command="PARIS_JAX_JOIN_HOSTS=1 .venv/bin/paris-jax train$reads_config $flags"
-  remote "$1" all "while $command; code=\$?; [ \$code = 75 ]; do sleep 5; done; exit \$code"
+  remote "$1" all "source launch/device_flags.sh tpu && while $command; code=\$?; [ \$code = 75 ]; do sleep 5; done; exit \$code"
 }
 
 # Data stages need one process; on a slice of several workers the TPU would wait for the others.

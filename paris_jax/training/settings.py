@@ -41,7 +41,8 @@ class Training:
     eps: float = 1e-8
     weight_decay: float = 0.0  # of matrices; norms and biases are never decayed
     clip_norm: float = 1.0
-    ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported
+    ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported ...
+    ema_width: float = 0.0  # ... or, above 0, their horizon as a share of the training so far (0.05 to 0.15 are usual)
     times: str = "logit_normal"  # or "uniform", for the router: its weights matter equally at every time
     drop_tokens: float = 0.3162  # probability of training without the token sequence
     drop_pooled: float = 0.3162  # and, independently, without the pooled vector
@@ -69,6 +70,7 @@ class Training:
         yield from checks.choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         yield from checks.between(0.0, 1.0, drop_tokens=self.drop_tokens, drop_pooled=self.drop_pooled)
         yield from checks.between(0.0, 1.0, decay_share=self.decay_share)
+        yield from checks.between(0.0, 0.25, ema_width=self.ema_width)
         for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)}: must be at least 0 and below 1"

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -92,5 +93,21 @@ def create(config: functional.Config, settings: Training, steps: int, key: jax.A
 
 
 def ema_decay(settings: Training, step: jax.Array) -> jax.Array:
-    """Decay of the average at an update, min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly."""
+    """Decay of the average at an update.
+
+    min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_width`, (1 - 1 / (n + 1))^(g + 1): the
+    horizon grows with training and stays the same share of it (power function average, Karras et al. 2024,
+    arXiv 2312.02696, equation 2).
+    """
+    if settings.ema_width:
+        return (1.0 - 1.0 / (1.0 + step)) ** (ema_power(settings.ema_width) + 1.0)
     return jnp.minimum(settings.ema, (1.0 + step) / (10.0 + step))
+
+
+def ema_power(width: float) -> float:
+    """The power g whose average has the standard deviation `width`, as a share of training (ibid., equation 4).
+
+    width^2 (g + 2)^2 (g + 3) = g + 1; between 0 and about 0.28 there is one g above 0.
+    """
+    roots = np.roots([width**2, 7 * width**2, 16 * width**2 - 1, 12 * width**2 - 1])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))

@@ -133,6 +133,31 @@ class TestFindAccelerator:
         assert self.find(tmp_path) == "tpu"
 
 
+class TestDeviceFlags:
+    """What XLA is told before JAX starts."""
+
+    def told(self, kind: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        return run("bash", "-c", f'source launch/device_flags.sh {kind} && "$@"', "bash", *command, **environment)
+
+    def test_jax_takes_the_flags_of_gpus(self):
+        """XLA ends a process that gives it a flag it does not know."""
+        look = (sys.executable, "-c", "import jax; print(jax.device_count())")
+        assert self.told("gpu", *look, JAX_PLATFORMS="cpu").stdout == "1\n"
+        assert self.told("gpu", *look, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_gpu_no_such_flag=1").returncode
+
+    def test_flags_of_tpus_are_one_line_that_libtpu_can_read(self):
+        flags = self.told("tpu", "printenv", "LIBTPU_INIT_ARGS").stdout
+        assert all(re.fullmatch(r"--xla_\w+=true", flag) for flag in flags.rstrip("\n").split(" "))
+
+    @pytest.mark.parametrize(("kind", "name"), [("gpu", "XLA_FLAGS"), ("tpu", "LIBTPU_INIT_ARGS")])
+    def test_what_is_set_already_stays(self, kind, name):
+        assert self.told(kind, "printenv", name, **{name: "--mine=1"}).stdout == "--mine=1\n"
+        assert self.told(kind, "printenv", name, **{name: ""}).stdout == "\n"
+
+    def test_another_kind_is_refused(self):
+        assert "the first word must be gpu or tpu" in self.told("cpu", "true").stderr
+
+
 class TestSlurm:
     def test_dry_run_prints_one_job_for_each_role_and_their_order(self):
         lines = run(
@@ -173,12 +198,13 @@ class TestSlurm:
 
     @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
     def test_a_preempted_job_goes_back_into_the_queue(self, tmp_path, code, requeued):
-        executable(tmp_path / "bin/srun", f'#!/bin/sh\necho "srun $@"\nexit {code}\n')
+        executable(tmp_path / "bin/srun", f'#!/bin/sh\necho "srun $@ with $XLA_FLAGS"\nexit {code}\n')
+        shutil.copytree(ROOT / "launch", tmp_path / "launch")
         executable(tmp_path / "bin/scontrol", '#!/bin/sh\necho "scontrol $@"\n')
         path = beside_path(tmp_path / "bin")
         done = run("launch/slurm_job.sh", "train", path=path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
         assert done.returncode == code
-        assert ".venv/bin/paris-jax train" in done.stdout
+        assert ".venv/bin/paris-jax train with --xla_gpu_" in done.stdout
         assert ("scontrol requeue 42" in done.stdout) == requeued
 
     @pytest.mark.parametrize(
@@ -216,13 +242,14 @@ class TestTpuVm:
 
     def test_the_loop_on_a_slice_restarts_on_75_and_passes_other_codes_on(self, tmp_path):
         command = re.search(r"'--command=cd paris_jax && (.*)'$", self.dry("train", "--role=router")[0]).group(1)
-        text = '#!/bin/sh\necho "$@" >>log\n[ $(wc -l <log) = 3 ] && exit 4\nexit 75\n'
+        text = '#!/bin/sh\necho "$@" with $LIBTPU_INIT_ARGS >>log\n[ $(wc -l <log) = 3 ] && exit 4\nexit 75\n'
         executable(tmp_path / ".venv/bin/paris-jax", text)
+        shutil.copytree(ROOT / "launch", tmp_path / "launch")
         done = subprocess.run(["bash", "-c", command.replace("sleep 5", ":")], cwd=tmp_path, check=False)
         assert done.returncode == 4
-        assert set((tmp_path / "log").read_text().splitlines()) == {
-            "train --config=configs/shapes.py:small --workdir=gs://bucket/run --role=router"
-        }
+        (line,) = set((tmp_path / "log").read_text().splitlines())
+        expected = "train --config=configs/shapes.py:small --workdir=gs://bucket/run --role=router with --xla_tpu_"
+        assert line.startswith(expected)
 
     @pytest.mark.parametrize("action", ["create", "install", "data", "finish", "status", "delete"])
     def test_every_other_action_prints_gcloud_commands(self, action):

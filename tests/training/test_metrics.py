@@ -1,5 +1,6 @@
 """The metrics' writers: clu's where TensorFlow is there, one without it elsewhere, and lines that survive a stop."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from paris_jax.errors import Refused
+from paris_jax.stages import train as stage
 from paris_jax.training import metrics, watch
 from paris_jax.training.step import TIME_BINS
 
@@ -65,6 +68,37 @@ def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("tensorflow", "tensorboard"))
     metrics.tensorboard(tmp_path)
     assert opened == [([], "GPU"), str(tmp_path)]  # the accelerator stays JAX's
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="needs Weights & Biases: pip install -e '.[wandb]'"
+)
+def test_a_job_that_goes_on_is_one_run_of_weights_and_biases(tmp_path, monkeypatch):
+    """Without a network: what would be sent lies in files, under the id that was fixed."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start, steps in ((0, (4, 8)), (8, (12,))):
+        told = {"project": "p", "id": "fixed", "name": "expert 0", "dir": str(tmp_path)}
+        job = metrics.Metrics(tmp_path, start, told)
+        for step in steps:
+            job.write(step, {"loss": 1 / step})
+        job.close()
+    assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {"run-fixed.wandb"}
+
+
+def test_weights_and_biases_is_told_the_same_id_at_every_start(micro, tmp_path, monkeypatch):
+    job = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/0", name="expert 0")
+    assert stage.tracker(micro, job) is None
+    experiment = dataclasses.replace(micro, wandb="project")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    first, again = (stage.tracker(experiment, job) for _ in range(2))
+    assert first == again and first["project"] == "project" and first["name"] == "micro, expert 0"
+    other = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/1", name="expert 1")
+    assert stage.tracker(experiment, other)["id"] != first["id"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        Refused, match=r"wandb='project': Weights & Biases is not installed; pip install -e '.\[wandb\]'"
+    ):
+        stage.tracker(experiment, job)
 
 
 def test_a_line_is_the_average_of_its_steps_and_time_bins_weigh_samples(tmp_path):

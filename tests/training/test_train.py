@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from ml_collections import ConfigDict
 
 from paris_jax import manifest
 from paris_jax.data.pipeline import training_batches
@@ -26,6 +25,8 @@ from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages import train as stage
 from paris_jax.training import checkpoints, flops, loop, metrics
 from paris_jax.training import state as states
+from paris_jax.training.settings import Training
+from tests.training.torture import torture
 
 EXPERT = Role("expert", 0)
 
@@ -97,31 +98,9 @@ def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, tr
     assert lines == sorted(set(lines)) and lines[-1] == 12
 
 
-def test_a_killed_process_resumes_exactly(micro, run, tmp_path):
-    """kill -9 at two arbitrary moments, epoch borders passed in between, against a run that was left alone."""
-    experiment = with_training(micro, steps=300, checkpoint_every=40, log_every=10)
-    reclaimed(run, experiment)
-    alone = RunFolder(tmp_path / "alone")
-    shutil.copytree(run.path, alone.path)
-    stage.train(experiment, alone, EXPERT)
-
-    arguments = command(run, experiment, "--role=expert", "--cluster=0")
-    kills = 0
-    for reached in (50, 170):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while process.poll() is None and time.time() < deadline:
-            lines = metrics.read(run.role(EXPERT) / "metrics.jsonl")
-            if lines and lines[-1]["step"] >= reached:
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
-                break
-            time.sleep(0.005)
-    assert kills == 2
-    last = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    goes_on = re.search(r"expert 0 goes on from step (\d+)", " ".join(last.stderr.split()))
-    assert goes_on and int(goes_on[1]) >= 120
-    assert_same_training(run, alone, experiment)
+def test_a_killed_process_resumes_exactly(micro, run):
+    """kill -9 at arbitrary moments, epoch borders passed in between, against a run that was left alone."""
+    assert torture(micro, run, kills=2, seed=3) == 2
 
 
 def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
@@ -377,9 +356,23 @@ def test_the_exported_weights_are_the_average_of_the_final_state(micro, trained)
 
 
 def test_the_average_starts_at_the_parameters():
-    settings = ConfigDict({"ema": 0.99})
+    settings = Training(ema=0.99)
     assert float(states.ema_decay(settings, 0)) == pytest.approx(0.1)
     assert float(states.ema_decay(settings, 10_000)) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("width, power", [(0.05, 16.97), (0.1, 6.94)])  # as published
+def test_a_horizon_may_be_a_share_of_training(width, power):
+    """The weights that updates end up with have this standard deviation, as a share of all updates."""
+    assert states.ema_power(width) == pytest.approx(power, abs=0.01)
+    settings, steps = Training(ema_width=width), 4000
+    decays = np.asarray([states.ema_decay(settings, step) for step in range(steps)])
+    assert decays[0] == 0  # the first update replaces what training began with
+    weights = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)
+    places = np.arange(steps) / steps
+    mean = (weights * places).sum()
+    assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+    assert np.sqrt((weights * (places - mean) ** 2).sum()) == pytest.approx(width, rel=0.01)
 
 
 def test_a_full_disk_is_refused_and_training_goes_on_once_there_is_room(micro, run, trained):

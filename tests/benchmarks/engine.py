@@ -1,0 +1,236 @@
+"""Times the training engine of an experiment's expert on this machine, beside the same network in PyTorch.
+
+    python -m tests.benchmarks.engine [--config=configs/shapes.py:tiny] [--tokens=16384] [--seconds=20]
+        [--parts=forward,backward,step,input,checkpoint] [--torch] [--give_back] [--config.a.b=value ...]
+
+    forward, backward, step    the network; its gradient; the whole update of training (inputs stay on the device)
+    input                      a batch read from disk, collated and put on the device
+    checkpoint                 saving: until the next step may begin, and in all; restoring
+
+`--tokens` gives each clip that many video tokens (a multiple of 1024, in latents of 64 x 64 x 16) instead of the
+config's. `--torch` times the network in PyTorch, too, eagerly and with torch.compile, after checking that both give the
+same velocity; it takes AdamW for both. `--give_back` leaves freed memory to the system, as a process does that no one
+told otherwise. Times are medians of calls.
+"""
+
+import argparse
+import dataclasses
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from paris_jax import config_file, manifest
+from paris_jax.data import records
+from paris_jax.data.pipeline import training_batches
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional
+from paris_jax.run_folder import Role
+from paris_jax.stages.devices import keep_freed_memory
+from paris_jax.stages.train import compute_dtype, job_of
+from paris_jax.training import chips, sharding
+from paris_jax.training.checkpoints import Checkpoints
+from paris_jax.training.program import Job, Program
+
+WORDS = 14  # text tokens a clip, as the shapes' captions have
+PARTS = ("forward", "backward", "step", "input", "checkpoint")
+
+
+def measure(name, function, seconds, carry=None):
+    """Prints the median time of a call, in seconds; `carry` is handed from call to call."""
+    carry = jax.block_until_ready(function(carry))
+    times, faults, until = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        begun = time.perf_counter()
+        carry = jax.block_until_ready(function(carry))
+        times.append(time.perf_counter() - begun)
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / len(times)
+    low, middle, high = np.percentile(times, [5, 50, 95]) * 1e3
+    spread = f"5 to 95 %: {low:.1f} to {high:.1f}, {len(times)} calls, {faults:.0f} page faults a call"
+    print(f"{name:26s} {middle:9.1f} ms  ({spread})", flush=True)
+    return middle / 1e3
+
+
+def clip(job: Job, number: int) -> records.Record:
+    """A made-up clip of the job's sizes."""
+    rng = np.random.default_rng(number)
+    return records.Record(
+        id=f"clip-{number}",
+        latent=rng.normal(size=job.latent_shape).astype(np.float16),
+        tokens=rng.normal(size=(WORDS, job.config.text_width)).astype(np.float16),
+        pooled=rng.normal(size=job.config.pooled_width).astype(np.float16),
+        feature=np.zeros(2, np.float32),
+        caption="",
+        attributes={},
+    )
+
+
+def write_clips(job: Job, folder: Path) -> None:
+    """A finished data folder of two batches of clips."""
+    count, C = 2 * job.settings.batch, job.latent_shape[-1]
+    name = records.shard_name("clips", 0, 1)
+    records.write_shard(folder / name, (clip(job, n) for n in range(count)))
+    latent = {"shape": list(job.latent_shape), "mean": [0.0] * C, "spread": [1.0] * C}
+    described = {"codec": {}, "text": {}, "features": {}, "text_length": WORDS, "fps": 8.0, "source": {}}
+    manifest.write(folder, "data", [name], "hash", clips=count, latent=latent, **described)
+
+
+class Ours:
+    """The engine's own programs, on the devices at hand."""
+
+    def __init__(self, job: Job, folder: Path):
+        self.job, self.program, self.folder = job, Program(job), folder
+        write_clips(job, folder / "data")
+        self.rows = training_batches(folder / "data", job.settings.batch, 0, text_length=job.padded_text_length)
+        self.batch = sharding.place_batch(next(self.rows), self.program.mesh)
+        self.t_B = jnp.linspace(0.1, 0.9, job.settings.batch)
+        state = self.program.first_state()
+        # A fresh network answers with zeros; this one does not.
+        keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(state.params)))
+        keys = jax.tree.unflatten(jax.tree.structure(state.params), list(keys))
+        noisy = jax.jit(lambda p: jax.tree.map(lambda x, k: x + 0.02 * jax.random.normal(k, x.shape), p, keys))
+        self.state = dataclasses.replace(state, params=noisy(state.params))
+
+    def velocity(self, params):
+        text = (self.batch[name] for name in ("tokens", "length", "pooled"))
+        return functional.apply(self.job.config, params, self.batch["latent"], self.t_B, *text)
+
+    def time(self, parts, seconds) -> dict[str, float]:
+        took, program = {}, self.program
+        with jax.set_mesh(program.mesh):
+            if "forward" in parts:
+                forward = jax.jit(self.velocity)
+                took["forward"] = measure("forward", lambda _: forward(self.state.params), seconds)
+            if "backward" in parts:
+                gradient = jax.jit(jax.grad(lambda params: jnp.square(self.velocity(params)).mean()))
+                took["backward"] = measure("forward, backward", lambda _: gradient(self.state.params), seconds)
+            if "checkpoint" in parts:
+                self.time_checkpoints()
+            if "step" in parts:
+                state, self.state = self.state, None
+                took["step"] = measure("step", lambda s: program.step(s, self.batch)[0], seconds, state)
+            if "input" in parts:
+                measure("input", lambda _: sharding.place_batch(next(self.rows), program.mesh), seconds)
+        return took
+
+    def time_checkpoints(self) -> None:
+        saved = Checkpoints(epath.Path(self.folder / "checkpoints"), keep=2)
+        for number in range(3):  # the first makes the writers' threads
+            state = dataclasses.replace(self.state, step=jnp.asarray(number, jnp.int32))
+            begun = time.perf_counter()
+            saved.save(number, state, {}, {})
+            blocked = time.perf_counter() - begun
+            saved.wait()
+            whole = time.perf_counter() - begun
+        begun = time.perf_counter()
+        jax.block_until_ready(saved.restore(self.program.state)[1])
+        restored = time.perf_counter() - begun
+        saved.close()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 1e6
+        print(
+            f"checkpoint of {size:.0f} MB: the next step may begin after {blocked * 1e3:.0f} ms, saved after "
+            f"{whole * 1e3:.0f} ms; restored in {restored * 1e3:.0f} ms"
+        )
+
+
+def time_torch(ours: Ours, parts, seconds) -> dict[str, dict[str, float]]:
+    """The same in PyTorch, eagerly and compiled, on the same inputs and parameters."""
+    import torch
+
+    from tests.benchmarks import torch_twin
+
+    job, device = ours.job, "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, job.config.dtype)
+    x_0, tokens, pooled, t_B = (
+        torch.tensor(np.asarray(a)).to(device)
+        for a in (*(ours.batch[n] for n in ("latent", "tokens", "pooled")), ours.t_B)
+    )
+    expected = np.asarray(jax.jit(ours.velocity)(ours.state.params))
+
+    def done(value):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return value.detach().numpy(force=True) if value.numel() > 1 else None
+
+    def one(name: str, compiled: bool) -> dict[str, float]:
+        torch._dynamo.reset()
+        twin = torch_twin.Twin(job.config, job.latent_shape, tokens.shape[1])
+        torch_twin.load(twin, ours.state.params)
+        step = torch_twin.Step(twin.to(device), compiled, dtype, job.settings.learning_rate, job.time_law.shift)
+        network, data = torch.compile(twin) if compiled else twin, (x_0, tokens, pooled)
+
+        def forward(_=None):
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return done(network(x_0, t_B, tokens, pooled))
+
+        difference = np.abs(forward() - expected).max() / np.abs(expected).max()
+        print(f"{name} differs from ours by {difference:.1e} of the largest velocity")
+        assert difference < (1e-4 if dtype == torch.float32 else 0.05)
+        calls = {
+            "forward": forward,
+            "backward": lambda _: done(step.gradient(data)),
+            "step": lambda _: done(step(data)),
+        }
+        return {part: measure(f"{name} {part}", calls[part], seconds) for part in calls if part in parts}
+
+    return {name: one(name, name != "PyTorch") for name in ("PyTorch", "torch.compile")}
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/shapes.py:tiny")
+    parser.add_argument("--tokens", type=int, help="video tokens a clip; by default the config's")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--give_back", action="store_true")
+    given, rest = parser.parse_known_args()
+    given.changes = [change.removeprefix("--config.") for change in rest]
+    if given.torch:
+        given.changes.append("training.optimizer=adamw")
+    if unknown := set(given.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts: {', '.join(unknown)} is not one of {', '.join(PARTS)}")
+    if given.tokens and given.tokens % 1024:
+        parser.error(f"--tokens={given.tokens}: must be a multiple of 1024")
+    return given
+
+
+def main():
+    given = read_arguments()
+    if not given.give_back:
+        keep_freed_memory()
+    config = config_file.load(given.config)
+    config_file.change(config, given.changes)
+    experiment = Experiment.from_config(config)
+    shape = (given.tokens // 1024, 64, 64, 16) if given.tokens else experiment.latent_shape
+    dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
+    with tempfile.TemporaryDirectory() as folder:
+        role = Role("expert", 0)
+        job = job_of(experiment, epath.Path(folder), role, shape, experiment.text_widths, WORDS, dtype)
+        device, settings = jax.devices()[0], job.settings
+        print(
+            f"{given.config} {' '.join(given.changes)}: {functional.count(job.config) / 1e6:.2f}M parameters, "
+            f"{settings.batch} clips of {np.prod(shape[:3]) // 4} + {WORDS} tokens, {settings.optimizer}, {dtype}, jax "
+            f"{jax.__version__} on {jax.device_count()} {device.device_kind}, freed memory is "
+            f"{'given back' if given.give_back else 'kept'}"
+        )
+        ours, parts = Ours(job, Path(folder)), given.parts.split(",")
+        theirs = time_torch(ours, parts, given.seconds) if given.torch else {}
+        took = ours.time(parts, given.seconds)
+    if "step" in took:
+        work = job.flops_per_sample * settings.batch
+        chip = chips.of(device)
+        share = f", {work / took['step'] / chip.peak / jax.device_count():.1%} of peak" if chip else ""
+        print(f"{work / 1e9:.1f} GFLOP a step: {work / took['step'] / 1e9:.0f} GFLOP/s{share}")
+    for name, times in theirs.items():
+        told = (f"{part} {took[part] / times[part]:.2f}" for part in times)
+        print(f"our time over that of {name}: {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,15 +29,17 @@ def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: ja
     kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], q_BNHD.shape[1])
     if kernel == "pallas":
         attended_BNHD = _on_every_device(_flash)(q_BNHD, k_BNHD, v_BNHD, _lengths(q_BNHD, length_B))
-    else:
+    elif kernel == "cudnn":
         attended_BNHD = jax.nn.dot_product_attention(
             q_BNHD,
             k_BNHD,
             v_BNHD,
             query_seq_lengths=None if length_B is None else _lengths(q_BNHD, None),
             key_value_seq_lengths=length_B,
-            implementation=kernel,
+            implementation="cudnn",
         )
+    else:
+        attended_BNHD = _plain(q_BNHD, k_BNHD, v_BNHD, length_B)
     return checkpoint_name(constrain(attended_BNHD, "batch", None, "attending", None), "attended")
 
 
@@ -102,3 +104,44 @@ def _flash(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: ja
         block_sizes=sizes,
     )
     return attended_BHND[:, :, :tokens].transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _plain(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
+    """Attention in products that XLA compiles anywhere, with the backward pass of flash attention.
+
+    Differentiated by itself, softmax would go over all pairs of tokens three times more.
+    """
+    return _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B)[0]
+
+
+def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
+    scaled_BNHD = q_BNHD * q_BNHD.shape[-1] ** -0.5
+    scores_BHNS = jnp.einsum("BNHD,BSHD->BHNS", scaled_BNHD, k_BSHD, preferred_element_type=jnp.float32)
+    if length_B is not None:
+        counts_BS = jnp.arange(k_BSHD.shape[1]) < length_B[:, None]
+        scores_BHNS = jnp.where(counts_BS[:, None, None], scores_BHNS, jnp.finfo(jnp.float32).min)
+    weights_BHNS = jnp.exp(scores_BHNS - scores_BHNS.max(-1, keepdims=True))  # softmax, but for the sums
+    sums_BNH1 = weights_BHNS.sum(-1).transpose(0, 2, 1)[..., None]
+    weights_BHNS = weights_BHNS.astype(v_BSHD.dtype)
+    summed_BNHD = jnp.einsum("BHNS,BSHD->BNHD", weights_BHNS, v_BSHD, preferred_element_type=jnp.float32)
+    attended_BNHD = (summed_BNHD / sums_BNH1).astype(v_BSHD.dtype)
+    return attended_BNHD, (q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD)
+
+
+def _plain_backward(kept, gradient_BNHD):
+    """Dao et al. 2022, appendix B.4: the sum over keys in softmax's gradient is one over features, of out * d out."""
+    q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD = kept
+    dtype, scale = v_BSHD.dtype, q_BNHD.shape[-1] ** -0.5
+    gradient_BNHD = gradient_BNHD / sums_BNH1
+    means_BHN1 = (gradient_BNHD * attended_BNHD).sum(-1).transpose(0, 2, 1)[..., None]
+    gradient_BNHD = gradient_BNHD.astype(dtype)
+    of_weights_BHNS = jnp.einsum("BNHD,BSHD->BHNS", gradient_BNHD, v_BSHD, preferred_element_type=jnp.float32)
+    of_scores_BHNS = (weights_BHNS * (of_weights_BHNS - means_BHN1) * scale).astype(dtype)
+    of_q_BNHD = jnp.einsum("BHNS,BSHD->BNHD", of_scores_BHNS, k_BSHD)
+    of_k_BSHD = jnp.einsum("BHNS,BNHD->BSHD", of_scores_BHNS, q_BNHD)
+    of_v_BSHD = jnp.einsum("BHNS,BNHD->BSHD", weights_BHNS, gradient_BNHD)
+    return of_q_BNHD, of_k_BSHD, of_v_BSHD, None
+
+
+_plain.defvjp(_plain_forward, _plain_backward)

@@ -154,6 +154,8 @@ REMAT = {
 def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
+    A stack of one or two is written out, which a CPU runs faster.
+
     Args:
       blocks: from `stacked`; called as block(*carry, *shared) -> carry.
       carry: tuple of activations (B, N, D) handed from block to block.
@@ -169,4 +171,5 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-    return jax.lax.scan(body, carry, layers)[0]
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return jax.lax.scan(body, carry, layers, unroll=depth if depth <= 2 else 1)[0]

@@ -56,6 +56,12 @@ class Call:
         return Experiment.from_config(config)
 
     @property
+    def role(self) -> Role:
+        if self["role"] is None:
+            raise Refused("--role is missing; it is expert (with --cluster=K), monolith or router")
+        return Role(self["role"], self["cluster"])
+
+    @property
     def config_flags(self) -> tuple[str, ...]:
         """The flags that give another command the same config."""
         given = (f"--config={self['config']}",) if self["config"] else ()
@@ -84,6 +90,15 @@ def _workdir(values: flags.FlagValues) -> None:
 def _role(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "which network to train", flag_values=values)
     flags.DEFINE_integer("cluster", None, "the expert's cluster", flag_values=values)
+
+
+def _sweeping(values: flags.FlagValues) -> None:
+    text = "a field and its values, as training.learning_rate=1e-4,1e-3; may be repeated"
+    flags.DEFINE_multi_string("vary", [], text, flag_values=values)
+    flags.DEFINE_integer("steps", 200, "of each short training", flag_values=values)
+
+
+def _joining(values: flags.FlagValues) -> None:
     flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
     flags.DEFINE_string(
         "coordinator", None, "host:port of this job's process 0, where nothing tells", flag_values=values
@@ -145,10 +160,15 @@ def _cluster(call: Call) -> None:
 def _train(call: Call) -> None:
     from paris_jax.stages.train import train
 
-    run = call.run
-    if call["role"] is None:
-        raise Refused("--role is missing; it is expert (with --cluster=K), monolith or router")
-    train(call.experiment(run), run, Role(call["role"], call["cluster"]), _steps(call["profile_steps"]))
+    run, role = call.run, call.role
+    train(call.experiment(run), run, role, _steps(call["profile_steps"]))
+
+
+def _sweep(call: Call) -> None:
+    from paris_jax.stages.sweep import sweep
+
+    run, role = call.run, call.role
+    sweep(call.experiment(run), run, role, call["vary"], call["steps"])
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
@@ -246,8 +266,17 @@ COMMANDS = {
     "train": Command(
         "one expert, the monolith or the router",
         (f"paris-jax train {_STAGE} --role=expert --cluster=0", f"paris-jax train {_STAGE} --role=router"),
-        (_config, _workdir, _role),
+        (_config, _workdir, _role, _joining),
         _train,
+    ),
+    "sweep": Command(
+        "a few steps with each of several settings: the learning-rate finder",
+        (
+            "paris-jax sweep --workdir=runs/shapes --role=expert --cluster=0 --steps=200",
+            "paris-jax sweep --workdir=runs/shapes --role=router --vary=router_training.optimizer=adamw,muon",
+        ),
+        (_config, _workdir, _role, _sweeping),
+        _sweep,
     ),
     "assemble": Command(
         "admission of experts and router to RUN/ensemble",

@@ -74,6 +74,10 @@ class RunFolder:
         """What a role's process said, where a launcher started it."""
         return self.role(role) / "train.log"
 
+    def sweep(self, role: Role) -> epath.Path:
+        """Short trainings of a role that compare settings."""
+        return self.path / "sweeps" / role.name.replace(" ", "-")
+
     def export(self, role: Role) -> epath.Path:
         return self.role(role) / "export"
 

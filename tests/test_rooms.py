@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "paris_jax"
 ORDER = (
-    *("cli", "config_file", "stages", "experiment", "run_folder", "evaluation", "ensemble", "training", "partition"),
+    *("cli", "stages", "config_file", "experiment", "run_folder", "evaluation", "ensemble", "training", "partition"),
     *("data", "encoders", "models", "diffusion", "checks", "manifest", "errors"),
 )
 

@@ -132,11 +132,16 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
 
 def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
     """The job of a role on prepared data, described by a cluster's manifest."""
+    return job_of_data(experiment, run.role(role), role, data)
+
+
+def job_of_data(experiment: Experiment, folder: epath.Path, role: Role, data: dict[str, Any]) -> Job:
+    """The same, writing into any folder."""
     encoder = texts.from_description(data["text"])
     T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
     widths = encoder.width, encoder.pooled_width
-    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+    return job_of(experiment, folder, role, (T, H, W, C), widths, data["text_length"], dtype)
 
 
 def job_of(

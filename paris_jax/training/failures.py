@@ -32,6 +32,10 @@ def check_room(program: Program) -> None:
         )
 
 
+class NotFinite(Refused):
+    """The loss, its gradient or the parameters are not numbers any more."""
+
+
 @contextlib.contextmanager
 def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | None) -> Iterator[None]:
     """Turns what ends a job before its time into a sentence that says what is kept and what to do."""
@@ -40,7 +44,7 @@ def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | No
     except metrics.NotFinite as found:
         saved.wait()
         clips = f" (clips {', '.join(clip_ids(found.step))})" if clip_ids else ""
-        raise Refused(
+        raise NotFinite(
             f"{job.name}: the loss, its gradient or the parameters are not finite at step {found.step + 1}{clips}; "
             f"{_kept(saved)}: lower training.learning_rate={job.settings.learning_rate} or "
             f"training.clip_norm={job.settings.clip_norm} in a new --workdir, or look at the data of that step"

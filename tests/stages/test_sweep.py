@@ -1,0 +1,73 @@
+"""Short trainings that compare settings: the same data for all, nothing trained twice, the best one named."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from paris_jax.errors import Refused
+from paris_jax.run_folder import Role
+from paris_jax.stages.sweep import sweep, variants
+from paris_jax.training import metrics
+
+EXPERT = Role("expert", 0)
+
+
+def test_the_learning_rate_that_learns_most_is_found(micro, run, capsys, caplog):
+    """Of three rates, one that moves nothing, one that learns and one that breaks the network."""
+    vary = ["training.learning_rate=1e-9,3e-3,1e9"]
+    found = sweep(micro, run, EXPERT, vary, steps=40)
+    slow, good, broken = (entry["loss"] for entry in found["variants"])
+    assert good < 0.97 * slow and (broken is None or broken > slow)
+    assert found["best"] == ["training.learning_rate=3e-3"]
+    assert json.loads((run.sweep(EXPERT) / "results.json").read_text()) == found
+    assert "--config.training.learning_rate=3e-3" in capsys.readouterr().out
+    assert not run.export(EXPERT).exists() and not run.checkpoints(EXPERT).exists()
+
+    lines = {path: metrics.read(path) for path in run.sweep(EXPERT).glob("*/metrics.jsonl")}
+    first = sorted(each[0]["loss"] for each in lines.values())[:2]
+    np.testing.assert_allclose(first[0], first[1], rtol=1e-6)  # the same clips, times and noise, before any update
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert sweep(micro, run, EXPERT, vary[:1], steps=40) == found  # nothing that ended is trained again
+    assert "the data keep" not in caplog.text
+
+
+def test_settings_are_combined_and_kept_in_proportion(micro):
+    made = variants(micro, Role("router"), ["router_training.batch=4,8", "router.preset=tiny,small"], steps=6)
+    assert [variant.name for variant in made] == [
+        "router_training.batch=4, router.preset=tiny",
+        "router_training.batch=4, router.preset=small",
+        "router_training.batch=8, router.preset=tiny",
+        "router_training.batch=8, router.preset=small",
+    ]
+    settings = made[1].experiment.router_training
+    assert (settings.steps, settings.warmup, settings.batch) == (6, 1, 4)  # two of twelve were the warm-up
+    assert len({variant.experiment.hash for variant in made}) == 4
+
+
+def test_by_default_learning_rates_around_the_configs_are_tried(micro):
+    made = variants(micro, EXPERT, [], steps=50)
+    rates = [variant.experiment.training.learning_rate for variant in made]
+    np.testing.assert_allclose(rates, np.array([1 / 27, 1 / 9, 1 / 3, 1, 3, 9]) * 1e-3, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "vary, sentence",
+    [
+        ("data.seed=1,2", r"--vary=data.seed=1,2: must be FIELD=VALUE"),
+        ("training.learning_rate", r"--vary=training.learning_rate: must be"),
+        ("training.learning_rat=1,2", r"training.learning_rat is unknown; .* \(did you mean 'learning_rate'\?\)"),
+        ("training.learning_rate=fast", r"training.learning_rate='fast': must be a float"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(vary, sentence, micro, run):
+    with pytest.raises(Refused, match=sentence):
+        sweep(micro, run, EXPERT, [vary], steps=8)
+    assert not run.sweep(EXPERT).exists()
+
+
+def test_too_few_steps_are_refused(micro, run):
+    with pytest.raises(Refused, match=r"--steps=3: must be at least 4"):
+        sweep(micro, run, EXPERT, [], steps=3)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from xprof.convert import raw_to_tool_data
 
 from paris_jax import manifest
 from paris_jax.data.pipeline import training_batches
@@ -279,7 +280,10 @@ def test_chosen_steps_are_profiled(micro, run):
     (trace,) = Path(run.role(EXPERT) / "profile").rglob("*.xplane.pb")
     events = [event.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
               for event in line.events]  # fmt: skip
-    assert events.count("train") == 2  # xprof's steps
+    assert events.count("train") == 2
+    overview, _ = raw_to_tool_data.xspace_to_tool_data([str(trace)], "overview_page", {})
+    timed = next(table for table in json.loads(overview) if "device_compute_time_ms_avg" in table.get("p", {}))
+    assert len(timed["rows"]) == 2  # xprof's own reading: a row a step
 
 
 def test_a_cluster_smaller_than_a_batch_is_refused(micro, run):

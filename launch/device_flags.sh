@@ -13,7 +13,7 @@ case ${1:-} in
     ;;
   tpu)
     # Gathers of parameters and sums of gradients (fsdp, data) are fused with, and run beside, the matrix products.
-    flags=(
+    paris_tpu_flags=(
       --xla_tpu_enable_async_collective_fusion=true
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
       --xla_tpu_enable_async_collective_fusion_multiple_steps=true
@@ -22,7 +22,8 @@ case ${1:-} in
       --xla_tpu_enable_data_parallel_all_reduce_opt=true
       --xla_tpu_data_parallel_opt_different_sized_ops=true
     )
-    export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-${flags[*]}}
+    export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-${paris_tpu_flags[*]}}
+    unset paris_tpu_flags
     ;;
   *)
     echo "launch/device_flags.sh: the first word must be gpu or tpu" >&2

@@ -125,6 +125,10 @@ class Evaluation:
         yield from checks.seed(seed=self.seed)
 
 
+# Fields that do not decide what is learned: a job that goes on may change them.
+UNTRAINED = {"training": ENGINE, "router_training": ENGINE, "network": ("remat",)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One experiment, from clips to comparison."""
@@ -204,7 +208,7 @@ class Experiment:
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """
         kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "wandb", "sampling", "evaluation")}
-        for section, fields in (("training", ENGINE), ("router_training", ENGINE), ("network", ("remat",))):
+        for section, fields in UNTRAINED.items():
             kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
         return manifest.hash_text(manifest.canonical_json(kept))
 

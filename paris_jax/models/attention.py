@@ -116,8 +116,8 @@ def _plain(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
 
 
 def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
-    scaled_BNHD = q_BNHD * q_BNHD.shape[-1] ** -0.5
-    scores_BHNS = jnp.einsum("BNHD,BSHD->BHNS", scaled_BNHD, k_BSHD, preferred_element_type=jnp.float32)
+    scores_BHNS = jnp.einsum("BNHD,BSHD->BHNS", q_BNHD, k_BSHD, preferred_element_type=jnp.float32)
+    scores_BHNS = scores_BHNS * q_BNHD.shape[-1] ** -0.5
     if length_B is not None:
         counts_BS = jnp.arange(k_BSHD.shape[1]) < length_B[:, None]
         scores_BHNS = jnp.where(counts_BS[:, None, None], scores_BHNS, jnp.finfo(jnp.float32).min)

@@ -169,7 +169,7 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any
             carry = tuple(checkpoint_name(x, "block_input") for x in carry)
         return nnx.merge(graph, layer)(*carry, *shared), None
 
-    if remat != "none":
+    if remat != "none":  # in a loop, XLA cannot find that it computes something twice, and need not be kept from it
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
     depth = jax.tree.leaves(layers)[0].shape[0]
-    return jax.lax.scan(body, carry, layers, unroll=depth if depth <= 2 else 1)[0]
+    return jax.lax.scan(body, carry, layers, unroll=depth if depth <= 2 and remat == "none" else 1)[0]

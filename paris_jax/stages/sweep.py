@@ -54,7 +54,7 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
     section = "router_training" if role.kind == "router" else "training"
     if not vary:
         rate = experiment.settings_of(role.kind).learning_rate
-        vary = [f"{section}.learning_rate={','.join(f'{rate * factor:.2g}' for factor in FACTORS)}"]
+        vary = [f"{section}.learning_rate={','.join(f'{rate * factor:.4g}' for factor in FACTORS)}"]
     axes = []
     for text in vary:
         field, equals, values = text.partition("=")
@@ -66,7 +66,7 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
         axes.append([f"{field}={value}" for value in values.split(",")])
     settings = experiment.settings_of(role.kind)
     # As short as it is, every job has the warm-up and the end that it would have in full, in proportion.
-    warmup = min(settings.warmup * steps // max(settings.steps, 1), steps - 1)
+    warmup = min(settings.warmup * steps // experiment.steps(role.kind), steps - 1)
     short = (f"{section}.steps={steps}", f"{section}.warmup={warmup}", f"{section}.log_every={max(1, steps // 40)}")
     short += (f"{section}.checkpoint_every={steps}",)
     made = []
@@ -74,7 +74,21 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
         config = experiment.to_dict()
         config_file.change(config, [*short, *changes])
         made.append(Variant(changes, Experiment.from_config(config)))
+    same = len(made) - len({_of_role(variant.experiment, role) for variant in made})
+    if same:
+        raise Refused(
+            f"--vary={' --vary='.join(vary)}: {same} of the {len(made)} trainings of {role.name} would be the same as "
+            f"another one; vary what {'the router' if role.kind == 'router' else 'experts and monolith'} learn from "
+            f"({section}, {'router' if role.kind == 'router' else 'network'}, diffusion), each value once"
+        )
     return made
+
+
+def _of_role(experiment: Experiment, role: Role) -> str:
+    """The hash of an experiment without what only the other networks read."""
+    other = ("training", "network") if role.kind == "router" else ("router_training", "router")
+    default = Experiment()
+    return dataclasses.replace(experiment, **{name: getattr(default, name) for name in other}).hash
 
 
 def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str], steps: int) -> dict[str, Any]:

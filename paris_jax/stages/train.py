@@ -18,7 +18,7 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import PATCH
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.training import loop, sharding
+from paris_jax.training import failures, loop, sharding
 from paris_jax.training.program import Job
 from paris_jax.training.step import TimeLaw
 
@@ -56,7 +56,8 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
 
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
         state = loop.train(job, batches, ids, profile, tracker(experiment, job))
-        params = sharding.to_host(state.ema)
+        with failures.losing(job):
+            params = sharding.to_host(state.ema)
         if jax.process_index() == 0:
             _export(run, experiment, role, job, params, data)
     logger.info("%s is trained: %s", role.name, export)

@@ -66,6 +66,8 @@ class Checkpoints:
                     raise ValueError(f"it holds step {int(found['state'].step)}")
                 return step, found["state"], found["data"], found["clocks"]
             except Exception as error:  # whatever a damaged file makes a reader raise
+                if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # the checkpoint is not what is wrong
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 failures.append(f"step {step}: {reason}")
                 logger.warning(

@@ -1,6 +1,7 @@
 """What can go wrong on the way, each in one sentence: too little memory, a loss that is not finite, a lost device."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -22,7 +23,9 @@ def check_room(program: Program) -> None:
     device, needed = program.mesh.local_devices[0], slices.argument_bytes(program)
     stats = device.memory_stats()
     if stats:
-        there = stats["bytes_limit"]
+        there = stats.get("bytes_limit", math.inf)
+    elif device.platform != "cpu":
+        return
     else:  # devices of a CPU share its memory
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(program.mesh.local_devices)
     if needed > there:
@@ -41,7 +44,7 @@ def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | No
     """Turns what ends a job before its time into a sentence that says what is kept and what to do."""
     try:
         yield
-    except metrics.NotFinite as found:
+    except metrics.FoundNotFinite as found:
         saved.wait()
         clips = f" (clips {', '.join(clip_ids(found.step))})" if clip_ids else ""
         raise NotFinite(
@@ -49,16 +52,32 @@ def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | No
             f"{_kept(saved)}: lower training.learning_rate={job.settings.learning_rate} or "
             f"training.clip_norm={job.settings.clip_norm} in a new --workdir, or look at the data of that step"
         ) from None
+    except jax.errors.JaxRuntimeError as error:
+        said = _first_line(error)
+        if "RESOURCE_EXHAUSTED" not in said:
+            raise
+        raise Refused(
+            f"{job.name} does not fit ({said}); {_kept(saved)}: lower training.batch={job.settings.batch}, raise "
+            f"training.accumulate={job.settings.accumulate}, set network.remat=full, or {REMEDY}"
+        ) from error
+
+
+@contextlib.contextmanager
+def losing(job: Job) -> Iterator[None]:
+    """Says what the loss of a device, or of another process of the job, means."""
+    try:
+        yield
     except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [""])[0][:300]
-        if "RESOURCE_EXHAUSTED" in said:
-            raise Refused(
-                f"{job.name} does not fit ({said}); {_kept(saved)}: lower training.batch={job.settings.batch}, raise "
-                f"training.accumulate={job.settings.accumulate}, set network.remat=full, or {REMEDY}"
-            ) from error
         if not hosts.lost(error):
             raise
-        raise Lost(f"{job.name} lost a device or another process of its job ({said}); {_kept(saved)}") from error
+        said = _first_line(error)
+        raise Lost(
+            f"{job.name} lost a device or another process of its job ({said}); its finished checkpoints are kept"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _kept(saved: Checkpoints) -> str:

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": join whatever else is set; "0": never; not set: as `why_join` finds
 TIMEOUT = 300  # seconds
 FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-# What is said when a device, or another process of the job, is gone: by what talks to it, and by XLA of a program.
-GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat")
-LOST = re.compile(rf"{GONE.pattern}|UNAVAILABLE|DATA_LOSS|ABORTED|DEADLINE_EXCEEDED|CANCELLED|INTERNAL")
+# What is said when another process of the job is gone, and what XLA says of a device that is.
+GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
+LOST = re.compile(r"^(UNAVAILABLE|DATA_LOSS)|CUDA_ERROR|device lost|NCCL")
 
 
 def why_join(environment: Mapping[str, str]) -> str:
@@ -87,11 +87,13 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error of XLA, or of what waits for other processes, says that a device or a process is gone."""
+    """Whether an error says that a device is gone or, in a job of several processes, that one of them is."""
     import jax
 
-    told_by_xla = isinstance(error, jax.errors.JaxRuntimeError)
-    return bool((LOST if told_by_xla else GONE).search(str(error)))
+    said = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(said):
+        return True
+    return jax.process_count() > 1 and getattr(error, "filename", None) is None and bool(GONE.search(said))
 
 
 def _wait_for(address: str, timeout: int) -> None:

@@ -106,7 +106,7 @@ def train(
     saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep, job.settings.keep_every)
     iterator = batches(*sharding.rows_of_this_process(program.mesh))
     try:
-        with contextlib.ExitStack() as stack, failures.told(job, saved, clip_ids):
+        with contextlib.ExitStack() as stack, failures.losing(job), failures.told(job, saved, clip_ids):
             stack.enter_context(jax.set_mesh(program.mesh))
             start, state, clocks = _first_state(program, saved, iterator)
             first = jax.process_index() == 0
@@ -144,6 +144,7 @@ def _run(program, state, start, iterator, saved, watch, clocks, stop, profile) -
             saved.save(step, state, iterator.get_state(), {"trained": clocks.total()})
             last_saved = step
         if step == job.steps:
+            saved.wait()
             return state
         if stopping:
             saved.wait()

@@ -1,5 +1,6 @@
 """What a job says about itself: JSON lines and TensorBoard files, averaged over the steps since the last line."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -11,10 +12,11 @@ import numpy as np
 from etils import epath
 
 from paris_jax import manifest
+from paris_jax.errors import Refused
 from paris_jax.training.step import TIME_BINS
 
 
-class NotFinite(Exception):
+class FoundNotFinite(Exception):
     """The loss, its gradient or the parameters are not finite after step `step` (from 0)."""
 
     def __init__(self, step: int):
@@ -61,7 +63,14 @@ class _WeightsAndBiases:
     def __init__(self, told: dict[str, Any]):
         import wandb
 
-        self._run = wandb.init(**told, resume="allow")
+        try:
+            self._run = wandb.init(**told, resume="allow")
+        except wandb.Error as error:
+            said = " ".join(str(error).split())[:200]
+            raise Refused(
+                f"wandb={told['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb login', set "
+                "WANDB_MODE=offline, or leave wandb empty"
+            ) from error
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
@@ -129,8 +138,9 @@ class Metrics:
             writer.write_scalars(step, scalars)
 
     def close(self) -> None:
-        for each in (self._lines, *self._writers):
-            each.close()
+        with contextlib.ExitStack() as stack:
+            for each in (*self._writers, self._lines):
+                stack.callback(each.close)
 
 
 def read(path: epath.PathLike) -> list[dict[str, float]]:

@@ -55,7 +55,7 @@ class Watch:
         """Takes the values of step `step` (from 0), just handed to the devices; a line that is due is of those before.
 
         Raises:
-          metrics.NotFinite: a step before has a loss, gradient or parameter that is not a number.
+          metrics.FoundNotFinite: a step before has a loss, gradient or parameter that is not a number.
         """
         if step % self._job.settings.log_every == 0:
             self.line(step)
@@ -72,7 +72,7 @@ class Watch:
         self._window.clear()
         bad = metrics.first_not_finite(values)
         if bad is not None:
-            raise metrics.NotFinite(step - len(values) + bad)
+            raise metrics.FoundNotFinite(step - len(values) + bad)
         scalars = metrics.average(values) | speed(self._job, len(values), self._clocks, self._mesh)
         self._writer.write(step, scalars)
         self._console.show(step, scalars)

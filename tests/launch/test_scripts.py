@@ -154,6 +154,15 @@ class TestDeviceFlags:
         assert self.told(kind, "printenv", name, **{name: "--mine=1"}).stdout == "--mine=1\n"
         assert self.told(kind, "printenv", name, **{name: ""}).stdout == "\n"
 
+    @pytest.mark.parametrize("kind", ["gpu", "tpu"])
+    def test_nothing_else_of_the_calling_script_changes(self, kind):
+        """The scripts keep the user's own flags in variables."""
+        look = f"flags=(a b); set -euo pipefail; source launch/device_flags.sh {kind}; compgen -v"
+        before = set(run("bash", "-c", "flags=(a b); compgen -v").stdout.split())
+        after = set(run("bash", "-c", look + '; echo "${flags[@]}"').stdout.split())
+        assert after - before <= {"XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "LIBTPU_INIT_ARGS", "a", "b", "_"}
+        assert {"a", "b"} <= after
+
     def test_another_kind_is_refused(self):
         assert "the first word must be gpu or tpu" in self.told("cpu", "true").stderr
 

@@ -169,7 +169,7 @@ def test_attention_over_lengths_is_softmax_attention_over_the_first_keys():
 def test_the_backward_pass_of_attention_is_that_of_jax(length, dtype, error):
     """Against the derivative of JAX's own attention in float32."""
     keys = jax.random.split(jax.random.key(7), 4)
-    q, k, v, weight = (jax.random.normal(key, (2, 40, 3, 16)) for key in keys)
+    q, k, v, weight = (jax.random.normal(key, (2, 40, 3, 32)) for key in keys)
     length = None if length is None else jnp.array(length, jnp.int32)
 
     def gradients(attention, dtype):

@@ -68,6 +68,20 @@ def test_what_cannot_be_varied_is_refused(vary, sentence, micro, run):
     assert not run.sweep(EXPERT).exists()
 
 
+@pytest.mark.parametrize(
+    "role, vary",
+    [
+        (Role("router"), "training.learning_rate=1e-4,1e-3"),
+        (EXPERT, "router_training.learning_rate=1e-4,1e-3"),
+        (EXPERT, "training.accumulate=1,2"),
+        (EXPERT, "training.learning_rate=1e-3,0.001"),
+    ],
+)
+def test_trainings_that_would_be_the_same_are_refused(role, vary, micro):
+    with pytest.raises(Refused, match=r"1 of the 2 trainings of (router|expert 0) would be the same"):
+        variants(micro, role, [vary], steps=8)
+
+
 def test_too_few_steps_are_refused(micro, run):
     with pytest.raises(Refused, match=r"--steps=3: must be at least 4"):
         sweep(micro, run, EXPERT, [], steps=3)

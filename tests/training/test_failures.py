@@ -34,7 +34,7 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
     [
         (FULL, Refused, r"expert 0 does not fit \(RESOURCE_EXHAUSTED: Out of memory .* 99 bytes\.\); the checkpoint of "
          r"step 4 is kept: lower training.batch=4, raise training.accumulate=1, set network.remat=full, or share"),
-        (GONE, Lost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); the checkpoint of step 4 is kept$"),
+        (GONE, Lost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); its finished checkpoints are kept$"),
     ],
     ids=["memory", "device"],
 )  # fmt: skip
@@ -58,20 +58,27 @@ def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
     assert exports[0] == exports[1]
 
 
+GLOO = "UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"
+
+
 @pytest.mark.parametrize(
-    "error, lost",
+    "error, alone, together",
     [
-        (GONE, True),
-        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"), True),
-        (ValueError("UNKNOWN: Gloo AllReduce failed"), True),
-        (TimeoutError("Timed out while waiting for async_write_complete barrier."), True),
-        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), False),
-        (ValueError("INTERNAL"), False),
-        (OSError(28, "No space left on device"), False),
+        (GONE, True, True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the TPU worker is gone"), True, True),
+        (jax.errors.JaxRuntimeError(GLOO), False, True),
+        (ValueError(GLOO), False, True),
+        (TimeoutError("Timed out while waiting for async_write_complete barrier."), False, True),
+        (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel"), False, False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), False, False),
+        (FileNotFoundError(2, "No such file", "/data/barrier_reef"), False, False),
+        (OSError(28, "No space left on device"), False, False),
     ],
 )
-def test_what_is_lost_is_told_from_mistakes(error, lost):
-    assert hosts.lost(error) is lost
+def test_what_is_lost_is_told_from_mistakes(error, alone, together, monkeypatch):
+    assert hosts.lost(error) is alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert hosts.lost(error) is together
 
 
 def test_devices_that_know_their_memory_are_asked(monkeypatch):

@@ -93,7 +93,7 @@ def learned(line: dict[str, float]) -> dict[str, float]:
 
 
 def torture(experiment: Experiment, run: RunFolder, kills: int, seed: int, say=print) -> int:
-    """Returns how many of `kills` kills were survived; 0 if the end is not that of the job left alone."""
+    """Returns how many of `kills` kills were survived; raises where the end is not that of the job left alone."""
     from tests.training.test_train import assert_same_training, command, reclaimed, with_training
 
     experiment = with_training(

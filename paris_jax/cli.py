@@ -21,7 +21,7 @@ from paris_jax import __version__
 from paris_jax.config_file import EXAMPLE, change, embedded, load
 from paris_jax.errors import Lost, Preempted, Refused, nearest
 from paris_jax.experiment import Experiment
-from paris_jax.run_folder import Role, RunFolder
+from paris_jax.run_folder import KINDS, Role, RunFolder
 from paris_jax.stages.devices import keep_freed_memory
 
 REFUSED, PREEMPTED = 1, 75
@@ -88,7 +88,7 @@ def _workdir(values: flags.FlagValues) -> None:
 
 
 def _role(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "which network to train", flag_values=values)
+    flags.DEFINE_enum("role", None, KINDS, "which network to train", flag_values=values)
     flags.DEFINE_integer("cluster", None, "the expert's cluster", flag_values=values)
 
 
@@ -98,7 +98,7 @@ def _sweeping(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 200, "of each short training", flag_values=values)
 
 
-def _joining(values: flags.FlagValues) -> None:
+def _training(values: flags.FlagValues) -> None:
     flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
     flags.DEFINE_string(
         "coordinator", None, "host:port of this job's process 0, where nothing tells", flag_values=values
@@ -128,7 +128,7 @@ def _sampling(values: flags.FlagValues) -> None:
 
 def _target(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", None, "a slice: v4:2x2x2, v5e:4x4, v5p:2x2x4, v6e:4x8 or cpu:8", flag_values=values)
-    flags.DEFINE_enum("role", None, ["expert", "monolith", "router"], "one role; by default all", flag_values=values)
+    flags.DEFINE_enum("role", None, KINDS, "one role; by default all", flag_values=values)
     flags.DEFINE_float("share", 0.4, "of the chips' peak that steps are expected to reach", flag_values=values)
     flags.DEFINE_float("price", None, "of one chip for one hour, in your money", flag_values=values)
     flags.DEFINE_bool("search", True, "find the largest batch and the smallest slice too", flag_values=values)
@@ -215,12 +215,12 @@ def _evaluate(call: Call) -> None:
 
 
 def _plan(call: Call) -> None:
-    from paris_jax.stages.plan import ROLES, check, plan
+    from paris_jax.stages.plan import check, plan
     from paris_jax.training.slices import Slice
 
     if not call["target"]:
         raise Refused("--target is missing; name a slice, such as v5p:2x2x4, v6e:4x4, or cpu:8")
-    roles = (call["role"],) if call["role"] else ROLES
+    roles = (call["role"],) if call["role"] else KINDS
     check(call["share"], call["price"])
     target = Slice.parse(call["target"])
     experiment = call.experiment(call.run if call["workdir"] else None)
@@ -266,7 +266,7 @@ COMMANDS = {
     "train": Command(
         "one expert, the monolith or the router",
         (f"paris-jax train {_STAGE} --role=expert --cluster=0", f"paris-jax train {_STAGE} --role=router"),
-        (_config, _workdir, _role, _joining),
+        (_config, _workdir, _role, _training),
         _train,
     ),
     "sweep": Command(

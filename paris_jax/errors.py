@@ -21,6 +21,11 @@ def not_yet(what: str, field: str, instead: str) -> Refused:
     return Refused(f"{what} is not in this version yet: it can be planned with, not run; use {field}={instead!r}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the allowed name closest to `name`, or ''."""
     matches = difflib.get_close_matches(name, list(allowed), n=1)

@@ -19,6 +19,8 @@ from etils import epath
 from paris_jax import manifest
 from paris_jax.errors import Refused
 
+KINDS = ("expert", "monolith", "router")  # of roles
+
 
 @dataclasses.dataclass(frozen=True)
 class Role:

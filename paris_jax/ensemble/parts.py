@@ -17,7 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from paris_jax import manifest
-from paris_jax.errors import Refused
+from paris_jax.errors import Refused, first_line
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
@@ -108,7 +108,7 @@ def _network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
         config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
         functional.abstract(config)
     except Exception as error:  # whatever impossible sizes make the network say
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         raise Refused(f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again") from error
     return config
 

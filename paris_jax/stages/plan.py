@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 from rich.console import Console
@@ -22,10 +22,8 @@ from paris_jax.training.slices import Footprint, Slice, argument_bytes, compile_
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("expert", "monolith", "router")
 MARGIN = 0.98  # of the memory, that the first guess of a batch may fill
 TRIES = 6  # compilations, at most, to find what makes it fit
-SHARE = 0.4  # of the peak that a step is expected to reach, unless told
 # Shapes that can be had, smallest first.
 OFFERED = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -54,10 +52,10 @@ class Planned:
 def plan(
     experiment: Experiment,
     target: Slice,
-    roles: tuple[str, ...] = ROLES,
-    share: float = SHARE,
-    price: float | None = None,
-    search: bool = True,
+    roles: Sequence[str],
+    share: float,
+    price: float | None,
+    search: bool,
 ) -> dict[str, Planned]:
     """Compiles the real step of each role for `target` and prints what it needs and what the run would take.
 

@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from paris_jax import config_file, manifest
-from paris_jax.data.pipeline import training_batches
 from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages.train import check_role, cluster_folders, job_of_data, read_cluster
+from paris_jax.stages.train import batches_of, check_role, cluster_folders, make_job, read_cluster
 from paris_jax.training import failures, loop, metrics
 
 logger = logging.getLogger(__name__)
@@ -51,10 +50,9 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
     Raises:
       Refused: a field that is unknown or belongs to the data, or a value that cannot be.
     """
-    section = "router_training" if role.kind == "router" else "training"
+    section, settings = "router_training" if role.kind == "router" else "training", experiment.settings_of(role.kind)
     if not vary:
-        rate = experiment.settings_of(role.kind).learning_rate
-        vary = [f"{section}.learning_rate={','.join(f'{rate * factor:.4g}' for factor in FACTORS)}"]
+        vary = [f"{section}.learning_rate={','.join(f'{settings.learning_rate * factor:.4g}' for factor in FACTORS)}"]
     axes = []
     for text in vary:
         field, equals, values = text.partition("=")
@@ -64,7 +62,6 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
                 "such as training.learning_rate=1e-4,1e-3; what changes the data needs a run folder of its own"
             )
         axes.append([f"{field}={value}" for value in values.split(",")])
-    settings = experiment.settings_of(role.kind)
     # As short as it is, every job has the warm-up and the end that it would have in full, in proportion.
     warmup = min(settings.warmup * steps // experiment.steps(role.kind), steps - 1)
     short = (f"{section}.steps={steps}", f"{section}.warmup={warmup}", f"{section}.log_every={max(1, steps // 40)}")
@@ -109,8 +106,7 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     data = [read_cluster(folder, experiment, run) for folder in folders]
     told = []
     for variant in found:
-        folder = run.sweep(role) / variant.experiment.hash[:12]
-        loss = _train(variant, folder, role, folders, data[0])
+        loss = _train(variant, run, role, folders, data[0])
         logger.info("%s: %s", variant.name, "not finite" if loss is None else f"loss {loss:.4f}")
         told.append({"changes": list(variant.changes), "loss": loss})
     finite = [entry for entry in told if entry["loss"] is not None]
@@ -121,20 +117,16 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     return results
 
 
-def _train(variant: Variant, folder: epath.Path, role: Role, clusters: Sequence[Any], data: Any) -> float | None:
+def _train(variant: Variant, run: RunFolder, role: Role, clusters: Sequence[epath.Path], data: Any) -> float | None:
     """The mean loss of the last steps, or None where it is not finite."""
+    folder = run.sweep(role) / variant.experiment.hash[:12]
     result = folder / "result.json"
     if result.exists():
         return manifest.read_json(result)["loss"]
-    job = job_of_data(variant.experiment, folder, role, data)
-    job = dataclasses.replace(job, name=variant.name, steps=job.settings.steps)
-    settings = job.settings
-
-    def batches(part: int, parts: int) -> Any:
-        return training_batches(clusters, settings.batch, settings.seed, part, parts, job.padded_text_length)
-
+    job = make_job(variant.experiment, run, role, data)
+    job = dataclasses.replace(job, name=variant.name, folder=folder, steps=job.settings.steps)
     try:
-        loop.train(job, batches)
+        loop.train(job, batches_of(job, clusters))
         lines = metrics.read(folder / "metrics.jsonl")
         loss = float(np.mean([line["loss"] for line in lines if line["step"] > (1 - JUDGED) * job.steps]))
     except failures.NotFinite:

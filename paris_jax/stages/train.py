@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,14 +49,11 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
     settings = job.settings
 
-    def batches(part: int, parts: int) -> Any:
-        return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
-
     def ids(number: int) -> list[str]:
         return clip_ids(folders, settings.batch, settings.seed, number)
 
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
-        state = loop.train(job, batches, ids, profile, tracker(experiment, job))
+        state = loop.train(job, batches_of(job, folders), ids, profile, tracker(experiment, job))
         with failures.losing(job):
             params = sharding.to_host(state.ema)
         if jax.process_index() == 0:
@@ -131,18 +129,23 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
     return found
 
 
+def batches_of(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, int], Any]:
+    """Makes the data iterator of one of so many equal parts of a job's batches (`loop.train`)."""
+    settings = job.settings
+
+    def batches(part: int, parts: int) -> Any:
+        return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
+
+    return batches
+
+
 def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
     """The job of a role on prepared data, described by a cluster's manifest."""
-    return job_of_data(experiment, run.role(role), role, data)
-
-
-def job_of_data(experiment: Experiment, folder: epath.Path, role: Role, data: dict[str, Any]) -> Job:
-    """The same, writing into any folder."""
     encoder = texts.from_description(data["text"])
     T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
     widths = encoder.width, encoder.pooled_width
-    return job_of(experiment, folder, role, (T, H, W, C), widths, data["text_length"], dtype)
+    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
 
 
 def job_of(

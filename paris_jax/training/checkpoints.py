@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from paris_jax.errors import Refused
+from paris_jax.errors import Refused, first_line
 from paris_jax.training import hosts
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes a reader raise
                 if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # the checkpoint is not what is wrong
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                reason = first_line(error)[:200]
                 failures.append(f"step {step}: {reason}")
                 logger.warning(
                     "checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason
@@ -101,7 +101,7 @@ class Checkpoints:
 def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refused:
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
     told = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's own words, where there are any
-    reason = told.group(1).strip() if told else (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = told.group(1).strip() if told else first_line(error)
     return Refused(
         f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from paris_jax.errors import Lost, Refused
+from paris_jax.errors import Lost, Refused, first_line
 from paris_jax.training import hosts, metrics, slices
 from paris_jax.training.checkpoints import Checkpoints
 from paris_jax.training.program import Job, Program
@@ -53,7 +53,7 @@ def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | No
             f"training.clip_norm={job.settings.clip_norm} in a new --workdir, or look at the data of that step"
         ) from None
     except jax.errors.JaxRuntimeError as error:
-        said = _first_line(error)
+        said = first_line(error)[:300]
         if "RESOURCE_EXHAUSTED" not in said:
             raise
         raise Refused(
@@ -70,14 +70,10 @@ def losing(job: Job) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:
         if not hosts.lost(error):
             raise
-        said = _first_line(error)
+        said = first_line(error)[:300]
         raise Lost(
             f"{job.name} lost a device or another process of its job ({said}); its finished checkpoints are kept"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _kept(saved: Checkpoints) -> str:

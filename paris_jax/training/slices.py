@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from paris_jax.errors import Refused
+from paris_jax.errors import Refused, first_line
 from paris_jax.training import chips
 from paris_jax.training.chips import GIB
 from paris_jax.training.program import Program
@@ -65,7 +65,7 @@ class Slice:
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **how)
         except Exception as error:  # libtpu is missing, or does not know the shape
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)[:200]
             raise Refused(
                 f"--target={self} cannot be described here ({reason}); install libtpu with pip install -e '.[tpu]', "
                 "and choose a shape that the makers offer"

@@ -8,10 +8,28 @@ import tempfile
 # Tests compile the same few programs again and again, in many processes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "paris_jax-tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# They compile more than they compute.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import pytest
 
 from paris_jax.experiment import Experiment, default_config
+
+QUICK = os.environ["XLA_FLAGS"]  # for processes that need other flags, too
+
+# Files that take minutes: begun first, they do not keep one process busy when all others are done.
+LONG = (
+    "test_sharding",
+    "test_several_processes",
+    "test_train",
+    "test_quickstart",
+    "test_real_footage",
+    "test_evaluate",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def micro_config():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from paris_jax import __version__, cli, config_file
+from paris_jax import __version__, cli, commands, config_file
 from paris_jax.errors import Preempted, Refused
 
 CONFIG = "--config=configs/shapes.py:tiny"
@@ -40,10 +40,10 @@ def refusal(capsys):
 def test_the_overview_names_every_command(arguments, capsys):
     assert cli.run(arguments) == 0
     out = capsys.readouterr().out
-    assert all(f"paris-jax {name}" in out for name in cli.COMMANDS)
+    assert all(f"paris-jax {name}" in out for name in commands.COMMANDS)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_the_help_of_a_command_shows_examples_and_every_flag(name, capsys):
     assert cli.run([name, "--help"]) == 0
     out = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_the_help_of_a_command_shows_examples_and_every_flag(name, capsys):
     assert all(len(line.split(maxsplit=1)) == 2 for line in flags.strip().splitlines()), "every flag is explained"
 
 
-@pytest.mark.parametrize("example", [e for command in cli.COMMANDS.values() for e in command.examples])
+@pytest.mark.parametrize("example", [e for command in commands.COMMANDS.values() for e in command.examples])
 def test_every_example_can_be_typed(example):
     program, *arguments = shlex.split(example)
     assert program == "paris-jax"
@@ -65,9 +65,9 @@ def test_every_example_can_be_typed(example):
 
 @pytest.mark.parametrize("text", ["10", "5:5", "9:2", "a:b", "-1:3"])
 def test_steps_to_profile_are_two_growing_numbers(text):
-    assert cli._steps("10:15") == (10, 15)
+    assert commands._steps("10:15") == (10, 15)
     with pytest.raises(Refused, match=f"--profile_steps={text}: must be the first step"):
-        cli._steps(text)
+        commands._steps(text)
 
 
 def test_the_version(capsys):
@@ -158,7 +158,9 @@ class TestMistakes:
         assert said.startswith("--config is missing, and ") and said.endswith("--config=configs/shapes.py:tiny")
 
     def test_experts_that_are_no_numbers(self, refusal):
-        assert "--experts=a,b: must be cluster numbers" in refusal("sample", "--ensemble=x", "--experts=a,b")
+        assert "--experts=a,b: must be whole numbers, such as 0,0,1,1" in refusal(
+            "sample", "--ensemble=x", "--experts=a,b"
+        )
 
     def test_devices_that_are_not_there(self, refusal, tmp_path):
         assert "--devices=gpu: must be auto, cpu" in refusal("quickstart", f"--workdir={tmp_path}", "--devices=gpu")

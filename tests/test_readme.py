@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from paris_jax.cli import COMMANDS, parse
+from paris_jax.cli import parse
+from paris_jax.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -9,13 +9,14 @@ Arrays are (B, ...) with one time per sample, (B,).
 import jax
 
 
-def _per_sample(t_B: jax.Array, like: jax.Array) -> jax.Array:
+def per_sample(t_B: jax.Array, like: jax.Array) -> jax.Array:
+    """(B,) as (B, 1, ...), to stand beside `like`."""
     return t_B.reshape(t_B.shape + (1,) * (like.ndim - t_B.ndim))
 
 
 def interpolate(x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
     """The point x_t of the path at time t in [0, 1]."""
-    t = _per_sample(t_B, x_0)
+    t = per_sample(t_B, x_0)
     return (1 - t) * x_0 + t * noise
 
 
@@ -26,4 +27,4 @@ def velocity(x_0: jax.Array, noise: jax.Array) -> jax.Array:
 
 def data_from_velocity(x_t: jax.Array, v: jax.Array, t_B: jax.Array) -> jax.Array:
     """The clean sample a velocity points at, x_0 = x_t - t v."""
-    return x_t - _per_sample(t_B, x_t) * v
+    return x_t - per_sample(t_B, x_t) * v

@@ -1,41 +1,121 @@
-"""ODE solvers for x' = v(x, t), from noise (t = 1) to data (t = 0), as pure steps to scan over a time grid."""
+"""From noise (t = 1) to data (t = 0): solvers of x' = v(x, t), and one of the stochastic equation with the same law.
 
+A solver is a function of one step, to scan over a grid of times. What it must remember of the step before is its
+`past`; what the field must remember (the momentum of guidance) is its `memory`. Neither is looked at by the other.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Velocity(x, t, step) -> (v, trace): `t` a scalar, `step` its index, `trace` anything to record (routing weights).
-Velocity = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Field(x, t, step, memory) -> (v, memory, trace): `t` a scalar, `step` its index, `trace` anything to record.
+Field = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]]
 
 
-def euler(velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-    """First order: x <- x + (t_next - t) v(x, t). One evaluation a step."""
-    v, trace = velocity(x, t, step)
-    return x + (t_next - t) * v, trace
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """One step of a grid, all scalars: its number, where it begins and ends, and where the one before began."""
+
+    index: jax.Array
+    t: jax.Array
+    t_next: jax.Array
+    t_before: jax.Array
 
 
-def heun(velocity: Velocity, x: jax.Array, t: jax.Array, t_next: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-    """Second order (explicit trapezoid): both slopes evaluated afresh, guidance included. Two evaluations a step."""
-    first, trace = velocity(x, t, step)
-    second, _ = velocity(x + (t_next - t) * first, t_next, step)
-    return x + (t_next - t) * 0.5 * (first + second), trace
+Noise = Callable[[jax.Array], jax.Array]  # fresh standard normal noise like x, by the step's number
+# Step(field, x, interval, past, memory, noise) -> (x, past, memory, trace).
+Step = Callable[[Field, jax.Array, Interval, jax.Array, Any, Noise], tuple[jax.Array, jax.Array, Any, Any]]
 
 
-SOLVERS = {"euler": euler, "heun": heun}
-EVALUATIONS = {"euler": 1, "heun": 2}
+def euler(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+    """First order: x <- x + (t_next - t) v(x, t)."""
+    v, memory, trace = field(x, at.t, at.index, memory)
+    return x + (at.t_next - at.t) * v, past, memory, trace
 
 
-def solve(velocity: Velocity, x: jax.Array, times: jax.Array, solver: str) -> tuple[jax.Array, Any]:
-    """Walks x along `times` (S + 1 points) in one `lax.scan`.
+def heun(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+    """Second order (explicit trapezoid): both slopes are evaluated afresh, guidance included."""
+    first, memory, trace = field(x, at.t, at.index, memory)
+    second, memory, _ = field(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
+    return x + (at.t_next - at.t) * 0.5 * (first + second), past, memory, trace
+
+
+def adams_bashforth(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+    """Second order from one evaluation: the line through this slope and the last one, on a grid of any spacing.
+
+    x <- x + h ((1 + r/2) v_n - (r/2) v_{n-1}),  r = h_n / h_{n-1}; the first step is Euler's.
+    """
+    v, memory, trace = field(x, at.t, at.index, memory)
+    h, h_before = at.t_next - at.t, at.t - at.t_before
+    half = jnp.where(at.index > 0, 0.5 * h / jnp.where(at.index > 0, h_before, 1.0), 0.0)
+    return x + h * ((1 + half) * v - half * past), v, memory, trace
+
+
+def dpm_solver(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) on the linear path.
+
+    Second order in l = log((1 - t) / t) for the predicted data D = x - t v, from one evaluation:
+    x <- (t_next / t) x + (1 - t_next / t) (D_n + h_n / (2 h_{n-1}) (D_n - D_{n-1})),  h the steps of l.
+    The first and the last step, at whose ends l is infinite, are of first order.
+    """
+    v, memory, trace = field(x, at.t, at.index, memory)
+    data, ratio = x - at.t * v, at.t_next / at.t
+    h, h_before = _log_snr(at.t_next) - _log_snr(at.t), _log_snr(at.t) - _log_snr(at.t_before)
+    inner = (at.index > 0) & (at.t_next > 0)
+    half = jnp.where(inner, 0.5 * jnp.where(inner, h, 1.0) / jnp.where(inner, h_before, 1.0), 0.0)
+    return ratio * x + (1 - ratio) * (data + half * (data - past)), data, memory, trace
+
+
+def _log_snr(t: jax.Array) -> jax.Array:
+    return jnp.log1p(-t) - jnp.log(t)
+
+
+def ancestral(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+    """The stochastic sampler with the flow's marginals: part of the noise is replaced by fresh noise at every step.
+
+    x <- (1 - t') D + t' (r e + sqrt(1 - r^2) z),  r = (1 - t) t' / ((1 - t') t)
+    with the predicted data D and noise e: a draw from the posterior of x_t' given x_t and D (DDIM with eta = 1, Song et
+    al. 2020, arXiv 2010.02502, equation 16), written for the linear path.
+    """
+    v, memory, trace = field(x, at.t, at.index, memory)
+    data, e, t_next = x - at.t * v, x + (1 - at.t) * v, at.t_next
+    kept = (1 - at.t) * t_next / ((1 - t_next) * at.t)
+    fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0.0))
+    return (1 - t_next) * data + t_next * (kept * e + fresh * noise(at.index)), past, memory, trace
+
+
+SOLVERS: dict[str, Step] = {
+    "euler": euler,
+    "heun": heun,
+    "ab2": adams_bashforth,
+    "dpm++2m": dpm_solver,
+    "ancestral": ancestral,
+}
+EVALUATIONS = {"euler": 1, "heun": 2, "ab2": 1, "dpm++2m": 1, "ancestral": 1}  # a step
+
+
+def no_noise(step: jax.Array) -> jax.Array:
+    raise ValueError("a stochastic solver needs noise")
+
+
+def solve(
+    field: Field, x: jax.Array, times: jax.Array, solver: str, memory: Any = (), noise: Noise = no_noise
+) -> tuple[jax.Array, Any]:
+    """Walks x along `times` (S + 1 points from 1 to 0) in one `lax.scan`.
 
     Returns:
       The final x, and the traces of the S steps, stacked on a leading axis.
     """
-    step_fn = SOLVERS[solver]
+    step_of = SOLVERS[solver]
 
-    def body(x: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-        return step_fn(velocity, x, times[step], times[step + 1], step)
+    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        x, past, memory = carry
+        at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
+        x, past, memory, trace = step_of(field, x, at, past, memory, noise)
+        return (x, past, memory), trace
 
-    return jax.lax.scan(body, x, jnp.arange(times.shape[0] - 1))
+    (x, _, _), traces = jax.lax.scan(body, (x, jnp.zeros_like(x), memory), jnp.arange(times.shape[0] - 1))
+    return x, traces

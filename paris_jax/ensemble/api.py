@@ -5,7 +5,6 @@ samples = ensemble.sample(["a small red circle moving left slowly on a white gro
 samples.save("out.mp4")
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +15,10 @@ import numpy as np
 from etils import epath
 from rich.progress import Progress
 
-from paris_jax import checks
-from paris_jax.diffusion import randomness, times
+from paris_jax.diffusion import guidance as guidances
+from paris_jax.diffusion import randomness
 from paris_jax.encoders import codecs, text
-from paris_jax.ensemble import bundle, sampler
+from paris_jax.ensemble import bundle, request, sampler
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
@@ -40,11 +39,18 @@ class Ensemble:
         self.defaults = Sampling(**parts.sampling)
         self.scale = codecs.LatentScale.from_manifest(shared["latent"])
         self._text_length = shared["text_length"]
-        self._network = next(iter(parts.experts.values())).config
+        experts = [parts.experts[k] for k in self.clusters]
+        self._networks = tuple(dict.fromkeys(expert.config for expert in experts))  # each kind once
+        members = [[e for e in experts if e.config == kind] for kind in self._networks]
+        self._places = tuple(
+            (kind, members[kind].index(e)) for e in experts for kind in [self._networks.index(e.config)]
+        )
+        stacks = tuple(
+            jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *(e.params for e in m)) for m in members
+        )
         self._router = parts.router.config if parts.router else None
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts.experts[k].params for k in self.clusters))
         router = jax.tree.map(jnp.asarray, parts.router.params) if parts.router else None
-        self._arrays = sampler.Weights(stacked, router, jnp.asarray(self.clusters, jnp.int32))
+        self._arrays = sampler.Weights(stacks, router, jnp.asarray(self.clusters, jnp.int32))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Ensemble":
@@ -78,41 +84,56 @@ class Ensemble:
             jnp.asarray(np.stack([e.pooled for e in encodings]), jnp.float32),
         )
 
-    def noise(self, count: int, seed: int = 0) -> jax.Array:
-        """Starting noise (count, T, H, W, C); sample i's depends on the seed (0 to 2^32 - 1) and i alone."""
-        for problem in checks.seed(seed=seed):
-            raise Refused(problem)
-        return randomness.normal(randomness.sample_keys(seed, 0, jnp.arange(count)), self.latent_shape)
+    def noise(
+        self,
+        count: int,
+        seed: int | Sequence[int] = 0,
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> jax.Array:
+        """Starting noise (count, T, H, W, C) for videos of this size; sample i's depends on the seed and i alone.
+
+        A list names one seed (0 to 2^32 - 1) for each sample, which is then what it would be on its own.
+        """
+        shape = request.latent_shape(self.latent_shape, self.codec, frames, height, width)
+        return randomness.normal(request.keys(seed, count), shape)
 
     def sample(
         self,
         prompts: Sequence[str] | str,
         *,
+        negative: Sequence[str] | str | None = None,
         num_steps: int | None = None,
-        guidance: float | None = None,
-        routing: str | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
+        times: Sequence[float] | None = None,
         experts: int | Sequence[int] | None = None,
-        solver: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: jax.Array | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         progress: bool = False,
+        **how: Any,
     ) -> Samples:
         """Draws one video a prompt.
 
         Args:
           prompts: what to show.
+          negative: what guidance leads away from, one prompt for all or one for each; by default from no prompt.
           num_steps: solver steps.
-          guidance: classifier-free guidance scale; 1 is none.
-          routing: "top_k", "full" or "threshold".
-          top_k: experts a sample uses at each step (implies routing="top_k").
-          threshold: smallest set of experts with this weight (implies routing="threshold").
-          experts: one cluster, or one for each step: used whatever the router says, so instead of the three above.
-          solver: "euler" or "heun".
-          seed: of the starting noise.
-          noise: the starting noise itself, (N, T, H, W, C), instead of a seed.
+          times: the steps themselves, falling from 1 to 0, instead of `num_steps` ones spaced as in training.
+          experts: one cluster, or one for each step: used whatever the router says, so instead of a routing rule.
+          seed: of the noise, 0 to 2^32 - 1; a list gives every prompt its own.
+          noise: the starting noise itself, (N, T, H, W, C); the seed is then for what a stochastic solver adds.
+          frames, height, width: of the videos, in pixels; by default as trained.
           progress: show a progress bar.
+          **how: any other field of `settings.Sampling`, among them
+            guidance: classifier-free guidance scale; 1 is none.
+            routing: "top_k", "full" or "threshold".
+            top_k: experts a sample uses at each step (implies routing="top_k").
+            threshold: smallest set of experts with this weight (implies routing="threshold").
+            solver: "euler", "heun", "ab2", "dpm++2m" or "ancestral".
 
         Returns:
           The videos (N, T, H, W, 3) float32 in [-1, 1] with the routing (S, N, experts), as an object that saves and
@@ -121,90 +142,89 @@ class Ensemble:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise Refused("There is no prompt; give at least one")
-        settings, plan = self._plan(num_steps, guidance, routing, top_k, threshold, experts, solver)
-        forced = self._forced(experts, settings.steps)
-        encoded = self.encode(prompts)
-        start = self.noise(len(prompts), seed) if noise is None else jnp.asarray(noise)
-        self.check_latent(start, len(prompts))
+        grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
+        request.check_names(how)
+        settings, plan = self._plan(how | {"steps": len(grid) - 1}, experts)
+        forced = request.schedule(experts, settings.steps, self.clusters)
+        told = self._told(self.encode(prompts), settings, negative)
+        if noise is None:
+            start = self.noise(len(prompts), seed, frames=frames, height=height, width=width)
+        else:
+            start = jnp.asarray(noise)
+            self.check_latent(start, len(prompts))
+        keys = request.keys(seed, len(prompts))
         with _StepProgress(settings.steps, progress) as on_step:
-            z, used = sampler.sample(
-                plan,
-                self._arrays,
-                start,
-                times.grid(settings.steps, self.shift),
-                encoded,
-                jnp.float32(settings.guidance),
-                forced,
-                on_step,
-            )
+            z, used = sampler.sample(plan, self._arrays, start, keys, grid, told, forced, on_step)
             z = np.asarray(z)
         if not np.isfinite(z).all():
             raise Refused("The sampled video is not finite; lower guidance, or leave out a broken expert")
         videos = np.stack([self.decode(latent) for latent in z])
         return Samples(videos, prompts, self.fps, np.asarray(used), self.clusters)
 
-    def velocity(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, **how: Any) -> jax.Array:
-        """The merged velocity at x (N, T, H, W, C) and times t (N,) for `encode`d prompts; `how` as in `sample`."""
-        how = {"guidance": 1.0} | how
-        settings, plan = self._plan(
-            None, *(how.get(k) for k in ("guidance", "routing", "top_k", "threshold", "experts", "solver"))
-        )
-        forced = self._forced(how.get("experts"), 1)[0]
-        return sampler.velocity(plan, self._arrays, x, t, encoded, jnp.float32(settings.guidance), forced)[0]
+    def velocity(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        encoded: sampler.Text,
+        *,
+        negative: Sequence[str] | str | None = None,
+        experts: int | None = None,
+        **how: Any,
+    ) -> jax.Array:
+        """The merged velocity at x (N, T, H, W, C) and times t (N,) for `encode`d prompts.
+
+        `how` as in `sample`; without guidance unless it is given.
+        """
+        request.check_names(how)
+        settings, plan = self._plan({"guidance": 1.0} | how, experts)
+        told = self._told(encoded, settings, negative)
+        forced = request.schedule(experts, 1, self.clusters)[0]
+        return sampler.velocity(plan, self._arrays, x, t, told, forced)[0]
 
     def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text) -> jax.Array:
         """p(cluster | x_t, t, text) over the experts that are present, (N, experts)."""
-        plan = sampler.Plan(self._network, self._router, Routing("full"))
-        return jax.nn.softmax(_route(plan, self._arrays, x, t, encoded))
+        plan = sampler.Plan(self._networks, self._places, self._router, Routing("full"))
+        return jax.nn.softmax(_route(plan, self._arrays, x, t, encoded.pooled))
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """A latent (T, H, W, C) in units of the training spread to video (T', H', W', 3) float32 in [-1, 1]."""
         return np.clip(self.codec.decode(self.scale.denormalise(latent)), -1.0, 1.0)
 
     def check_latent(self, x: jax.Array, count: int) -> None:
-        expected = (count, *self.latent_shape)
-        if x.shape != expected:
+        """Refuses noise that no video of so many prompts could start from."""
+        C = self.latent_shape[-1]
+        if x.ndim != 5 or x.shape[0] != count or x.shape[-1] != C or x.shape[2] % 2 or x.shape[3] % 2:
+            expected = (count, *self.latent_shape)
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
 
-    def _plan(self, steps, guidance, routing, top_k, threshold, experts, solver) -> tuple[Sampling, sampler.Plan]:
-        _refuse_contradictions(routing, top_k, threshold, experts)
-        if routing is None and experts is None:
-            routing = "top_k" if top_k is not None else "threshold" if threshold is not None else None
-        given = {"steps": steps, "guidance": guidance, "routing": routing, "top_k": top_k, "threshold": threshold}
-        given |= {"solver": solver}
-        settings = dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
-        for problem in settings.problems():
-            raise Refused(problem.replace("steps=", "num_steps="))
-        rule = "forced" if experts is not None else settings.routing
-        # The default may ask for more experts than are present; what the caller asks for may not.
-        k = settings.top_k if top_k is not None else min(settings.top_k, len(self.clusters))
-        chosen = Routing(rule, k if rule == "top_k" else 1, settings.threshold if rule == "threshold" else 0.0)
-        chosen.check(len(self.clusters))
-        guided = settings.guidance != 1.0
-        return settings, sampler.Plan(self._network, self._router, chosen, settings.solver, guided)
+    def _plan(self, how: dict[str, Any], experts: Any) -> tuple[Sampling, sampler.Plan]:
+        request.refuse_two_rules(how, experts)
+        settings = request.settings(self.defaults, how)
+        chosen = request.routing(settings, how, experts is not None, len(self.clusters))
+        method = settings.guidance_method if settings.guidance != 1.0 else ""
+        plan = sampler.Plan(
+            self._networks, self._places, self._router, chosen, settings.solver, method, settings.routed_by
+        )
+        return settings, plan
 
-    def _forced(self, experts: int | Sequence[int] | None, steps: int) -> jax.Array:
-        """Positions of the forced experts, (S,) int32; zeros where none is forced."""
-        if experts is None:
-            return jnp.zeros(steps, jnp.int32)
-        schedule = [int(k) for k in np.atleast_1d(experts)]
-        schedule = schedule * steps if np.ndim(experts) == 0 else schedule
-        if len(schedule) != steps:
-            raise Refused(f"experts names {len(schedule)} steps where num_steps={steps}; give one expert for each step")
-        absent = sorted({k for k in schedule if k not in self.clusters})
-        if absent:
-            raise Refused(f"experts={absent}: this ensemble has the experts {', '.join(map(str, self.clusters))}")
-        return jnp.asarray([self.clusters.index(k) for k in schedule], jnp.int32)
-
-
-def _refuse_contradictions(routing: Any, top_k: Any, threshold: Any, experts: Any) -> None:
-    """One rule at a time: of two that are asked for, neither is passed over in silence."""
-    rules = {"top_k": top_k, "threshold": threshold, "experts": experts}
-    asked = [f"{name}={value}" for name, value in rules.items() if value is not None and name != routing]
-    if routing is not None and asked:
-        asked.insert(0, f"routing={routing!r}")
-    if len(asked) > 1:
-        raise Refused(f"{' and '.join(asked)} are different routing rules; give one of them")
+    def _told(
+        self, encoded: sampler.Text, settings: Sampling, negative: Sequence[str] | str | None
+    ) -> sampler.Condition:
+        """Prompts with what guidance leads away from, and with the strength of it."""
+        away, count = encoded.null(), len(encoded.length)
+        if negative is not None:
+            if settings.guidance == 1.0:
+                raise Refused("negative: a negative prompt needs guidance; guidance=1 is none")
+            negative = [negative] * count if isinstance(negative, str) else list(negative)
+            if len(negative) != count:
+                raise Refused(f"negative names {len(negative)} for {count} prompts; give one for all, or one for each")
+            away = self.encode(negative)
+            longest = max(encoded.tokens.shape[1], away.tokens.shape[1])
+            encoded, away = encoded.padded(longest), away.padded(longest)
+        names = ("low", "high", "rescale", "momentum", "radius", "parallel")
+        fields = {name: jnp.float32(getattr(settings, f"guidance_{name}")) for name in names}
+        strength = guidances.Strength(scale=jnp.float32(settings.guidance), **fields)
+        return sampler.Condition(encoded, away, strength, jnp.float32(settings.temperature))
 
 
 _route = functools.partial(jax.jit, static_argnames=("plan",))(sampler.route)

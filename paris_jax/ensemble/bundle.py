@@ -59,10 +59,8 @@ def check_together(experts: dict[int, Part], router: Part | None) -> None:
             raise Refused(
                 f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}"
             )
-        if part.manifest["network"]["kind"] != "dit" or part.config != first.config:
-            raise Refused(
-                f"{part.folder} has another network than {first.folder}; experts of one size are supported so far"
-            )
+        if part.manifest["network"]["kind"] != "dit":
+            raise Refused(f"{part.folder} is a {part.manifest['network']['kind']}, not an expert")
     if router is None and len(experts) > 1:
         raise Refused("An ensemble of several experts needs a router; train it with 'paris-jax train --role=router'")
     if router and router.manifest["network"]["kind"] != "router":

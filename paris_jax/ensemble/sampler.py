@@ -2,9 +2,11 @@
 
     v(x, t, c) = sum_k weight_k(x, t, c) v_k(x, t, c)
 
-Guidance stands inside the sum, with the same weights for both branches.
+Guidance asks for the velocity under several conditions, the branches: each is a row of its own, (sample, branch), which
+is merged over the experts; then the branches are combined. All branches of a sample have the same weights unless
+the router is asked about each of them, so linear guidance may be read as standing inside the sum.
 
-Experts have one architecture and stand stacked on a leading axis, so that the expert of a sample is an index.
+Experts of one architecture stand stacked on a leading axis, so that the expert of a row is an index.
 """
 
 import dataclasses
@@ -15,24 +17,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paris_jax.diffusion import guidance as guidances
-from paris_jax.diffusion import solvers
+from paris_jax.diffusion import guidance, randomness, solvers
+from paris_jax.ensemble import dispatch
 from paris_jax.ensemble.routing import Routing, weights
 from paris_jax.models import functional
+from paris_jax.models.dit import PATCH
+
+ROUTED_BY = ("prompt", "branch", "nothing")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Arrays of an ensemble: stacked experts (leading axis E), the router, and the experts' clusters.
+    """Arrays of an ensemble.
 
     Attributes:
-      experts: parameters, each (E, ...).
+      experts: for each kind of network, the stacked parameters of its experts, each (members, ...).
       router: parameters, or None for one expert on its own.
       clusters: (E,) int32, the router's class of each expert.
     """
 
-    experts: functional.Params
+    experts: tuple[functional.Params, ...]
     router: functional.Params | None
     clusters: jax.Array
 
@@ -50,78 +55,129 @@ class Text:
         """The same number of empty prompts, as training drops them: zeros, one token long."""
         return Text(jnp.zeros_like(self.tokens), jnp.ones_like(self.length), jnp.zeros_like(self.pooled))
 
+    def padded(self, length: int) -> "Text":
+        """The same prompts with room for `length` tokens."""
+        more = length - self.tokens.shape[1]
+        return dataclasses.replace(self, tokens=jnp.pad(self.tokens, ((0, 0), (0, more), (0, 0))))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a sample is told, and how strongly.
+
+    Attributes:
+      text: the prompts.
+      negative: what guidance leads away from; empty prompts where nothing is said.
+      strength: of guidance.
+      temperature: () of the router's softmax: above 1 more even, towards 0 only the heaviest.
+    """
+
+    text: Text
+    negative: Text
+    strength: guidance.Strength
+    temperature: jax.Array | float = 1.0
+
+    def branches(self) -> Text:
+        """Text of every row: of each sample, its prompt, then what guidance leads away from, (2 B, ...)."""
+        return jax.tree.map(lambda *both: jnp.stack(both, 1).reshape(-1, *both[0].shape[1:]), self.text, self.negative)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What decides the compiled code: new values of anything else do not recompile."""
+    """What decides the compiled code: new values of anything else do not recompile.
 
-    network: functional.Config
+    Attributes:
+      networks: the kinds of expert.
+      places: of each expert, its kind and its place in the kind's stack.
+      router: None for one expert on its own.
+      guidance: "" (none) or one of `guidance.METHODS`.
+      routed_by: the text the router is told for the branches: for all of them the "prompt", each "branch" its own, or
+        "nothing".
+      block: rows of one expert that are worked on together; 0 chooses by the size of a row and the device.
+    """
+
+    networks: tuple[functional.Config, ...]
+    places: tuple[tuple[int, int], ...]
     router: functional.Config | None
     routing: Routing
     solver: str = "euler"
-    guided: bool = True
+    guidance: str = ""
+    routed_by: str = "prompt"
+    block: int = 0
+
+    def rows_at_once(self, shape: tuple[int, ...]) -> int:
+        """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
+        R, T, H, W, _ = shape
+        if self.routing.rule == "full":
+            return R // (2 if self.guidance else 1)  # every expert sees every sample
+        return self.block or dispatch.block_size(T * (H // PATCH) * (W // PATCH), R, jax.default_backend())
 
 
-def expert_velocity(network: functional.Config, params: functional.Params, x, t_B, text: Text, scale: jax.Array | None):
-    """One expert's velocity, guided where a scale is given (both branches in one batch)."""
-    if scale is None:
-        return functional.apply(network, params, x, t_B, text.tokens, text.length, text.pooled)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, text.null())
-    v = functional.apply(
-        network, params, jnp.concatenate([x, x]), jnp.concatenate([t_B, t_B]), both.tokens, both.length, both.pooled
-    )
-    conditional, unconditional = jnp.split(v, 2)
-    return guidances.classifier_free(conditional, unconditional, scale)
+def expert_velocity(plan: Plan, arrays: Weights, expert: jax.Array, x, t_B, text: Text) -> jax.Array:
+    """The velocity of the expert at position `expert`, a () int32, for all rows given."""
+    inputs = x, t_B, text.tokens, text.length, text.pooled
+    kinds, members = (jnp.asarray(each, jnp.int32) for each in zip(*plan.places, strict=True))
+
+    def run(kind: int, member: jax.Array) -> jax.Array:
+        return functional.apply_member(plan.networks[kind], arrays.experts[kind], member, *inputs)
+
+    if len(plan.networks) == 1:
+        return run(0, members[expert])
+    of_kind = [functools.partial(run, kind) for kind in range(len(plan.networks))]
+    return jax.lax.switch(kinds[expert], of_kind, members[expert])
 
 
-def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, text: Text) -> jax.Array:
+def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax.Array) -> jax.Array:
     """The router's logits for the experts that are present, (B, E)."""
     experts = arrays.clusters.shape[0]
     if plan.router is None or arrays.router is None:
         return jnp.zeros((x.shape[0], experts), jnp.float32)
-    return functional.apply(plan.router, arrays.router, x, t_B, text.pooled)[:, arrays.clusters]
+    return functional.apply(plan.router, arrays.router, x, t_B, pooled)[:, arrays.clusters]
 
 
-def merge(plan: Plan, arrays: Weights, weight_BE: jax.Array, x, t_B, text: Text, scale: jax.Array | None) -> jax.Array:
-    """The weighted sum of the chosen experts' velocities.
+def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text) -> jax.Array:
+    """The weighted sum of the chosen experts' velocities, (R, T, H, W, C)."""
+    most = plan.routing.most(weight_RE.shape[1])
+    run = lambda expert, rows: expert_velocity(plan, arrays, expert, *rows)  # noqa: E731
+    return dispatch.merge(run, weight_RE, (x, t_R, text), most, plan.rows_at_once(x.shape))
 
-    Sparse rules run one (sample, expert) pair after another, each reading its expert's parameters by index: k passes a
-    sample whatever the number of experts, and no sample sees its neighbours. The full rule runs each expert on the
-    whole batch.
-    """
-    batch, experts = weight_BE.shape
-    if plan.routing.rule == "full":
 
-        def add(total: jax.Array, expert: tuple[functional.Params, jax.Array]) -> tuple[jax.Array, None]:
-            params, weight_B = expert
-            v = expert_velocity(plan.network, params, x, t_B, text, scale)
-            return total + weight_B[:, None, None, None, None] * v, None
+def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory) -> tuple[jax.Array, Any, jax.Array]:
+    """The ensemble's guided velocity, the memory of guidance, and the weights (B, E) used for the prompts."""
+    branches = 2 if plan.guidance else 1
+    text, pooled = told.branches() if plan.guidance else told.text, told.text.pooled
+    x_R, t_R = (jnp.repeat(a, branches, axis=0) for a in (x, t_B))
+    if plan.routed_by == "branch":
+        weight_RE = weights(route(plan, arrays, x_R, t_R, text.pooled) / told.temperature, plan.routing, forced)
+    else:
+        pooled = pooled if plan.routed_by == "prompt" else jnp.zeros_like(pooled)
+        weight_BE = weights(route(plan, arrays, x, t_B, pooled) / told.temperature, plan.routing, forced)
+        weight_RE = jnp.repeat(weight_BE, branches, axis=0)
+    if not plan.guidance:
+        return merge(plan, arrays, weight_RE, x, t_B, text), memory, weight_RE
+    # Where guidance is off, the branch that it leads away from is not computed.
+    on_B = told.strength.at(t_B)
+    needed_R = jnp.stack([jnp.ones_like(on_B), on_B], 1).reshape(-1, 1)
+    v = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text)
+    conditional, unconditional = v[0::2], v[1::2]
+    if plan.guidance == "projected":
+        guided, memory = guidance.projected(conditional, unconditional, x, t_B, told.strength, memory)
+    else:
+        guided = guidance.classifier_free(conditional, unconditional, told.strength.scale, told.strength.rescale)
+    return jnp.where(on_B.reshape(-1, 1, 1, 1, 1), guided, conditional), memory, weight_RE[0::2]
 
-        return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (arrays.experts, weight_BE.T))[0]
 
-    most = plan.routing.most(experts)
-    weight_BS, expert_BS = jax.lax.top_k(weight_BE, most)
-
-    def pair(i: jax.Array) -> jax.Array:
-        sample, chosen = i // most, expert_BS.reshape(-1)[i]
-
-        def run() -> jax.Array:
-            params = jax.tree.map(lambda a: a[chosen], arrays.experts)
-            x_1, t_1, text_1 = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, sample, 1), (x, t_B, text))
-            return expert_velocity(plan.network, params, x_1, t_1, text_1, scale)[0]
-
-        skip = plan.routing.rule == "threshold"  # only there may a slot be empty
-        return jax.lax.cond(weight_BS.reshape(-1)[i] > 0, run, lambda: jnp.zeros(x.shape[1:])) if skip else run()
-
-    v_BS = jax.lax.map(pair, jnp.arange(batch * most)).reshape(batch, most, *x.shape[1:])
-    return jnp.einsum("bs,bs...->b...", weight_BS, v_BS)
+def _memory(plan: Plan, x: jax.Array) -> Any:
+    """What guidance remembers before the first step."""
+    return jnp.zeros_like(x) if plan.guidance == "projected" else ()
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
-def velocity(plan: Plan, arrays: Weights, x, t_B, text: Text, scale: jax.Array, forced: jax.Array) -> tuple[Any, Any]:
-    """The ensemble's velocity (B, T, H, W, C) and the weights it used (B, E)."""
-    weight_BE = weights(route(plan, arrays, x, t_B, text), plan.routing, forced)
-    return merge(plan, arrays, weight_BE, x, t_B, text, scale if plan.guided else None), weight_BE
+def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The ensemble's velocity (B, T, H, W, C), each sample at its own time, and the weights it used (B, E)."""
+    v, _, weight_BE = _field(plan, arrays, x, t_B, told, forced, _memory(plan, x))
+    return v, weight_BE
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "on_step"))
@@ -129,9 +185,9 @@ def sample(
     plan: Plan,
     arrays: Weights,
     noise: jax.Array,
+    keys_B: jax.Array,
     times: jax.Array,
-    text: Text,
-    scale: jax.Array,
+    told: Condition,
     forced_S: jax.Array,
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -139,8 +195,9 @@ def sample(
 
     Args:
       noise: (B, T, H, W, C) standard normal.
+      keys_B: a key for each sample, for the noise that a stochastic solver adds.
       times: (S + 1,) from 1 to 0.
-      scale: () guidance scale; not read when the plan is not guided.
+      told: prompts and guidance.
       forced_S: (S,) int32, the expert of each step for the rule "forced".
       on_step: called on the host with each step's index, for progress.
 
@@ -148,9 +205,12 @@ def sample(
       The latent (B, T, H, W, C) in units of the training data's spread, and the weights of each step (S, B, E).
     """
 
-    def field(x: jax.Array, t: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def field(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, jax.Array]:
         if on_step is not None:
             jax.debug.callback(on_step, step)
-        return velocity(plan, arrays, x, jnp.full(x.shape[:1], t), text, scale, forced_S[step])
+        return _field(plan, arrays, x, jnp.full(x.shape[:1], t), told, forced_S[step], memory)
 
-    return solvers.solve(field, noise, times, plan.solver)
+    def fresh(step: jax.Array) -> jax.Array:
+        return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), noise.shape[1:])
+
+    return solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh)

@@ -4,7 +4,9 @@ import dataclasses
 
 from paris_jax import checks
 from paris_jax.checks import Problems
+from paris_jax.diffusion.guidance import METHODS
 from paris_jax.diffusion.solvers import SOLVERS
+from paris_jax.ensemble.sampler import ROUTED_BY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,15 +14,33 @@ class Sampling:
     """Solver, guidance and routing. A config states them, `assemble` writes them into the ensemble's manifest."""
 
     steps: int = 50
-    solver: str = "euler"  # or "heun"
+    solver: str = "euler"  # "heun" (two evaluations a step), "ab2", "dpm++2m", or "ancestral" (stochastic)
     guidance: float = 7.5  # 1: no guidance
+    guidance_method: str = "classifier_free"  # or "projected": adaptive projected guidance
+    guidance_low: float = 0.0  # guided at times from here ...
+    guidance_high: float = 1.0  # ... to here (1 is noise); the others cost half
+    guidance_rescale: float = 0.0  # classifier-free: share brought back to the spread without guidance
+    guidance_momentum: float = -0.5  # projected: of the earlier differences
+    guidance_radius: float = 15.0  # projected: the longest difference, as a norm over one latent
+    guidance_parallel: float = 0.0  # projected: share of the part along the prediction that is kept
     routing: str = "top_k"  # "top_k", "full" or "threshold"
     top_k: int = 1
     threshold: float = 0.9
+    temperature: float = 1.0  # of the router's softmax: above 1 more even, towards 0 the heaviest alone
+    routed_by: str = "prompt"  # what the router reads; "branch": for guidance's other branch its own text; "nothing"
 
     def problems(self) -> Problems:
         yield from checks.at_least(1, steps=self.steps, top_k=self.top_k)
         yield from checks.choice("solver", self.solver, SOLVERS)
         yield from checks.choice("routing", self.routing, ("top_k", "full", "threshold"))
+        yield from checks.choice("guidance_method", self.guidance_method, METHODS)
+        yield from checks.choice("routed_by", self.routed_by, ROUTED_BY)
         yield from checks.at_least(0, guidance=self.guidance)
-        yield from checks.between(0.0, 1.0, threshold=self.threshold)
+        yield from checks.above(0, temperature=self.temperature, guidance_radius=self.guidance_radius)
+        yield from checks.between(0.0, 1.0, threshold=self.threshold, guidance_rescale=self.guidance_rescale)
+        yield from checks.between(0.0, 1.0, guidance_low=self.guidance_low, guidance_high=self.guidance_high)
+        yield from checks.between(0.0, 1.0, guidance_parallel=self.guidance_parallel)
+        if not -1 < self.guidance_momentum < 1:
+            yield f"guidance_momentum={self.guidance_momentum}: must be above -1 and below 1"
+        if self.guidance_low > self.guidance_high:
+            yield f"guidance_low={self.guidance_low}: must not be above guidance_high={self.guidance_high}"

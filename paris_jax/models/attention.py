@@ -124,8 +124,10 @@ def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
     weights_BHNS = jnp.exp(scores_BHNS - scores_BHNS.max(-1, keepdims=True))  # softmax, but for the sums
     sums_BNH1 = weights_BHNS.sum(-1).transpose(0, 2, 1)[..., None]
     weights_BHNS = weights_BHNS.astype(v_BSHD.dtype)
-    summed_BNHD = jnp.einsum("BHNS,BSHD->BNHD", weights_BHNS, v_BSHD, preferred_element_type=jnp.float32)
-    attended_BNHD = (summed_BNHD / sums_BNH1).astype(v_BSHD.dtype)
+    # Heads first, as they stand in the weights: for one sample, XLA would otherwise turn the weights around.
+    v_BHSD = v_BSHD.transpose(0, 2, 1, 3)
+    summed_BHND = jnp.einsum("BHNS,BHSD->BHND", weights_BHNS, v_BHSD, preferred_element_type=jnp.float32)
+    attended_BNHD = (summed_BHND.transpose(0, 2, 1, 3) / sums_BNH1).astype(v_BSHD.dtype)
     return attended_BNHD, (q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD)
 
 

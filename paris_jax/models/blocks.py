@@ -151,7 +151,7 @@ REMAT = {
 }
 
 
-def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any:
+def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
     A stack of one or two is written out, which a CPU runs faster.
@@ -161,15 +161,20 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any) -> Any
       carry: tuple of activations (B, N, D) handed from block to block.
       remat: what the backward pass computes again instead of keeping it, a key of REMAT.
       *shared: inputs that every block sees.
+      member: () int32, of whose parameters the blocks are made, where each has a leading axis of several networks.
+        Layer by layer they are read where they lie: no network is copied to be used.
     """
     graph, layers = nnx.split(blocks)
+    depth = jax.tree.leaves(layers)[0].shape[0 if member is None else 1]
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        if member is not None:
+            layer = jax.tree.map(lambda stack: stack[member, layer], layers)
         if remat == "offload":
             carry = tuple(checkpoint_name(x, "block_input") for x in carry)
         return nnx.merge(graph, layer)(*carry, *shared), None
 
     if remat != "none":  # in a loop, XLA cannot find that it computes something twice, and need not be kept from it
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-    depth = jax.tree.leaves(layers)[0].shape[0]
-    return jax.lax.scan(body, carry, layers, unroll=depth if depth <= 2 and remat == "none" else 1)[0]
+    unroll = depth if depth <= 2 and remat == "none" else 1
+    return jax.lax.scan(body, carry, layers if member is None else jnp.arange(depth), unroll=unroll)[0]

@@ -128,7 +128,13 @@ class SpatiotemporalDiT(nnx.Module):
         self.velocity_out = linear(D, config.channels * PATCH * PATCH, dtype, rngs, zero=True)
 
     def __call__(
-        self, x_BTHWC: jax.Array, t_B: jax.Array, tokens_BLX: jax.Array, length_B: jax.Array, pooled_BP: jax.Array
+        self,
+        x_BTHWC: jax.Array,
+        t_B: jax.Array,
+        tokens_BLX: jax.Array,
+        length_B: jax.Array,
+        pooled_BP: jax.Array,
+        member: jax.Array | None = None,
     ) -> jax.Array:
         """The velocity at (x_t, t) given the text.
 
@@ -138,6 +144,7 @@ class SpatiotemporalDiT(nnx.Module):
           tokens_BLX: text tokens, padded at the end.
           length_B: int32, tokens that count (1 to L); the rest is never attended to.
           pooled_BP: pooled text vector.
+          member: which of several networks this is, where the blocks hold all of them (`functional.apply_member`).
 
         Returns:
           (B, T, H, W, C) float32.
@@ -150,9 +157,10 @@ class SpatiotemporalDiT(nnx.Module):
         # Video first: padding is then at the end of the joint sequence, where attention kernels want it.
         N, length = video.shape[1], length_B + video.shape[1]
         rope = _rope(T, H // PATCH, W // PATCH, text.shape[1], config.rope_axes, config.theta)
-        video, text = scan_blocks(self.double_blocks, (video, text), config.remat, condition, rope, length)
+        shared = condition, rope, length
+        video, text = scan_blocks(self.double_blocks, (video, text), config.remat, *shared, member=member)
         joint = constrain(jnp.concatenate([video, text], axis=1), "batch", "tokens", None)
-        (joint,) = scan_blocks(self.single_blocks, (joint,), config.remat, condition, rope, length)
+        (joint,) = scan_blocks(self.single_blocks, (joint,), config.remat, *shared, member=member)
         shift, scale = self.final_modulation(condition)
         tokens = self.velocity_out(modulate(joint[:, :N], shift, scale))
         return unpack(tokens, x_BTHWC.shape).astype(jnp.float32)

@@ -17,6 +17,7 @@ from paris_jax.models.router import Router, RouterConfig
 
 Params = dict[str, Any]
 Config = DiTConfig | RouterConfig
+BLOCKS = ("double_blocks", "single_blocks")  # of a DiT: stacks of layers
 
 
 def _module(config: Config, rngs: nnx.Rngs) -> nnx.Module:
@@ -49,6 +50,16 @@ def apply(config: Config, params: Params, *inputs: jax.Array) -> jax.Array:
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)(*inputs)
+
+
+def apply_member(config: Config, stacks: Params, member: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """The output of one of several networks of a kind, whose parameters stand stacked on a leading axis.
+
+    `member`, a () int32, may differ from call to call. The blocks are read layer by layer where they lie, the few
+    parameters outside of them are copied: beside a pass that is next to nothing, in time and in memory.
+    """
+    params = {name: a if name in BLOCKS else jax.tree.map(lambda x: x[member], a) for name, a in stacks.items()}
+    return apply(config, params, *inputs, *([member] if isinstance(config, DiTConfig) else []))
 
 
 def count(config: Config) -> int:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from rich.console import Console
 
@@ -45,7 +46,8 @@ def sample(ensemble: str, prompts: Sequence[str], out: str | None, **how: Any) -
     return written
 
 
-def _default_paths(ensemble: str, prompt: str, seed: int) -> list[epath.Path]:
+def _default_paths(ensemble: str, prompt: str, seed: int | list[int]) -> list[epath.Path]:
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
     folder = epath.Path("samples") if ensemble.startswith("bundled:") else epath.Path(ensemble).parent / "samples"
-    return [folder / f"{name}-seed{seed}{ending}" for ending in (".mp4", ".gif", ".png")]
+    seeds = "-".join(map(str, np.atleast_1d(seed)[:3]))
+    return [folder / f"{name}-seed{seeds}{ending}" for ending in (".mp4", ".gif", ".png")]

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paris_jax.diffusion import solvers
+from paris_jax.diffusion.guidance import METHODS, Strength, projected
 from paris_jax.ensemble import sampler
 from paris_jax.ensemble.routing import Routing, weights
-from paris_jax.ensemble.sampler import Plan, Text, Weights
+from paris_jax.ensemble.sampler import ROUTED_BY, Condition, Plan, Text, Weights
 from paris_jax.errors import Refused
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
@@ -28,8 +30,18 @@ def random_params(config, seed):
     return tree.unflatten([0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
-def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def together(experts, router=None, clusters=None):
+    """Weights of experts of one kind."""
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+    return Weights((stack,), router, jnp.arange(len(experts)) if clusters is None else clusters)
+
+
+def plan_of(routing, experts=3, network=NETWORK, router=ROUTER, **how):
+    return Plan((network,), tuple((0, k) for k in range(experts)), router, routing, **how)
+
+
+def told(text, scale=1.0, negative=None, **strength):
+    return Condition(text, negative or text.null(), Strength(jnp.float32(scale), **strength))
 
 
 def inputs(batch=3):
@@ -42,10 +54,11 @@ def inputs(batch=3):
     return jax.random.normal(keys[2], (batch, 2, 2, 4, 2)), jnp.linspace(0.2, 0.8, batch), text
 
 
-def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTER, at=None):
+def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTER, at=None, **how):
     x, t, text = at or inputs()
-    plan = Plan(network, router, routing, guided=scale != 1.0)
-    return sampler.velocity(plan, arrays, x, t, text, jnp.float32(scale), jnp.int32(forced))
+    guidance = "classifier_free" if scale != 1.0 else ""
+    plan = plan_of(routing, len(arrays.clusters), network, router, guidance=guidance, **how)
+    return sampler.velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +89,8 @@ MIXTURE = {"mean": jnp.array([-1.0, 0.3, 1.2]), "std": jnp.array([0.3, 0.5, 0.2]
 
 def mixture_arrays(present=(0, 1, 2)):
     chosen = jnp.array(present)
-    return Weights({k: MIXTURE[k][chosen] for k in ("mean", "std")}, MIXTURE, chosen.astype(jnp.int32))
+    stack = {k: MIXTURE[k][chosen] for k in ("mean", "std")}
+    return Weights((stack,), MIXTURE, chosen.astype(jnp.int32))
 
 
 def marginal_velocity(x, t, mixture=MIXTURE):
@@ -109,14 +123,14 @@ def test_exact_experts_and_router_give_the_marginal_flow(routing):
     np.testing.assert_allclose(v, marginal_velocity(0.5 * x, t), rtol=1e-5, atol=1e-5)
 
 
-def test_samples_of_the_exact_ensemble_follow_the_mixture():
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_samples_of_the_exact_ensemble_follow_the_mixture(solver):
     count = 4000
     _, _, text = inputs(count)
     noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 1))
-    plan = Plan(GaussianVelocity(), GaussianPosterior(), FULL, solver="heun", guided=False)
-    z, _ = sampler.sample(
-        plan, mixture_arrays(), noise, jnp.linspace(1, 0, 129), text, jnp.float32(1), jnp.zeros(128, jnp.int32)
-    )
+    plan = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver=solver)
+    keys, forced = jax.random.split(jax.random.key(4), count), jnp.zeros(128, jnp.int32)
+    z, _ = sampler.sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, 129), told(text), forced)
     rng = np.random.default_rng(0)
     component = rng.choice(3, count, p=np.asarray(MIXTURE["prior"]))
     data = np.asarray(MIXTURE["mean"])[component] + np.asarray(MIXTURE["std"])[component] * rng.normal(size=count)
@@ -139,14 +153,13 @@ def test_a_missing_expert_is_the_softmax_over_the_rest():
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_copies_of_one_expert_are_that_expert(routing, scale):
     one = random_params(NETWORK, 0)
-    arrays = Weights(stack([one] * 3), random_params(ROUTER, 1), jnp.arange(3))
-    single = Weights(stack([one]), None, jnp.arange(1))
-    expected, _ = velocity(FULL, single, scale, router=None)
+    arrays = together([one] * 3, random_params(ROUTER, 1))
+    expected, _ = velocity(FULL, together([one]), scale, router=None)
     np.testing.assert_allclose(velocity(routing, arrays, scale)[0], expected, rtol=2e-4, atol=2e-4)
 
 
 def arrays_of_three():
-    return Weights(stack([random_params(NETWORK, k) for k in range(3)]), random_params(ROUTER, 7), jnp.arange(3))
+    return together([random_params(NETWORK, k) for k in range(3)], random_params(ROUTER, 7))
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
@@ -161,7 +174,7 @@ def test_all_rules_that_keep_every_expert_agree(scale):
 @pytest.mark.parametrize("expert", range(3))
 def test_a_forced_expert_and_a_one_hot_router_are_that_expert(expert):
     arrays = arrays_of_three()
-    alone = Weights(jax.tree.map(lambda a: a[expert : expert + 1], arrays.experts), None, jnp.arange(1))
+    alone = together([random_params(NETWORK, expert)])
     expected, _ = velocity(FULL, alone, router=None)
     np.testing.assert_allclose(velocity(Routing("forced"), arrays, forced=expert)[0], expected, rtol=1e-4, atol=1e-4)
     bias = arrays.router["logits_out"]["bias"] + 1e4 * jax.nn.one_hot(expert, 3)
@@ -175,8 +188,7 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
     x, t, text = inputs()
     arrays, scale = arrays_of_three(), 4.0
     guided, w = velocity(FULL, arrays, scale)
-    plan = Plan(NETWORK, ROUTER, FULL)
-    branches = [sampler.merge(plan, arrays, w, x, t, own, None) for own in (text, text.null())]
+    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own) for own in (text, text.null())]
     np.testing.assert_allclose(guided, branches[1] + scale * (branches[0] - branches[1]), rtol=1e-3, atol=1e-3)
 
 
@@ -220,11 +232,94 @@ def test_an_impossible_rule_is_refused_by_name(routing, named):
 def test_new_values_do_not_recompile():
     """Prompt, seed, guidance and times are arguments of one compiled program a shape."""
     x, _, text = inputs()
-    plan = Plan(NETWORK, ROUTER, Routing("top_k", 2))
+    plan, keys = plan_of(Routing("top_k", 2), guidance="classifier_free"), jax.random.split(jax.random.key(0), 3)
     before = sampler.sample._cache_size()
     for scale, shift, seed in ((2.0, 1.0, 0), (5.0, 0.5, 1), (7.5, 0.25, 2)):
         changed = dataclasses.replace(text, tokens=text.tokens * (1 + seed))
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
-        sampler.sample(plan, arrays_of_three(), noise, times, changed, jnp.float32(scale), jnp.zeros(4, jnp.int32))
+        forced = jnp.zeros(4, jnp.int32)
+        sampler.sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
     assert sampler.sample._cache_size() == before + 1
+
+
+def guided(x, t, text, negative=None, plan=None, **strength):
+    plan = plan or plan_of(Routing("top_k", 2), guidance="classifier_free")
+    return sampler.velocity(plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0))
+
+
+def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
+    x, _, text = inputs()
+    t, passes = jnp.array([0.2, 0.5, 0.8]), []
+    on, _ = guided(x, t, text)
+    plain, _ = velocity(Routing("top_k", 2), arrays_of_three(), at=(x, t, text))
+    run = sampler.expert_velocity
+
+    def counted(plan, arrays, expert, *rows):
+        jax.debug.callback(lambda: passes.append(1))
+        return run(plan, arrays, expert, *rows)
+
+    monkeypatch.setattr(sampler, "expert_velocity", counted)
+    sampler.velocity.clear_cache()
+    some, _ = guided(x, t, text, low=jnp.float32(0.4), high=jnp.float32(0.6))
+    jax.effects_barrier()
+    sampler.velocity.clear_cache()
+    np.testing.assert_allclose(some, jnp.stack([plain[0], on[1], plain[2]]), rtol=2e-4, atol=2e-4)
+    assert len(passes) == 2 * 4  # two experts, for two samples without guidance and for one with both branches
+
+
+def test_a_negative_prompt_takes_the_place_of_no_prompt():
+    x, t, text = inputs()
+    negative = dataclasses.replace(text, tokens=text.tokens[::-1], pooled=-text.pooled)
+    v, w = guided(x, t, text, negative)
+    towards, away = (
+        sampler.merge(plan_of(Routing("top_k", 2)), arrays_of_three(), w, x, t, c) for c in (text, negative)
+    )
+    np.testing.assert_allclose(v, away + 4.0 * (towards - away), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
+    x, t, text = inputs()
+    plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in ROUTED_BY}
+    w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
+    np.testing.assert_array_equal(w["prompt"], w["branch"])  # those of the prompt are told
+    blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, text.null()))
+    assert np.abs(w["nothing"] - w["prompt"]).max() > 0.01
+    same_prompt = dataclasses.replace(text, pooled=jnp.zeros_like(text.pooled))
+    np.testing.assert_allclose(w["nothing"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
+    # Asked about each branch, the router makes the unconditional velocity the whole ensemble's without a prompt.
+    v, w_prompt = guided(x, t, text, plan=plans["branch"], momentum=0.0)
+    towards = sampler.merge(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)
+    if method == "classifier_free":
+        np.testing.assert_allclose(v, blind + 4.0 * (towards - blind), rtol=1e-3, atol=1e-3)
+    else:
+        strength = Strength(4.0, momentum=0.0)
+        expected, _ = projected(towards, blind, x, t, strength, jnp.zeros_like(x))
+        np.testing.assert_allclose(v, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
+    x, t, text = inputs()
+
+    def weight(temperature):
+        condition = dataclasses.replace(told(text), temperature=jnp.float32(temperature))
+        return sampler.velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[1]
+
+    plain = np.asarray(weight(1.0))
+    np.testing.assert_allclose(weight(2.0), np.sqrt(plain) / np.sqrt(plain).sum(-1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(weight(1e-4), np.eye(3)[plain.argmax(-1)], atol=1e-4)
+    np.testing.assert_allclose(weight(1e4), np.full((3, 3), 1 / 3), atol=1e-3)
+
+
+def test_a_stochastic_solver_draws_fresh_noise_every_step_and_for_every_sample():
+    x, _, text = inputs()
+    plan, arrays = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver="ancestral"), mixture_arrays()
+    times, forced = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
+    draw = lambda keys: sampler.sample(plan, arrays, x, keys, times, told(text), forced)[0]  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 3)
+    first = draw(keys)
+    np.testing.assert_array_equal(first, draw(keys))
+    other = draw(jnp.concatenate([keys[:2], jax.random.split(jax.random.key(5), 1)]))
+    np.testing.assert_allclose(other[:2], first[:2], atol=1e-5)
+    assert np.abs(other[2] - first[2]).max() > 0.05

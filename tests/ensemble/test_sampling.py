@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
+from paris_jax.diffusion import times
 from paris_jax.errors import Refused
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages.assemble import assemble
@@ -146,6 +147,22 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
         ({"experts": 7}, "experts="),
         ({"experts": [0, 1]}, "experts names 2 steps"),
         ({"noise": np.zeros((1, 2, 2, 2, 2))}, "noise has shape"),
+        ({"seed": [1, 2, 3]}, "seed names 3 for 2 prompts; give one seed for all, or one for each"),
+        ({"seed": [1, -2]}, "seed=-2: must be from 0"),
+        ({"num_steps": None, "times": [1, 0.5]}, "times=1, 0.5: must fall from 1"),
+        ({"num_steps": None, "times": [1, 0.5, 0.5, 0]}, "times=1, 0.5, 0.5, 0: must fall"),
+        ({"times": [1, 0]}, "times has 1 steps where num_steps=3; leave num_steps out"),
+        ({"negative": ["a", "b", "c"], "guidance": 2.0}, "negative names 3 for 2 prompts"),
+        ({"negative": "a red", "guidance": 1.0}, "a negative prompt needs guidance"),
+        ({"height": 10}, "height=10: must be a multiple of 4; the nearest is 8 or 12"),
+        ({"width": 1}, "width=1: must be a multiple of 4; the nearest is 4"),
+        ({"frames": 3}, "frames=3: must be a multiple of 2; the nearest is 2 or 4"),
+        ({"guidance_method": "apg"}, "guidance_method='apg': must be one of classifier_free, projected"),
+        ({"guidance_low": 0.7, "guidance_high": 0.3}, "guidance_low=0.7: must not be above guidance_high=0.3"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5: must be between 0.0 and 1.0"),
+        ({"guidance_momentum": -1.0}, "guidance_momentum=-1.0: must be above -1 and below 1"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"routed_by": "text"}, "routed_by='text': must be one of prompt, branch, nothing"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
@@ -159,6 +176,56 @@ def test_an_empty_or_too_long_prompt_is_refused(prompt, named, ensemble):
         ensemble.sample([prompt])
     with pytest.raises(Refused):
         ensemble.sample([])
+
+
+@pytest.mark.parametrize("name, near", [("steps", ""), ("solvers", "did you mean 'solver'")])
+def test_a_keyword_that_no_one_takes_is_an_error(name, near, ensemble):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'.*{near}"):
+        ensemble.sample(PROMPTS, **{name: 3})
+
+
+def test_prompts_may_have_seeds_of_their_own(ensemble):
+    """Each is then what it would be alone, also where noise is added on the way."""
+    for solver in ("euler", "ancestral"):
+        both = ensemble.sample(PROMPTS, num_steps=3, seed=[11, 4], solver=solver)
+        for i, seed in enumerate((11, 4)):
+            alone = ensemble.sample(PROMPTS[i], num_steps=3, seed=seed, solver=solver)
+            np.testing.assert_allclose(alone.videos[0], both.videos[i], atol=1e-4)
+    other = ensemble.sample(PROMPTS, num_steps=3, seed=[11, 5], solver="ancestral")
+    assert np.abs(other.videos[1] - both.videos[1]).max() > 0.1
+
+
+def test_the_steps_may_be_given_one_by_one(ensemble):
+    grid = np.asarray(times.grid(3, ensemble.shift))
+    np.testing.assert_array_equal(
+        ensemble.sample(PROMPTS, times=grid).videos, ensemble.sample(PROMPTS, num_steps=3).videos
+    )
+    assert ensemble.sample(PROMPTS, times=[1, 0.7, 0]).routing.shape == (2, 2, 3)
+
+
+def test_a_negative_prompt_and_projected_guidance_change_what_is_drawn(ensemble):
+    how = {"num_steps": 3, "seed": 5, "guidance": 3.0}
+    drawn = [
+        ensemble.sample(PROMPTS, **how),
+        ensemble.sample(PROMPTS, negative=PROMPTS[1], **how),
+        ensemble.sample(PROMPTS, negative=PROMPTS[::-1], **how),
+        ensemble.sample(PROMPTS, guidance_method="projected", **how),
+        ensemble.sample(PROMPTS, guidance_high=0.5, **how),
+    ]
+    for i, one in enumerate(drawn):
+        assert all(np.abs(one.videos - other.videos).max() > 1e-3 for other in drawn[:i])
+    away_from_itself = ensemble.sample(PROMPTS, negative=PROMPTS, **how)
+    plain = ensemble.sample(PROMPTS, **(how | {"guidance": 1.0}))
+    np.testing.assert_allclose(away_from_itself.videos, plain.videos, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [{"frames": 6}, {"height": 12, "width": 4}, {"frames": 2, "width": 16}])
+def test_videos_of_other_sizes_than_trained(size, ensemble):
+    full = {"frames": 4, "height": 8, "width": 8} | size
+    samples = ensemble.sample(PROMPTS, num_steps=2, **size)
+    assert samples.videos.shape == (2, full["frames"], full["height"], full["width"], 3)
+    noise = ensemble.noise(2, **size)
+    np.testing.assert_array_equal(ensemble.sample(PROMPTS, num_steps=2, noise=noise).videos, samples.videos)
 
 
 def test_an_ensemble_works_without_one_of_its_experts(trained, micro, tmp_path):

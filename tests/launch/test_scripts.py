@@ -22,6 +22,8 @@ TPU_FLAGS += ("--type=v5litepod-4", "--runtime=v2-alpha-tpuv5-lite")
 
 def run(*command: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     full = {**os.environ, **environment} | ({"PATH": path} if path else {})
+    if "XLA_FLAGS" not in environment:
+        full.pop("XLA_FLAGS", None)  # those of the tests
     return subprocess.run(command, cwd=ROOT, env=full, text=True, capture_output=True, check=False, timeout=120)
 
 

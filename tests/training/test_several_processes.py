@@ -17,10 +17,10 @@ from paris_jax.ensemble import parts
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages import train as stage
 from paris_jax.training import metrics
+from tests.conftest import QUICK
 from tests.training.test_train import command, reclaimed, with_training
 
 EXPERT = Role("expert", 0)
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 
 
 class Job:

@@ -19,6 +19,7 @@ from paris_jax.training import state as states
 from paris_jax.training.program import Job, Program
 from paris_jax.training.settings import Training
 from paris_jax.training.step import TimeLaw
+from tests.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
@@ -114,7 +115,8 @@ def leaves(tree) -> dict:
 @pytest.fixture(scope="module")
 def found() -> dict:
     script = "import json; from tests.training.test_sharding import on_eight_devices as f; print(json.dumps(f()))"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
+    flags = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,6 +27,7 @@ from paris_jax.stages import train as stage
 from paris_jax.training import checkpoints, flops, loop, metrics
 from paris_jax.training import state as states
 from paris_jax.training.settings import Training
+from tests.conftest import QUICK
 from tests.training.torture import torture
 
 EXPERT = Role("expert", 0)
@@ -196,7 +197,7 @@ for name, splits in (("8", {}), ("2 x 4", split), ("one, then eight", split)):
     loop.train(job, lambda part, parts: stage.training_batches(run.cluster(0), 8, 0, part, parts))
 """
     repository = Path(__file__).parents[2]
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{repository}"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(run)], env=environment, capture_output=True, text=True, cwd=repository

@@ -1,0 +1,61 @@
+"""Sparse use of the experts: the sum over the chosen ones, at the cost of the chosen ones.
+
+Every chosen (row, expert) pair is worked on once. Pairs of one expert stand together and are cut into blocks of a few
+rows; a loop goes over the blocks that there are, and only those. So a step costs what was chosen, whatever the number
+of experts, for rows that agree and rows that do not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Run(expert, rows) -> velocities (m, ...): () int32, and the inputs of m rows.
+Run = Callable[[jax.Array, Any], jax.Array]
+
+# Video tokens that keep a device busy: so many rows are worked on together. A CPU is busy with one row.
+BUSY = {"cpu": 1, "gpu": 4096, "tpu": 4096}
+
+
+def block_size(tokens: int, rows: int, platform: str) -> int:
+    """Rows of one expert that are worked on together: as many as keep the device busy, but not more than there are."""
+    return max(1, min(rows, -(-BUSY.get(platform, 1) // tokens)))
+
+
+def merge(run: Run, weight_RE: jax.Array, rows: Any, most: int, block: int) -> jax.Array:
+    """sum_e weight_e v_e of each row.
+
+    Args:
+      run: one expert's velocity for `block` rows.
+      weight_RE: weight of each expert, 0 where it is not used; a row of zeros costs nothing and gives zeros.
+      rows: the experts' inputs, arrays (R, ...); the first is the latent.
+      most: experts that a row may use.
+      block: rows of one expert that are worked on together.
+
+    Returns:
+      (R, T, H, W, C) float32.
+    """
+    experts = weight_RE.shape[1]
+    weight_RS, expert_RS = jax.lax.top_k(weight_RE, most)
+    weight_P = weight_RS.reshape(-1)
+    expert_P = jnp.where(weight_P > 0, expert_RS.reshape(-1), experts)  # what is not used belongs to nobody
+    order_P = jnp.argsort(expert_P)
+    count_E = jnp.sum(expert_P[:, None] == jnp.arange(experts), axis=0)
+    first_E = jnp.cumsum(count_E) - count_E
+    blocks_E = -(-count_E // block)
+    end_E = jnp.cumsum(blocks_E)
+
+    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(end_E, number, side="right")
+        within = (number - end_E[expert] + blocks_E[expert]) * block + jnp.arange(block)
+        pair = order_P[jnp.minimum(first_E[expert] + within, order_P.shape[0] - 1)]
+        row = pair // most
+        v = run(expert, jax.tree.map(lambda a: a[row], rows))
+        # The last block of an expert may hold rows that are not its own; whatever they give is left out.
+        own = (within < count_E[expert]).reshape(-1, *(1,) * (v.ndim - 1))
+        weighted = jnp.where(own, weight_P[pair].reshape(own.shape) * v, 0.0)
+        return total.at[row].add(weighted)
+
+    x = jax.tree.leaves(rows)[0]
+    return jax.lax.fori_loop(0, end_E[-1], add, jnp.zeros(x.shape, jnp.float32))

@@ -1,0 +1,121 @@
+"""What a caller asks of an ensemble, checked before anything is computed: rules, times, seeds and sizes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paris_jax import checks
+from paris_jax.diffusion import randomness, times
+from paris_jax.encoders import codecs
+from paris_jax.ensemble.routing import Routing
+from paris_jax.ensemble.settings import Sampling
+from paris_jax.errors import Refused, nearest
+from paris_jax.models.dit import PATCH
+
+NAMES = sorted({field.name for field in dataclasses.fields(Sampling)} - {"steps"})  # of settings, as keywords
+
+
+def check_names(given: dict[str, Any]) -> None:
+    """Raises what Python does for a keyword that no one takes."""
+    for name in given.keys() - set(NAMES):
+        raise TypeError(f"unexpected keyword argument {name!r}{nearest(name, NAMES)}")
+
+
+def settings(defaults: Sampling, given: dict[str, Any]) -> Sampling:
+    """The defaults with what a caller gives (None: nothing); a routing rule is implied by its own number."""
+    given = {name: value for name, value in given.items() if value is not None}
+    implied = next((rule for rule in ("top_k", "threshold") if rule in given), None)
+    if implied and "routing" not in given:
+        given["routing"] = implied
+    chosen = dataclasses.replace(defaults, **given)
+    for problem in chosen.problems():
+        raise Refused(problem)
+    return chosen
+
+
+def routing(chosen: Sampling, given: dict[str, Any], forced: bool, experts: int) -> Routing:
+    """The routing rule for so many experts."""
+    rule = "forced" if forced else chosen.routing
+    # The default may ask for more experts than are present; what the caller asks for may not.
+    k = chosen.top_k if given.get("top_k") is not None else min(chosen.top_k, experts)
+    made = Routing(rule, k if rule == "top_k" else 1, chosen.threshold if rule == "threshold" else 0.0)
+    made.check(experts)
+    return made
+
+
+def refuse_two_rules(given: dict[str, Any], experts: Any) -> None:
+    """One rule at a time: of two that are asked for, neither is passed over in silence."""
+    rules = {"top_k": given.get("top_k"), "threshold": given.get("threshold"), "experts": experts}
+    rule = given.get("routing")
+    asked = [f"{name}={value}" for name, value in rules.items() if value is not None and name != rule]
+    if rule is not None and asked:
+        asked.insert(0, f"routing={rule!r}")
+    if len(asked) > 1:
+        raise Refused(f"{' and '.join(asked)} are different routing rules; give one of them")
+
+
+def schedule(experts: int | Sequence[int] | None, steps: int, clusters: list[int]) -> jax.Array:
+    """Positions of the forced experts, (S,) int32; zeros where none is forced."""
+    if experts is None:
+        return jnp.zeros(steps, jnp.int32)
+    named = [int(k) for k in np.atleast_1d(experts)]
+    named = named * steps if np.ndim(experts) == 0 else named
+    if len(named) != steps:
+        raise Refused(f"experts names {len(named)} steps where num_steps={steps}; give one expert for each step")
+    absent = sorted({k for k in named if k not in clusters})
+    if absent:
+        raise Refused(f"experts={absent}: this ensemble has the experts {', '.join(map(str, clusters))}")
+    return jnp.asarray([clusters.index(k) for k in named], jnp.int32)
+
+
+def grid(given: Sequence[float] | None, num_steps: int | None, default: int, shift: float) -> jax.Array:
+    """Times from 1 to 0, (S + 1,): evenly spaced and shifted as in training, or those given."""
+    for problem in checks.at_least(1, num_steps=1 if num_steps is None else num_steps):
+        raise Refused(problem)
+    if given is None:
+        return times.grid(num_steps or default, shift)
+    points = np.asarray(given, np.float32)
+    if points.ndim != 1 or len(points) < 2 or points[0] != 1 or points[-1] != 0 or not (np.diff(points) < 0).all():
+        shown = f"{', '.join(f'{p:g}' for p in points.ravel()[:6])}{', ...' if points.size > 6 else ''}"
+        raise Refused(f"times={shown}: must fall from 1 (noise) to 0 (data), such as 1, 0.8, 0.5, 0")
+    if num_steps not in (None, len(points) - 1):
+        raise Refused(f"times has {len(points) - 1} steps where num_steps={num_steps}; leave num_steps out")
+    return jnp.asarray(points)
+
+
+def keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """A key for each of `count` samples, from one seed and the sample's index or from a seed of its own."""
+    seeds = [int(s) for s in np.atleast_1d(np.asarray(seed, object))]
+    for problem in (p for s in seeds for p in checks.seed(seed=s)):
+        raise Refused(problem)
+    if np.ndim(seed) == 0:
+        return randomness.sample_keys(seeds[0], 0, jnp.arange(count))
+    if len(seeds) != count:
+        raise Refused(f"seed names {len(seeds)} for {count} prompts; give one seed for all, or one for each")
+    return jnp.concatenate([randomness.sample_keys(s, 0, jnp.arange(1)) for s in seeds])
+
+
+def latent_shape(
+    trained: tuple[int, int, int, int], codec: codecs.Pixels, frames: int | None, height: int | None, width: int | None
+) -> tuple[int, int, int, int]:
+    """The latent (T, H, W, C) of videos of this size, by default of the size trained on.
+
+    Raises:
+      Refused: a size that the codec or the network's patches do not divide, with the nearest that they do.
+    """
+    T, H, W, C = trained
+    blocks = {"frames": codec.time, "height": codec.height * PATCH, "width": codec.width * PATCH}
+    sizes = {"frames": T * codec.time, "height": H * codec.height, "width": W * codec.width}
+    sizes |= {k: v for k, v in {"frames": frames, "height": height, "width": width}.items() if v is not None}
+    for name, size in sizes.items():
+        block = blocks[name]
+        if size < 1 or size % block:
+            low = max(size // block * block, block)
+            near = f"{low} or {low + block}" if size > block else f"{block}"
+            raise Refused(f"{name}={size}: must be a multiple of {block}; the nearest is {near}")
+    T, H, W, _ = codec.latent_shape(**sizes)
+    return T, H, W, C

@@ -1,0 +1,189 @@
+"""Times ways to run the k chosen of K experts, with k passes of one expert over the same batch as the yardstick.
+
+    python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--experts=3,8,16] [--batch=1,8,32] [--k=1]
+        [--ways=blocks,pairs,switch,skip,dense] [--rounds=20] [--config.a.b=value ...]
+
+    blocks N    what the sampler does: pairs of (sample, expert) sorted by expert, N of one expert at a time
+    pairs       one pair at a time, its expert's parameters taken out of the stack first
+    switch      one pair at a time, `lax.switch` between the experts
+    skip        every expert that anybody chose, on the whole batch
+    dense       every expert on the whole batch
+    ragged      the matrix products of a pass as grouped products (`jax.lax.ragged_dot`), against plain ones
+
+The samples of a batch choose different experts. Calls of all ways take turns, so that a slow moment of the machine
+meets them all; figures are the median of each way over that of the yardstick, then its temporary memory.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paris_jax import config_file
+from paris_jax.ensemble import dispatch
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets
+from paris_jax.models.dit import PATCH
+from paris_jax.stages.devices import keep_freed_memory
+
+WORDS = 14  # text tokens, as the shapes' captions have
+TEXT = 64, 64  # widths of the frozen table
+
+
+def made(config: functional.Config, experts: int):
+    """Random parameters of so many experts, stacked."""
+    leaves, tree = jax.tree.flatten(functional.abstract(config))
+    rng = np.random.default_rng(0)
+    return tree.unflatten([jnp.asarray(0.05 * rng.normal(size=(experts, *a.shape)), jnp.float32) for a in leaves])
+
+
+def inputs(shape, batch):
+    rng = np.random.default_rng(1)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    text = draw(batch, WORDS, TEXT[0]), jnp.full(batch, WORDS, jnp.int32), draw(batch, TEXT[1])
+    return draw(batch, *shape), jnp.full(batch, 0.5), *text
+
+
+def chosen(batch: int, experts: int, k: int) -> jax.Array:
+    """Weights (B, E) of k experts a sample, another choice for every sample."""
+    weight = np.zeros((batch, experts), np.float32)
+    for b in range(batch):
+        weight[b, (b + np.arange(k)) % experts] = 1 / k
+    return jnp.asarray(weight)
+
+
+def blocks(config, stacks, weight_BE, rows, k, size):
+    run = lambda expert, rows: functional.apply_member(config, stacks, expert, *rows)  # noqa: E731
+    return dispatch.merge(run, weight_BE, rows, k, size)
+
+
+def pair_by_pair(run, weight_BE, rows, k):
+    weight_BS, expert_BS = jax.lax.top_k(weight_BE, k)
+
+    def pair(i):
+        row = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i // k, 1), rows)
+        return run(expert_BS.reshape(-1)[i], row)[0]
+
+    v = jax.lax.map(pair, jnp.arange(weight_BS.size)).reshape(*weight_BS.shape, *rows[0].shape[1:])
+    return jnp.einsum("bs,bs...->b...", weight_BS, v)
+
+
+def pairs(config, stacks, weight_BE, rows, k):
+    taken = lambda e: jax.tree.map(lambda a: a[e], stacks)  # noqa: E731
+    return pair_by_pair(lambda e, row: functional.apply(config, taken(e), *row), weight_BE, rows, k)
+
+
+def switch(config, stacks, weight_BE, rows, k):
+    ways = [
+        functools.partial(functional.apply, config, jax.tree.map(lambda a, e=e: a[e], stacks))
+        for e in range(weight_BE.shape[1])
+    ]
+    return pair_by_pair(lambda e, row: jax.lax.switch(e, ways, *row), weight_BE, rows, k)
+
+
+def one_after_the_other(config, stacks, weight_BE, rows, k, skipping):
+    def add(total, expert):
+        params, weight_B = expert
+        run = lambda: weight_B[:, None, None, None, None] * functional.apply(config, params, *rows)  # noqa: E731
+        if skipping:
+            return total + jax.lax.cond((weight_B > 0).any(), run, lambda: jnp.zeros_like(total)), None
+        return total + run(), None
+
+    return jax.lax.scan(add, jnp.zeros_like(rows[0]), (stacks, weight_BE.T))[0]
+
+
+def products(config, stacks, tokens: int, groups_E, grouped: bool):
+    """The block matrices' products for so many tokens in all, of one expert or of each token's own."""
+    total = jnp.float32(0)
+    for name in functional.BLOCKS:
+        for kernel in jax.tree.leaves(stacks[name]):
+            if kernel.ndim != 4:
+                continue
+            x = jnp.ones((tokens, kernel.shape[2]))
+
+            def layer(total, w, x=x):
+                y = jax.lax.ragged_dot(x, w, groups_E) if grouped else x @ w[0]
+                return total + y.sum(), None
+
+            total, _ = jax.lax.scan(layer, total, jnp.moveaxis(kernel, 1, 0))
+    return total
+
+
+def ways_of(config, stacks, weight_BE, rows, k, wanted):
+    batch, experts = weight_BE.shape
+    _, T, H, W, _ = rows[0].shape
+    made = {}
+    if "blocks" in wanted:
+        for size in (n for n in (1, 2, 4, 8, 16, 32) if n <= batch):
+            made[f"blocks {size}"] = lambda s, w, r, size=size: blocks(config, s, w, r, k, size)
+    for name, way in {"pairs": pairs, "switch": switch}.items():
+        if name in wanted:
+            made[name] = lambda s, w, r, way=way: way(config, s, w, r, k)
+    for name in ("skip", "dense"):
+        if name in wanted:
+            made[name] = lambda s, w, r, name=name: one_after_the_other(config, s, w, r, k, name == "skip")
+    if "ragged" in wanted:
+        tokens = batch * T * (H // PATCH) * (W // PATCH)
+        groups = jnp.asarray(np.diff(np.linspace(0, tokens, experts + 1).astype(int)), jnp.int32)
+        made["products, plain"] = lambda s, w, r: products(config, s, tokens, groups, False)
+        made["products, ragged"] = lambda s, w, r: products(config, s, tokens, groups, True)
+    return made
+
+
+def compare(config, shape, experts, batch, k, wanted, rounds):
+    stacks, rows, weight = made(config, experts), inputs(shape, batch), chosen(batch, experts, k)
+    first = jax.tree.map(lambda a: jnp.array(a[0]), stacks)
+    ways = {"one expert": lambda first, w, r: functional.apply(config, first, *r)} | ways_of(
+        config, stacks, weight, rows, k, wanted
+    )
+    params = {name: first if name == "one expert" else stacks for name in ways}
+    compiled = {name: jax.jit(way).lower(params[name], weight, rows).compile() for name, way in ways.items()}
+    taken = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in compiled.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(way(params[name], weight, rows))
+            if turn:
+                taken[name].append(time.perf_counter() - begun)
+    median = {name: np.median(times) for name, times in taken.items()}
+    unit = k * median["one expert"]
+    print(f"K = {experts}, k = {k}, batch {batch}: one expert {1e3 * median['one expert']:.1f} ms", flush=True)
+    for name in list(ways)[1:]:
+        yardstick = median["products, plain"] if name.startswith("products") else unit
+        memory = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
+        print(f"  {name:18s} {median[name] / yardstick:6.2f}   {memory:8.1f} MiB", flush=True)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def main() -> None:
+    keep_freed_memory()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=f"{config_file.embedded()}:tiny")
+    parser.add_argument("--experts", type=numbers, default=[3, 8, 16])
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
+    parser.add_argument("--k", type=numbers, default=[1])
+    parser.add_argument("--ways", default="blocks,pairs,switch,skip,dense")
+    parser.add_argument("--rounds", type=int, default=20)
+    given, changes = parser.parse_known_args()
+    config = config_file.load(given.config)
+    config_file.change(config, [c.removeprefix("--config.") for c in changes])
+    experiment = Experiment.from_config(config)
+    shape = experiment.latent_shape
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    sizes = {"channels": shape[-1], "text_width": TEXT[0], "pooled_width": TEXT[1], "dtype": dtype}
+    network = presets.network_config(experiment.network, **sizes)
+    print(f"{functional.count(network) / 1e6:.2f}M parameters, latent {shape}, {jax.devices()[0].device_kind}")
+    for experts in given.experts:
+        for batch in given.batch:
+            for k in given.k:
+                compare(network, shape, experts, batch, k, given.ways.split(","), given.rounds)
+
+
+if __name__ == "__main__":
+    main()

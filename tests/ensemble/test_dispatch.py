@@ -1,0 +1,130 @@
+"""Sparse use of the experts: what was chosen is computed, once, and nothing else, however it is cut into blocks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paris_jax.diffusion.guidance import Strength
+from paris_jax.ensemble import dispatch, sampler
+from paris_jax.ensemble.routing import Routing
+from paris_jax.ensemble.sampler import Condition, Plan, Weights
+from paris_jax.models import functional
+from tests.ensemble.test_mixture import FULL, NETWORK, ROUTER, inputs, random_params, together
+
+
+def shares(rows: int, experts: int, used: int, seed: int = 0) -> jax.Array:
+    """Weights (R, E) of `used` experts a row, another choice for every row."""
+    rng = np.random.default_rng(seed)
+    weight = np.zeros((rows, experts), np.float32)
+    for row in weight:
+        row[rng.choice(experts, used, replace=False)] = rng.dirichlet(np.ones(used))
+    return jnp.asarray(weight)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("rows, experts, used", [(1, 3, 1), (8, 8, 2), (5, 16, 1), (7, 2, 2)])
+def test_every_chosen_pair_is_worked_on_once_in_as_few_blocks_as_can_be(rows, experts, used, block):
+    """Experts are numbers here: row x and expert e give (e + 1) x, and every call is counted."""
+    x, weight, calls = jnp.arange(1.0, rows + 1)[:, None] * jnp.ones(4), shares(rows, experts, used), []
+
+    def run(expert, inputs):
+        jax.debug.callback(lambda e: calls.append(int(e)), expert)
+        return (expert + 1) * inputs[0]
+
+    found = jax.jit(lambda w: dispatch.merge(run, w, (x,), used, block))(weight)
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, (weight @ jnp.arange(1.0, experts + 1))[:, None] * x, rtol=1e-5)
+    of_expert = np.asarray((weight > 0).sum(0))
+    assert sorted(calls) == [e for e in range(experts) for _ in range(-(-of_expert[e] // block))]
+
+
+def test_rows_without_weight_cost_nothing_and_broken_neighbours_do_no_harm():
+    """A block may hold rows of another expert, whose answers would not be finite; they are left out."""
+    x, calls = jnp.array([[1.0], [2.0], [jnp.inf], [4.0]]), []
+    weight = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+
+    def run(expert, inputs):
+        jax.debug.callback(lambda e: calls.append(int(e)), expert)
+        return inputs[0] + expert
+
+    found = dispatch.merge(run, weight, (x,), 2, 4)
+    np.testing.assert_array_equal(found, [[1.0], [0.0], [np.inf], [4.5]])
+    none = dispatch.merge(run, 0 * weight, (x,), 2, 4)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(none, 0 * weight[:, :1])
+    assert calls == [0, 1]
+
+
+def test_a_block_is_as_large_as_keeps_the_device_busy():
+    assert dispatch.block_size(tokens=100, rows=32, platform="cpu") == 1
+    assert dispatch.block_size(tokens=100, rows=8, platform="gpu") == 8
+    assert dispatch.block_size(tokens=1024, rows=8, platform="gpu") == 4
+    assert dispatch.block_size(tokens=16384, rows=8, platform="tpu") == 1
+
+
+def plan_of(routing, experts, **how):
+    return Plan((NETWORK,), tuple((0, k) for k in range(experts)), ROUTER, routing, **how)
+
+
+@pytest.mark.parametrize("block", [1, 2, 6])
+def test_the_size_of_a_block_changes_nothing(block):
+    x, t, text = inputs()
+    arrays = together([random_params(NETWORK, k) for k in range(3)], random_params(ROUTER, 7))
+    told = Condition(text, text.null(), Strength(jnp.float32(3.0)))
+    v = [
+        sampler.velocity(
+            plan_of(Routing("top_k", 2), 3, guidance="classifier_free", block=b), arrays, x, t, told, jnp.int32(0)
+        )[0]
+        for b in (0, block)
+    ]
+    np.testing.assert_allclose(*v, rtol=2e-4, atol=2e-4)
+
+
+def test_no_expert_is_copied_to_be_used():
+    """The temporary memory of a deep ensemble's velocity is below one expert, and the same for 2 and for 8 experts."""
+    deep = dataclasses.replace(NETWORK, hidden=64, heads=4, single_blocks=12)
+    shapes = functional.abstract(deep)
+    expert = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
+    x, t, text = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), inputs(1))
+
+    def temporary(experts):
+        stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype), shapes)
+        arrays = Weights((stack,), functional.abstract(ROUTER), jax.ShapeDtypeStruct((experts,), jnp.int32))
+        plan = Plan((deep,), tuple((0, k) for k in range(experts)), ROUTER, Routing("top_k", 1))
+        told = Condition(text, text, Strength(1.0))
+        compiled = sampler.velocity.lower(plan, arrays, x, t, told, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    two, eight = temporary(2), temporary(8)
+    assert two < 0.5 * expert and abs(eight - two) < 0.02 * expert, (two, eight, expert)
+
+
+WIDER = dataclasses.replace(NETWORK, hidden=32, heads=2, single_blocks=2)
+
+
+@pytest.mark.parametrize("routing", [FULL, Routing("top_k", 1), Routing("top_k", 2), Routing("threshold", p=1.0)])
+def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
+    """Two small ones and a wide one between them: their sum is that of each on its own."""
+    x, t, text = inputs()
+    params = {0: random_params(NETWORK, 0), 1: random_params(WIDER, 1), 2: random_params(NETWORK, 2)}
+    stacks = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), params[0], params[2]),
+        jax.tree.map(lambda a: a[None], params[1]),
+    )
+    router = random_params(ROUTER, 7)
+    plan = Plan((NETWORK, WIDER), ((0, 0), (1, 0), (0, 1)), ROUTER, routing)
+    arrays = Weights(stacks, router, jnp.arange(3))
+    told = Condition(text, text.null(), Strength(1.0))
+    v, weight = sampler.velocity(plan, arrays, x, t, told, jnp.int32(0))
+    words = text.tokens, text.length, text.pooled
+    each = [functional.apply(c, params[k], x, t, *words) for k, c in enumerate((NETWORK, WIDER, NETWORK))]
+    expected = sum(weight[:, k].reshape(-1, 1, 1, 1, 1) * each[k] for k in range(3))
+    np.testing.assert_allclose(v, expected, rtol=2e-4, atol=2e-4)
+    for expert in range(3):
+        alone, _ = sampler.velocity(
+            dataclasses.replace(plan, routing=Routing("forced")), arrays, x, t, told, jnp.int32(expert)
+        )
+        np.testing.assert_allclose(alone, each[expert], rtol=2e-4, atol=2e-4)

@@ -5,8 +5,9 @@ samples = ensemble.sample(["a small red circle moving left slowly on a white gro
 samples.save("out.mp4")
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +19,18 @@ from rich.progress import Progress
 from paris_jax.diffusion import guidance as guidances
 from paris_jax.diffusion import randomness
 from paris_jax.encoders import codecs, text
-from paris_jax.ensemble import bundle, request, sampler
+from paris_jax.ensemble import bundle, placement, request, sampler
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused
+from paris_jax.models.dit import PATCH
 
 
 class Ensemble:
     """Experts and their router, ready to sample."""
 
-    def __init__(self, parts: bundle.Bundle):
+    def __init__(self, parts: bundle.Bundle, mesh: Mapping[str, int] | None = None):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
         self.codec = codecs.from_description(shared["codec"])
@@ -45,17 +47,23 @@ class Ensemble:
         self._places = tuple(
             (kind, members[kind].index(e)) for e in experts for kind in [self._networks.index(e.config)]
         )
-        stacks = tuple(
-            jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *(e.params for e in m)) for m in members
-        )
         self._router = parts.router.config if parts.router else None
-        router = jax.tree.map(jnp.asarray, parts.router.params) if parts.router else None
-        self._arrays = sampler.Weights(stacks, router, jnp.asarray(self.clusters, jnp.int32))
+        self._mesh = placement.make_mesh(mesh) if mesh else None
+        if self._mesh:
+            T, H, W, _ = self.latent_shape
+            placement.check(self._networks, self._mesh, T * (H // PATCH) * (W // PATCH))
+        stacks = tuple(self._placed([expert.params for expert in each]) for each in members)
+        router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
+        clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
+        self._arrays = sampler.Weights(stacks, router, clusters)
 
     @classmethod
-    def load(cls, path: epath.PathLike) -> "Ensemble":
-        """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes"."""
-        return cls(bundle.read(path))
+    def load(cls, path: epath.PathLike, mesh: Mapping[str, int] | None = None) -> "Ensemble":
+        """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes".
+
+        `mesh` spreads it over several devices, as {"expert": 3, "fsdp": 2}: see `ensemble/placement.py`.
+        """
+        return cls(bundle.read(path), mesh)
 
     @classmethod
     def single(cls, part: epath.PathLike, **sampling: Any) -> "Ensemble":
@@ -152,9 +160,10 @@ class Ensemble:
         else:
             start = jnp.asarray(noise)
             self.check_latent(start, len(prompts))
-        keys = request.keys(seed, len(prompts))
+        keys = jax.random.key_data(request.keys(seed, len(prompts)))
         with _StepProgress(settings.steps, progress) as on_step:
-            z, used = sampler.sample(plan, self._arrays, start, keys, grid, told, forced, on_step)
+            draw = functools.partial(sampler.sample, on_step=on_step)
+            z, used = self._run(draw, plan, start, keys, grid, told, forced)
             z = np.asarray(z)
         if not np.isfinite(z).all():
             raise Refused("The sampled video is not finite; lower guidance, or leave out a broken expert")
@@ -179,12 +188,22 @@ class Ensemble:
         settings, plan = self._plan({"guidance": 1.0} | how, experts)
         told = self._told(encoded, settings, negative)
         forced = request.schedule(experts, 1, self.clusters)[0]
-        return sampler.velocity(plan, self._arrays, x, t, told, forced)[0]
+        return self._run(sampler.velocity, plan, x, t, told, forced)[0]
 
     def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text) -> jax.Array:
         """p(cluster | x_t, t, text) over the experts that are present, (N, experts)."""
         plan = sampler.Plan(self._networks, self._places, self._router, Routing("full"))
-        return jax.nn.softmax(_route(plan, self._arrays, x, t, encoded.pooled))
+        return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled))
+
+    def _placed(self, experts: list[Any]) -> Any:
+        """Experts of one kind, stacked, where they are used."""
+        stack = jax.tree.map(lambda *leaves: np.stack(leaves), *experts)
+        return placement.place_experts(stack, self._mesh) if self._mesh else placement.everywhere(stack, None)
+
+    def _run(self, function: Callable[..., Any], plan: sampler.Plan, *inputs: Any) -> Any:
+        """Calls a compiled function of the sampler where the ensemble lies."""
+        with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+            return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """A latent (T, H, W, C) in units of the training spread to video (T', H', W', 3) float32 in [-1, 1]."""

@@ -23,7 +23,14 @@ def block_size(tokens: int, rows: int, platform: str) -> int:
     return max(1, min(rows, -(-BUSY.get(platform, 1) // tokens)))
 
 
-def merge(run: Run, weight_RE: jax.Array, rows: Any, most: int, block: int) -> jax.Array:
+def merge(
+    run: Run,
+    weight_RE: jax.Array,
+    rows: Any,
+    most: int,
+    block: int,
+    turns: Callable[[jax.Array], jax.Array] = lambda blocks: blocks,
+) -> jax.Array:
     """sum_e weight_e v_e of each row.
 
     Args:
@@ -32,6 +39,7 @@ def merge(run: Run, weight_RE: jax.Array, rows: Any, most: int, block: int) -> j
       rows: the experts' inputs, arrays (R, ...); the first is the latent.
       most: experts that a row may use.
       block: rows of one expert that are worked on together.
+      turns: how often the loop goes round for so many blocks; turns beyond them change nothing.
 
     Returns:
       (R, T, H, W, C) float32.
@@ -47,7 +55,7 @@ def merge(run: Run, weight_RE: jax.Array, rows: Any, most: int, block: int) -> j
     end_E = jnp.cumsum(blocks_E)
 
     def add(number: jax.Array, total: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(end_E, number, side="right")
+        expert = jnp.minimum(jnp.searchsorted(end_E, number, side="right"), experts - 1)
         within = (number - end_E[expert] + blocks_E[expert]) * block + jnp.arange(block)
         pair = order_P[jnp.minimum(first_E[expert] + within, order_P.shape[0] - 1)]
         row = pair // most
@@ -58,4 +66,4 @@ def merge(run: Run, weight_RE: jax.Array, rows: Any, most: int, block: int) -> j
         return total.at[row].add(weighted)
 
     x = jax.tree.leaves(rows)[0]
-    return jax.lax.fori_loop(0, end_E[-1], add, jnp.zeros(x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, turns(end_E[-1]), add, jnp.zeros(x.shape, jnp.float32))

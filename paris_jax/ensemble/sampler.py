@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from paris_jax.diffusion import guidance, randomness, solvers
 from paris_jax.ensemble import dispatch
+from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing, weights
 from paris_jax.models import functional
 from paris_jax.models.dit import PATCH
@@ -114,13 +116,13 @@ class Plan:
         return self.block or dispatch.block_size(T * (H // PATCH) * (W // PATCH), R, jax.default_backend())
 
 
-def expert_velocity(plan: Plan, arrays: Weights, expert: jax.Array, x, t_B, text: Text) -> jax.Array:
-    """The velocity of the expert at position `expert`, a () int32, for all rows given."""
+def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text) -> jax.Array:
+    """The velocity, for all rows given, of the expert whose kind and place in the kind's stack is places[expert]."""
     inputs = x, t_B, text.tokens, text.length, text.pooled
-    kinds, members = (jnp.asarray(each, jnp.int32) for each in zip(*plan.places, strict=True))
+    kinds, members = (jnp.asarray(each, jnp.int32) for each in zip(*places, strict=True))
 
     def run(kind: int, member: jax.Array) -> jax.Array:
-        return functional.apply_member(plan.networks[kind], arrays.experts[kind], member, *inputs)
+        return functional.apply_member(plan.networks[kind], stacks[kind], member, *inputs)
 
     if len(plan.networks) == 1:
         return run(0, members[expert])
@@ -137,10 +139,42 @@ def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax
 
 
 def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text) -> jax.Array:
-    """The weighted sum of the chosen experts' velocities, (R, T, H, W, C)."""
-    most = plan.routing.most(weight_RE.shape[1])
-    run = lambda expert, rows: expert_velocity(plan, arrays, expert, *rows)  # noqa: E731
-    return dispatch.merge(run, weight_RE, (x, t_R, text), most, plan.rows_at_once(x.shape))
+    """The weighted sum of the chosen experts' velocities, (R, T, H, W, C).
+
+    On a mesh with an axis `expert`, each group of devices works on the experts that it holds, and sums meet at the end.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = "expert" in mesh.shape
+    held_GS, places = held_by(plan.places, mesh.shape["expert"] if spread else 1)
+    weight_GRS = jnp.moveaxis(jnp.where(held_GS >= 0, weight_RE[:, held_GS], 0.0), 1, 0)
+    most, block = min(plan.routing.most(weight_RE.shape[1]), len(places)), plan.rows_at_once(x.shape)
+
+    def of_group(stacks: Any, weight_GRS: jax.Array, rows: Any, **how: Any) -> jax.Array:
+        run = lambda expert, rows: expert_velocity(plan, places, stacks, expert, *rows)  # noqa: E731
+        return dispatch.merge(run, weight_GRS[0], rows, most, block, **how)
+
+    if not spread:
+        return of_group(arrays.experts, weight_GRS, (x, t_R, text))
+
+    # Where the devices of a group talk to each other, all groups take as many turns as the busiest one: some of XLA's
+    # exchanges wait for every device of the mesh.
+    talking = mesh.size > mesh.shape["expert"] * mesh.shape["data"]
+
+    def of_its_group(*given: Any) -> jax.Array:
+        how = {"turns": lambda blocks: jax.lax.pmax(blocks, ("expert", "data"))} if talking else {}
+        return jax.lax.psum(of_group(*given, **how), "expert")
+
+    more = -x.shape[0] % mesh.shape["data"]  # empty rows, which cost nothing
+    rows = jax.tree.map(lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (x, t_R, text))
+    weight_GRS = jnp.pad(weight_GRS, ((0, 0), (0, more), (0, 0)))
+    shared = jax.shard_map(
+        of_its_group,
+        axis_names={"expert", "data"} if talking else set(mesh.axis_names),
+        in_specs=(P("expert"), P("expert", "data"), P("data")),
+        out_specs=P("data"),
+        check_vma=False,
+    )
+    return shared(arrays.experts, weight_GRS, rows)[: x.shape[0]]
 
 
 def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory) -> tuple[jax.Array, Any, jax.Array]:
@@ -185,7 +219,7 @@ def sample(
     plan: Plan,
     arrays: Weights,
     noise: jax.Array,
-    keys_B: jax.Array,
+    keys_B2: jax.Array,
     times: jax.Array,
     told: Condition,
     forced_S: jax.Array,
@@ -195,7 +229,7 @@ def sample(
 
     Args:
       noise: (B, T, H, W, C) standard normal.
-      keys_B: a key for each sample, for the noise that a stochastic solver adds.
+      keys_B2: (B, 2) uint32, data of a key for each sample, for the noise that a stochastic solver adds.
       times: (S + 1,) from 1 to 0.
       told: prompts and guidance.
       forced_S: (S,) int32, the expert of each step for the rule "forced".
@@ -211,6 +245,10 @@ def sample(
         return _field(plan, arrays, x, jnp.full(x.shape[:1], t), told, forced_S[step], memory)
 
     def fresh(step: jax.Array) -> jax.Array:
+        keys_B = jax.random.wrap_key_data(keys_B2)
         return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), noise.shape[1:])
 
-    return solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh)
+    found = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh)
+    if jax.sharding.get_abstract_mesh().empty:
+        return found
+    return jax.lax.with_sharding_constraint(found, P())  # every process reads all of it

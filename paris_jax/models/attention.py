@@ -78,8 +78,10 @@ def _on_every_device(kernel):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel
-    heads, samples = spec(("batch", None, "attending", None), mesh.shape), spec(("batch",), mesh.shape)
-    return jax.shard_map(kernel, in_specs=(heads, heads, heads, samples), out_specs=heads, check_vma=False)
+    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    heads, samples = spec(("batch", None, "attending", None), free), spec(("batch",), free)
+    specs = (heads, heads, heads, samples)
+    return jax.shard_map(kernel, axis_names=set(free), in_specs=specs, out_specs=heads, check_vma=False)
 
 
 def _flash(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array) -> jax.Array:

@@ -64,8 +64,18 @@ def spec(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpe
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says how an activation is split, one name for each of its axes; on no mesh, and on one device, says nothing."""
+    """Says how an activation is split, one name for each of its axes; on no mesh, and on one device, says nothing.
+
+    Axes of the mesh that are split by hand around this code are not named; nor are those that do not divide an axis of
+    the array: a sampler's few rows are whole where training's batch is split.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, mesh.shape))
+    sizes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+    def divides(name: str | None, length: int) -> bool:
+        return name is not None and length % math.prod(sizes.get(m, 1) for m in SPLITS[name]) == 0
+
+    fitting = tuple(name if divides(name, length) else None for name, length in zip(axes, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, spec(fitting, sizes))

@@ -42,15 +42,18 @@ def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, axes.MESH, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def check_network(config: functional.Config, mesh: Mesh, tokens: int) -> None:
-    """Refuses a mesh that does not divide a network's width, heads or the video tokens of one sample."""
+def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: str = "training.") -> None:
+    """Refuses a mesh that does not divide a network's width, heads or the video tokens of one sample.
+
+    `prefix` is of the mesh's sizes, as the refusal names them.
+    """
     fsdp, tensor, sequence = (mesh.shape[name] for name in ("fsdp", "tensor", "sequence"))
     if isinstance(config, RouterConfig) and sequence > 1:
-        raise Refused(f"training.sequence={sequence}: a router's tokens are not split; use 1")
+        raise Refused(f"{prefix}sequence={sequence}: a router's tokens are not split; use 1")
     for what, size, by, named in (
-        ("width", config.hidden, fsdp * sequence, f"training.fsdp={fsdp} x training.sequence={sequence}"),
-        ("heads", config.heads, tensor * sequence, f"training.tensor={tensor} x training.sequence={sequence}"),
-        ("tokens of a clip", tokens, sequence, f"training.sequence={sequence}"),
+        ("width", config.hidden, fsdp * sequence, f"{prefix}fsdp={fsdp} x {prefix}sequence={sequence}"),
+        ("heads", config.heads, tensor * sequence, f"{prefix}tensor={tensor} x {prefix}sequence={sequence}"),
+        ("tokens of a clip", tokens, sequence, f"{prefix}sequence={sequence}"),
     ):
         if size % by:
             raise Refused(f"{named}: {by} does not divide the network's {size} {what}; choose divisors of {size}")

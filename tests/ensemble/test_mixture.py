@@ -36,6 +36,10 @@ def together(experts, router=None, clusters=None):
     return Weights((stack,), router, jnp.arange(len(experts)) if clusters is None else clusters)
 
 
+def key_data(seed, count):
+    return jax.random.key_data(jax.random.split(jax.random.key(seed), count))
+
+
 def plan_of(routing, experts=3, network=NETWORK, router=ROUTER, **how):
     return Plan((network,), tuple((0, k) for k in range(experts)), router, routing, **how)
 
@@ -129,7 +133,7 @@ def test_samples_of_the_exact_ensemble_follow_the_mixture(solver):
     _, _, text = inputs(count)
     noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 1))
     plan = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver=solver)
-    keys, forced = jax.random.split(jax.random.key(4), count), jnp.zeros(128, jnp.int32)
+    keys, forced = key_data(4, count), jnp.zeros(128, jnp.int32)
     z, _ = sampler.sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, 129), told(text), forced)
     rng = np.random.default_rng(0)
     component = rng.choice(3, count, p=np.asarray(MIXTURE["prior"]))
@@ -232,7 +236,7 @@ def test_an_impossible_rule_is_refused_by_name(routing, named):
 def test_new_values_do_not_recompile():
     """Prompt, seed, guidance and times are arguments of one compiled program a shape."""
     x, _, text = inputs()
-    plan, keys = plan_of(Routing("top_k", 2), guidance="classifier_free"), jax.random.split(jax.random.key(0), 3)
+    plan, keys = plan_of(Routing("top_k", 2), guidance="classifier_free"), key_data(0, 3)
     before = sampler.sample._cache_size()
     for scale, shift, seed in ((2.0, 1.0, 0), (5.0, 0.5, 1), (7.5, 0.25, 2)):
         changed = dataclasses.replace(text, tokens=text.tokens * (1 + seed))
@@ -255,9 +259,9 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
     plain, _ = velocity(Routing("top_k", 2), arrays_of_three(), at=(x, t, text))
     run = sampler.expert_velocity
 
-    def counted(plan, arrays, expert, *rows):
+    def counted(*given):
         jax.debug.callback(lambda: passes.append(1))
-        return run(plan, arrays, expert, *rows)
+        return run(*given)
 
     monkeypatch.setattr(sampler, "expert_velocity", counted)
     sampler.velocity.clear_cache()
@@ -317,9 +321,9 @@ def test_a_stochastic_solver_draws_fresh_noise_every_step_and_for_every_sample()
     plan, arrays = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver="ancestral"), mixture_arrays()
     times, forced = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
     draw = lambda keys: sampler.sample(plan, arrays, x, keys, times, told(text), forced)[0]  # noqa: E731
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = key_data(0, 3)
     first = draw(keys)
     np.testing.assert_array_equal(first, draw(keys))
-    other = draw(jnp.concatenate([keys[:2], jax.random.split(jax.random.key(5), 1)]))
+    other = draw(jnp.concatenate([keys[:2], key_data(5, 1)]))
     np.testing.assert_allclose(other[:2], first[:2], atol=1e-5)
     assert np.abs(other[2] - first[2]).max() > 0.05

@@ -1,0 +1,175 @@
+"""An ensemble on several devices: groups with experts of their own, equal to one device, on one process and on two."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paris_jax import Ensemble
+from paris_jax.ensemble import placement, sampler
+from paris_jax.ensemble.placement import held_by
+from paris_jax.errors import Refused
+from tests.conftest import QUICK
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [
+    "a large red circle moving right fast on a white ground",
+    "a digit nine on a black ground",
+    "a red",
+    "a ball",
+]
+MESHES = [
+    {"expert": 2},
+    {"expert": 3, "data": 2},  # four prompts over two, and three experts over three
+    {"expert": 4, "data": 2},  # one group has nothing to do
+    {"expert": 2, "fsdp": 2, "data": 2},
+    {"tensor": 7},
+    {"data": 3},  # four prompts over three
+]
+HOW = {"num_steps": 3, "seed": [3, 1, 4, 5], "guidance": 2.0}
+WAYS = [{"top_k": 1}, {"top_k": 2}, {"routing": "full"}, {"threshold": 0.9}, {"experts": [2, 0, 1]}]
+
+
+def drawn(ensemble, **how) -> list[float]:
+    return np.asarray(ensemble.sample(PROMPTS, **(HOW | how)).videos).ravel()[::61].tolist()
+
+
+def on_eight_devices() -> dict:
+    """What the tests below look at; called in a process with eight simulated devices."""
+    assert jax.device_count() == 8
+    found: dict = {"videos": {}, "collectives": {}, "passes": []}
+    for mesh in ({}, *MESHES):
+        ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
+        found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (WAYS if mesh == MESHES[0] else WAYS[:2])]
+    found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in WAYS]
+    ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
+    plan = ensemble._plan({"guidance": 1.0, "top_k": 1}, None)[1]
+    told = ensemble._told(ensemble.encode(PROMPTS), ensemble.defaults, None)
+    x = ensemble.noise(4)
+    with jax.set_mesh(ensemble._mesh):
+        given = placement.everywhere((x, jnp.full(4, 0.5), told, jnp.int32(0)), ensemble._mesh)
+        text = sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({kinds})\(", text)]
+    found["latent"] = x.size
+    found["pieces"] = sorted(
+        {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._arrays.experts)}
+    )
+    run = sampler.expert_velocity
+
+    def counted(*given):
+        jax.debug.callback(lambda g: found["passes"].append(int(g)), jax.lax.axis_index("expert"))
+        return run(*given)
+
+    sampler.expert_velocity = counted
+    sampler.velocity.clear_cache()
+    for experts in (np.arange(4) % 3, np.zeros(4, int)):  # samples that disagree, and samples that agree
+        weight = jnp.asarray(np.eye(3, dtype=np.float32)[experts])
+        with jax.set_mesh(ensemble._mesh):
+            merged = jax.jit(sampler.merge, static_argnums=0)
+            jax.block_until_ready(merged(plan, ensemble._arrays, weight, x, jnp.full(4, 0.5), told.text))
+        jax.effects_barrier()
+        found["passes"].append(-1)
+    return found
+
+
+def in_another_process(code: str, devices: int) -> subprocess.Popen:
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | flags | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    code = "import json; from tests.ensemble.test_placement import on_eight_devices as f; print(json.dumps(f()))"
+    return ended(in_another_process(code, 8))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_groups_of_devices_draw_what_one_device_draws(mesh, found):
+    for there, here in zip(found["videos"][str(mesh)], found["videos"]["one, every way"], strict=False):
+        np.testing.assert_allclose(there, here, atol=2e-3)
+    np.testing.assert_allclose(found["videos"]["{}"][0], found["videos"]["one, every way"][0], atol=1e-6)
+
+
+def test_only_latents_cross_from_group_to_group(found):
+    assert found["collectives"]
+    for shape, kind in found["collectives"]:
+        sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shape)]
+        assert kind == "all-reduce" and max(sizes) <= found["latent"], (shape, kind)
+    assert found["pieces"] == [1]  # each group holds one of the three experts
+
+
+def test_groups_share_the_work_of_samples_that_disagree(found):
+    passes, disagree, agree = found["passes"], [], []
+    middle = passes.index(-1)
+    disagree, agree = passes[:middle], passes[middle + 1 : -1]
+    assert sorted(disagree) == [0, 0, 1, 2]  # samples 0 and 3 chose the first expert
+    assert sorted(agree) == [0, 0, 0, 0]
+
+
+def test_two_processes_draw_what_one_draws():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = """
+import json, sys, jax
+jax.distributed.initialize("{address}", 2, {number})
+from paris_jax import Ensemble
+from tests.ensemble.test_placement import drawn
+assert jax.process_count() == 2 and jax.local_device_count() == 1
+print(json.dumps(drawn(Ensemble.load("bundled:shapes", mesh={{"expert": 2}}), top_k=2)))
+"""
+    processes = [in_another_process(code.format(address=address, number=number), 1) for number in range(2)]
+    here = drawn(Ensemble.load("bundled:shapes"), top_k=2)
+    for process in processes:
+        np.testing.assert_allclose(ended(process), here, atol=2e-3)
+
+
+def test_every_expert_is_held_by_one_group():
+    places = ((0, 0), (1, 0), (0, 1), (0, 2), (1, 1))  # five experts of two kinds
+    for groups in (1, 2, 3, 7):
+        held, local = held_by(places, groups)
+        assert held.shape == (groups, len(local))
+        assert sorted(held[held >= 0]) == [0, 1, 2, 3, 4]
+        for group, row in enumerate(held):
+            for (kind, member), expert in zip(local, row, strict=True):
+                each = sum(k == kind for k, _ in local)
+                assert expert < 0 or places[expert] == (kind, group * each + member)
+
+
+@pytest.mark.parametrize(
+    "mesh, told",
+    [
+        ({"expert": 2}, "mesh expert=2 = 2 devices: there are 1"),
+        ({"experts": 1}, r"mesh experts: must be one of expert, data, .* \(did you mean 'expert'"),
+        ({"expert": 0}, "mesh expert=0: must be at least 1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(mesh, told):
+    with pytest.raises(Refused, match=told):
+        Ensemble.load("bundled:shapes", mesh=mesh)
+
+
+def test_a_mesh_that_does_not_divide_the_network_is_refused():
+    class Mesh:
+        shape = {"fsdp": 1, "tensor": 2, "sequence": 1}  # noqa: RUF012
+
+    ensemble = Ensemble.load("bundled:shapes")
+    with pytest.raises(Refused, match="mesh tensor=2 x mesh sequence=1: 2 does not divide the network's 7 heads"):
+        placement.check(ensemble._networks, Mesh(), 100)

@@ -109,8 +109,8 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(preempted, Lost):
             _leave(PREEMPTED)  # the end of a joined process waits for the others
         return PREEMPTED
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt or 'interrupted; run the same command again to go on'}", file=sys.stderr)
         return 130
     except MemoryError as error:
         said = f" ({error})" if str(error) else ""

@@ -126,6 +126,12 @@ def _sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_list("times", None, "the steps' times from 1 to 0 instead: 1,0.9,0.6,0", flag_values=values)
     flags.DEFINE_list("experts", None, "forced cluster, or one for each step: 0,0,1,1", flag_values=values)
     flags.DEFINE_list("seed", ["0"], "of the noise; several: one for each prompt", flag_values=values)
+    flags.DEFINE_list("drop", [], "clusters to do without", flag_values=values)
+    flags.DEFINE_string(
+        "broken", "refuse", "where an expert's values are not finite: refuse or drop", flag_values=values
+    )
+    flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
+    flags.DEFINE_integer("preview_every", 0, "steps after which a preview is written; 0 is never", flag_values=values)
     for axis in ("frames", "height", "width"):
         flags.DEFINE_integer(axis, None, f"{axis} of the videos; by default as trained", flag_values=values)
     for name, (kind, text) in SAMPLING_FLAGS.items():
@@ -199,8 +205,10 @@ def _sample(call: Call) -> None:
 
     if call["image"]:
         raise Refused(f"--image={call['image']}: making videos from an image is not in this version yet; leave it out")
-    given = {name: call[name] for name in (*SAMPLING_FLAGS, "num_steps", "frames", "height", "width")}
-    for name, kind, example in (("experts", int, "0,0,1,1"), ("seed", int, "0,7"), ("times", float, "1,0.9,0.6,0")):
+    others = "num_steps", "frames", "height", "width", "broken", "preview_every"
+    given = {name: call[name] for name in (*SAMPLING_FLAGS, *others)}
+    lists = {"experts": (int, "0,0,1,1"), "seed": (int, "0,7"), "drop": (int, "1,2"), "times": (float, "1,0.9,0.6,0")}
+    for name, (kind, example) in lists.items():
         given[name] = _numbers(name, call[name], kind, example)
     for name in ("experts", "seed"):
         given[name] = given[name][0] if given[name] is not None and len(given[name]) == 1 else given[name]
@@ -208,7 +216,15 @@ def _sample(call: Call) -> None:
         raise Refused("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
     away = call["negative"]
     given["negative"] = away[0] if len(away) == 1 else away or None
-    sample(call["ensemble"], call["prompt"], call["out"], **given)
+    sample(call["ensemble"], call["prompt"], call["out"], _mesh(call["mesh"]), **given)
+
+
+def _mesh(sizes: list[str]) -> dict[str, int] | None:
+    """A mesh as axes and sizes."""
+    pairs = [size.partition(":") for size in sizes]
+    if not all(size.isdigit() for _, _, size in pairs):
+        raise Refused(f"--mesh={','.join(sizes)}: must be axes with their sizes, such as expert:3 or expert:3,fsdp:2")
+    return {axis: int(size) for axis, _, size in pairs} or None
 
 
 def _numbers(name: str, values: list[str] | None, kind: type, example: str) -> list[Any] | None:

@@ -102,20 +102,49 @@ def no_noise(step: jax.Array) -> jax.Array:
 
 
 def solve(
-    field: Field, x: jax.Array, times: jax.Array, solver: str, memory: Any = (), noise: Noise = no_noise
+    field: Field,
+    x: jax.Array,
+    times: jax.Array,
+    solver: str,
+    memory: Any = (),
+    noise: Noise = no_noise,
+    go_on: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Walks x along `times` (S + 1 points from 1 to 0) in one `lax.scan`.
+
+    Args:
+      go_on: asked before each step, with its index and the data that the step before predicted (at first zeros). Once
+        it is False nothing more is computed, and the data predicted last is what is returned.
 
     Returns:
       The final x, and the traces of the S steps, stacked on a leading axis.
     """
     step_of = SOLVERS[solver]
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-        x, past, memory = carry
-        at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
-        x, past, memory, trace = step_of(field, x, at, past, memory, noise)
-        return (x, past, memory), trace
+    def step(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        x, past, memory, _ = carry
+        predicted = []
 
-    (x, _, _), traces = jax.lax.scan(body, (x, jnp.zeros_like(x), memory), jnp.arange(times.shape[0] - 1))
-    return x, traces
+        def looking(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, Any]:
+            v, memory, trace = field(x, t, step, memory)
+            predicted.append(x - t * v)
+            return v, memory, trace
+
+        at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
+        x, past, memory, trace = step_of(looking, x, at, past, memory, noise)
+        return (x, past, memory, predicted[0]), trace
+
+    def asked(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        assert go_on is not None
+        going, inner = carry
+        going = going & go_on(index, inner[3])
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(step, inner, index)[1])
+        inner, trace = jax.lax.cond(going, step, lambda inner, _: (inner, empty), inner, index)
+        return (going, inner), trace
+
+    begin, steps = (x, jnp.zeros_like(x), memory, jnp.zeros_like(x)), jnp.arange(times.shape[0] - 1)
+    if go_on is None:
+        (x, _, _, _), traces = jax.lax.scan(step, begin, steps)
+        return x, traces
+    (going, (x, _, _, data)), traces = jax.lax.scan(asked, (jnp.array(True), begin), steps)
+    return jnp.where(going, x, data), traces

@@ -7,6 +7,7 @@ samples.save("out.mp4")
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from rich.progress import Progress
 
+from paris_jax import checks
 from paris_jax.diffusion import guidance as guidances
-from paris_jax.diffusion import randomness
+from paris_jax.diffusion import path, randomness
 from paris_jax.encoders import codecs, text
-from paris_jax.ensemble import bundle, placement, request, sampler
+from paris_jax.ensemble import bundle, placement, request, sampler, watching
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused
 from paris_jax.models.dit import PATCH
+
+logger = logging.getLogger(__name__)
 
 
 class Ensemble:
@@ -121,7 +124,11 @@ class Ensemble:
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        drop: int | Sequence[int] = (),
+        broken: str = "refuse",
         progress: bool = False,
+        preview_every: int = 0,
+        on_preview: Callable[[int, np.ndarray], None] | None = None,
         **how: Any,
     ) -> Samples:
         """Draws one video a prompt.
@@ -135,7 +142,12 @@ class Ensemble:
           seed: of the noise, 0 to 2^32 - 1; a list gives every prompt its own.
           noise: the starting noise itself, (N, T, H, W, C); the seed is then for what a stochastic solver adds.
           frames, height, width: of the videos, in pixels; by default as trained.
+          drop: clusters to do without, as if their experts were not there.
+          broken: what to do where an expert answers with values that are not finite: "refuse", naming it, or "drop" it
+            and begin again.
           progress: show a progress bar.
+          preview_every, on_preview: every so many steps, `on_preview(steps done, videos)` is called with the videos
+            (N, T, H, W, 3) as they are predicted so far.
           **how: any other field of `settings.Sampling`, among them
             guidance: classifier-free guidance scale; 1 is none.
             routing: "top_k", "full" or "threshold".
@@ -146,29 +158,54 @@ class Ensemble:
         Returns:
           The videos (N, T, H, W, 3) float32 in [-1, 1] with the routing (S, N, experts), as an object that saves and
           shows them.
+
+        Raises:
+          Interrupted: Ctrl-C, where a bar or previews are shown; `samples` holds the videos as predicted by then.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise Refused("There is no prompt; give at least one")
-        grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
         request.check_names(how)
-        settings, plan = self._plan(how | {"steps": len(grid) - 1}, experts)
-        forced = request.schedule(experts, settings.steps, self.clusters)
-        told = self._told(self.encode(prompts), settings, negative)
+        for problem in checks.choice("broken", broken, ("refuse", "drop")):
+            raise Refused(problem)
+        grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
+        how = how | {"steps": len(grid) - 1}
+        encoded, keys = self.encode(prompts), jax.random.key_data(request.keys(seed, len(prompts)))
         if noise is None:
             start = self.noise(len(prompts), seed, frames=frames, height=height, width=width)
         else:
             start = jnp.asarray(noise)
             self.check_latent(start, len(prompts))
-        keys = jax.random.key_data(request.keys(seed, len(prompts)))
-        with _StepProgress(settings.steps, progress) as on_step:
-            draw = functools.partial(sampler.sample, on_step=on_step)
-            z, used = self._run(draw, plan, start, keys, grid, told, forced)
-            z = np.asarray(z)
+        preview = (lambda step, data: on_preview(step, self._videos(data))) if on_preview else None
+        watch = watching.Watch(len(grid) - 1, progress, preview_every, preview) if progress or preview else None
+
+        def made(z: np.ndarray, trace: Any, steps: int = len(grid) - 1) -> Samples:
+            return Samples(self._videos(z), prompts, self.fps, trace.weight[:steps], self.clusters)
+
+        dropped = request.clusters_of(drop)
+        while True:
+            plan, told, forced = self._planned(how, encoded, negative, experts, dropped, len(grid) - 1)
+            draw = functools.partial(self._draw, plan, start, keys, grid, told, forced)
+            try:
+                z, trace = watch.run(draw) if watch else draw()
+            except watching.Interrupted as stop:
+                stop.samples = made(*stop.samples, steps=stop.done)
+                raise
+            failed = request.first_broken(trace.broken, self.clusters)
+            if not failed or broken == "refuse":
+                break
+            logger.warning("%s; they are left out", request.who_broke(*failed))
+            dropped = [*dropped, *failed[1]]
+        if failed:
+            raise Refused(f"{request.who_broke(*failed)}; leave out with drop={failed[1]}, or lower guidance")
         if not np.isfinite(z).all():
-            raise Refused("The sampled video is not finite; lower guidance, or leave out a broken expert")
-        videos = np.stack([self.decode(latent) for latent in z])
-        return Samples(videos, prompts, self.fps, np.asarray(used), self.clusters)
+            raise Refused("The sampled video is not finite, though every expert's answers are; lower guidance")
+        return made(z, trace)
+
+    def _draw(self, plan: sampler.Plan, *inputs: Any, ask: Any = None) -> tuple[np.ndarray, Any]:
+        """The sampler's latents and trace, on the host."""
+        found = self._run(functools.partial(sampler.sample, watch=ask), plan, *inputs)
+        return jax.tree.map(np.asarray, found)
 
     def velocity(
         self,
@@ -178,6 +215,7 @@ class Ensemble:
         *,
         negative: Sequence[str] | str | None = None,
         experts: int | None = None,
+        drop: int | Sequence[int] = (),
         **how: Any,
     ) -> jax.Array:
         """The merged velocity at x (N, T, H, W, C) and times t (N,) for `encode`d prompts.
@@ -185,10 +223,9 @@ class Ensemble:
         `how` as in `sample`; without guidance unless it is given.
         """
         request.check_names(how)
-        settings, plan = self._plan({"guidance": 1.0} | how, experts)
-        told = self._told(encoded, settings, negative)
-        forced = request.schedule(experts, 1, self.clusters)[0]
-        return self._run(sampler.velocity, plan, x, t, told, forced)[0]
+        how, dropped = {"guidance": 1.0} | how, request.clusters_of(drop)
+        plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1)
+        return self._run(sampler.velocity, plan, x, t, told, forced[0])[0]
 
     def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text) -> jax.Array:
         """p(cluster | x_t, t, text) over the experts that are present, (N, experts)."""
@@ -205,9 +242,29 @@ class Ensemble:
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
             return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
 
+    def disagreement(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, **how: Any) -> jax.Array:
+        """How far the experts' answers lie apart, at every place of the latent, (N, T, H, W) float32.
+
+        The spread over the experts, weighted by the router, of the data that each predicts at x (N, T, H, W, C) and
+        times t (N,), as a root mean square over the channels: in units of the data's spread, 0 where all agree.
+        """
+        weight_NE = self.route(x, t, encoded)
+        each = jnp.stack(
+            [x - path.per_sample(t, x) * self.velocity(x, t, encoded, experts=k, **how) for k in self.clusters]
+        )
+        mean = jnp.einsum("ne,enthwc->nthwc", weight_NE, each)
+        return jnp.sqrt(jnp.einsum("ne,enthwc->nthw", weight_NE, jnp.square(each - mean)) / x.shape[-1])
+
+    def one_by_one(self, prompts: Sequence[str] | str, **how: Any) -> dict[str, Samples]:
+        """Each expert on its own, whatever the router says, from the same noise; to `samples.compare`."""
+        return {f"expert {k}": self.sample(prompts, experts=k, **how) for k in self.clusters}
+
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """A latent (T, H, W, C) in units of the training spread to video (T', H', W', 3) float32 in [-1, 1]."""
         return np.clip(self.codec.decode(self.scale.denormalise(latent)), -1.0, 1.0)
+
+    def _videos(self, z: np.ndarray) -> np.ndarray:
+        return np.stack([self.decode(latent) for latent in z])
 
     def check_latent(self, x: jax.Array, count: int) -> None:
         """Refuses noise that no video of so many prompts could start from."""
@@ -216,18 +273,28 @@ class Ensemble:
             expected = (count, *self.latent_shape)
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
 
-    def _plan(self, how: dict[str, Any], experts: Any) -> tuple[Sampling, sampler.Plan]:
+    def _planned(
+        self,
+        how: dict[str, Any],
+        encoded: sampler.Text,
+        negative: Sequence[str] | str | None,
+        experts: int | Sequence[int] | None,
+        dropped: list[int],
+        steps: int,
+    ) -> tuple[sampler.Plan, sampler.Condition, jax.Array]:
+        """What a call asks for, checked: the program, what it is told, and the expert of each step if one is forced."""
         request.refuse_two_rules(how, experts)
-        settings = request.settings(self.defaults, how)
-        chosen = request.routing(settings, how, experts is not None, len(self.clusters))
+        settings, present = request.settings(self.defaults, how), request.present(self.clusters, dropped)
+        chosen = request.routing(settings, how, experts is not None, int(present.sum()))
         method = settings.guidance_method if settings.guidance != 1.0 else ""
         plan = sampler.Plan(
             self._networks, self._places, self._router, chosen, settings.solver, method, settings.routed_by
         )
-        return settings, plan
+        forced = request.schedule(experts, steps, self.clusters, present)
+        return plan, self._told(encoded, settings, negative, present), forced
 
     def _told(
-        self, encoded: sampler.Text, settings: Sampling, negative: Sequence[str] | str | None
+        self, encoded: sampler.Text, settings: Sampling, negative: Sequence[str] | str | None, present: np.ndarray
     ) -> sampler.Condition:
         """Prompts with what guidance leads away from, and with the strength of it."""
         away, count = encoded.null(), len(encoded.length)
@@ -243,38 +310,7 @@ class Ensemble:
         names = ("low", "high", "rescale", "momentum", "radius", "parallel")
         fields = {name: jnp.float32(getattr(settings, f"guidance_{name}")) for name in names}
         strength = guidances.Strength(scale=jnp.float32(settings.guidance), **fields)
-        return sampler.Condition(encoded, away, strength, jnp.float32(settings.temperature))
+        return sampler.Condition(encoded, away, strength, jnp.float32(settings.temperature), jnp.asarray(present))
 
 
 _route = functools.partial(jax.jit, static_argnames=("plan",))(sampler.route)
-
-
-class _StepProgress:
-    """A progress bar fed from inside the compiled loop. One function serves all calls, so that none recompiles."""
-
-    _current: "_StepProgress | None" = None
-
-    def __init__(self, steps: int, shown: bool):
-        self._steps, self._shown = steps, shown
-
-    def __enter__(self) -> Callable[[Any], None] | None:
-        if not self._shown:
-            return None
-        self._bar = Progress()
-        self._task = self._bar.add_task("sampling (first call compiles)", total=self._steps)
-        self._bar.start()
-        _StepProgress._current = self
-        return _on_step
-
-    def __exit__(self, *_: Any) -> None:
-        if self._shown:
-            jax.effects_barrier()
-            self._bar.update(self._task, completed=self._steps, description="sampling")
-            self._bar.stop()
-            _StepProgress._current = None
-
-
-def _on_step(step: Any) -> None:
-    current = _StepProgress._current
-    if current is not None:
-        current._bar.update(current._task, completed=int(step), description="sampling")

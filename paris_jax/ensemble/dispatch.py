@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paris_jax.diffusion import path
+
 # Run(expert, rows) -> velocities (m, ...): () int32, and the inputs of m rows.
 Run = Callable[[jax.Array, Any], jax.Array]
 
@@ -30,7 +32,7 @@ def merge(
     most: int,
     block: int,
     turns: Callable[[jax.Array], jax.Array] = lambda blocks: blocks,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """sum_e weight_e v_e of each row.
 
     Args:
@@ -42,7 +44,7 @@ def merge(
       turns: how often the loop goes round for so many blocks; turns beyond them change nothing.
 
     Returns:
-      (R, T, H, W, C) float32.
+      (R, T, H, W, C) float32; and, (E,) int32, how many finite rows each expert answered with values that are not.
     """
     experts = weight_RE.shape[1]
     weight_RS, expert_RS = jax.lax.top_k(weight_RE, most)
@@ -54,16 +56,25 @@ def merge(
     blocks_E = -(-count_E // block)
     end_E = jnp.cumsum(blocks_E)
 
-    def add(number: jax.Array, total: jax.Array) -> jax.Array:
+    def add(number: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, broken_E = so_far
         expert = jnp.minimum(jnp.searchsorted(end_E, number, side="right"), experts - 1)
         within = (number - end_E[expert] + blocks_E[expert]) * block + jnp.arange(block)
         pair = order_P[jnp.minimum(first_E[expert] + within, order_P.shape[0] - 1)]
         row = pair // most
-        v = run(expert, jax.tree.map(lambda a: a[row], rows))
+        inputs = jax.tree.map(lambda a: a[row], rows)
+        v = run(expert, inputs)
         # The last block of an expert may hold rows that are not its own; whatever they give is left out.
-        own = (within < count_E[expert]).reshape(-1, *(1,) * (v.ndim - 1))
-        weighted = jnp.where(own, weight_P[pair].reshape(own.shape) * v, 0.0)
-        return total.at[row].add(weighted)
+        own = within < count_E[expert]
+        weighted = jnp.where(path.per_sample(own, v), path.per_sample(weight_P[pair], v) * v, 0.0)
+        broken = own & _finite(jax.tree.leaves(inputs)[0]) & ~_finite(v)
+        return total.at[row].add(weighted), broken_E.at[expert].add(broken.sum())
 
     x = jax.tree.leaves(rows)[0]
-    return jax.lax.fori_loop(0, turns(end_E[-1]), add, jnp.zeros(x.shape, jnp.float32))
+    begin = jnp.zeros(x.shape, jnp.float32), jnp.zeros(experts, jnp.int32)
+    return jax.lax.fori_loop(0, turns(end_E[-1]), add, begin)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Whether all of each row's values are finite, (R,)."""
+    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))

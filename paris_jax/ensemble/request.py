@@ -58,7 +58,32 @@ def refuse_two_rules(given: dict[str, Any], experts: Any) -> None:
         raise Refused(f"{' and '.join(asked)} are different routing rules; give one of them")
 
 
-def schedule(experts: int | Sequence[int] | None, steps: int, clusters: list[int]) -> jax.Array:
+def clusters_of(drop: int | Sequence[int]) -> list[int]:
+    """The clusters named, one or several."""
+    return [int(k) for k in np.atleast_1d(np.asarray(drop, int))]
+
+
+def present(clusters: list[int], dropped: list[int]) -> np.ndarray:
+    """Which experts are used, (E,) bool: all but those of the clusters that are dropped."""
+    absent = sorted(set(dropped) - set(clusters))
+    if absent or set(dropped) >= set(clusters):
+        what = "only these can be dropped" if absent else "at least one must be left"
+        raise Refused(f"drop={dropped}: this ensemble has the experts {', '.join(map(str, clusters))}; {what}")
+    return np.asarray([k not in dropped for k in clusters])
+
+
+def first_broken(broken_SE: np.ndarray, clusters: list[int]) -> tuple[int, list[int]] | None:
+    """The first step at which experts answered with values that are not finite, and their clusters."""
+    steps = np.flatnonzero(broken_SE.any(-1))
+    return (int(steps[0]), [clusters[e] for e in np.flatnonzero(broken_SE[steps[0]])]) if len(steps) else None
+
+
+def who_broke(step: int, clusters: list[int]) -> str:
+    who = f"expert{'s' * (len(clusters) > 1)} {', '.join(map(str, clusters))}"
+    return f"At step {step}, {who} answered with values that are not finite"
+
+
+def schedule(experts: int | Sequence[int] | None, steps: int, clusters: list[int], present: np.ndarray) -> jax.Array:
     """Positions of the forced experts, (S,) int32; zeros where none is forced."""
     if experts is None:
         return jnp.zeros(steps, jnp.int32)
@@ -66,9 +91,10 @@ def schedule(experts: int | Sequence[int] | None, steps: int, clusters: list[int
     named = named * steps if np.ndim(experts) == 0 else named
     if len(named) != steps:
         raise Refused(f"experts names {len(named)} steps where num_steps={steps}; give one expert for each step")
-    absent = sorted({k for k in named if k not in clusters})
+    there = [k for k, is_there in zip(clusters, present, strict=True) if is_there]
+    absent = sorted({k for k in named if k not in there})
     if absent:
-        raise Refused(f"experts={absent}: this ensemble has the experts {', '.join(map(str, clusters))}")
+        raise Refused(f"experts={absent}: this ensemble has the experts {', '.join(map(str, there))}")
     return jnp.asarray([clusters.index(k) for k in named], jnp.int32)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from paris_jax.diffusion import guidance, randomness, solvers
@@ -73,12 +74,18 @@ class Condition:
       negative: what guidance leads away from; empty prompts where nothing is said.
       strength: of guidance.
       temperature: () of the router's softmax: above 1 more even, towards 0 only the heaviest.
+      present: (E,) bool, which experts there are; the others drop out of the softmax.
     """
 
     text: Text
     negative: Text
     strength: guidance.Strength
     temperature: jax.Array | float = 1.0
+    present: jax.Array | bool = True
+
+    def weights(self, plan: "Plan", logits_BE: jax.Array, forced: jax.Array) -> jax.Array:
+        """Each expert's weight, (B, E), by the plan's routing rule."""
+        return weights(jnp.where(self.present, logits_BE / self.temperature, -jnp.inf), plan.routing, forced)
 
     def branches(self) -> Text:
         """Text of every row: of each sample, its prompt, then what guidance leads away from, (2 B, ...)."""
@@ -138,31 +145,33 @@ def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax
     return functional.apply(plan.router, arrays.router, x, t_B, pooled)[:, arrays.clusters]
 
 
-def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text) -> jax.Array:
-    """The weighted sum of the chosen experts' velocities, (R, T, H, W, C).
+def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the chosen experts' velocities, (R, T, H, W, C); and who broke, (E,), see `dispatch.merge`.
 
     On a mesh with an axis `expert`, each group of devices works on the experts that it holds, and sums meet at the end.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    spread = "expert" in mesh.shape
+    spread, experts = "expert" in mesh.shape, weight_RE.shape[1]
     held_GS, places = held_by(plan.places, mesh.shape["expert"] if spread else 1)
     weight_GRS = jnp.moveaxis(jnp.where(held_GS >= 0, weight_RE[:, held_GS], 0.0), 1, 0)
-    most, block = min(plan.routing.most(weight_RE.shape[1]), len(places)), plan.rows_at_once(x.shape)
+    most, block = min(plan.routing.most(experts), len(places)), plan.rows_at_once(x.shape)
 
-    def of_group(stacks: Any, weight_GRS: jax.Array, rows: Any, **how: Any) -> jax.Array:
+    def of_group(stacks: Any, weight_1RS: jax.Array, rows: Any, held_1S: Any, **how: Any) -> tuple[Any, Any]:
         run = lambda expert, rows: expert_velocity(plan, places, stacks, expert, *rows)  # noqa: E731
-        return dispatch.merge(run, weight_GRS[0], rows, most, block, **how)
+        v, broken_S = dispatch.merge(run, weight_1RS[0], rows, most, block, **how)
+        return v, jnp.zeros(experts, jnp.int32).at[held_1S[0]].add(broken_S)  # an empty place breaks nothing
 
     if not spread:
-        return of_group(arrays.experts, weight_GRS, (x, t_R, text))
+        return of_group(arrays.experts, weight_GRS, (x, t_R, text), held_GS)
 
     # Where the devices of a group talk to each other, all groups take as many turns as the busiest one: some of XLA's
     # exchanges wait for every device of the mesh.
     talking = mesh.size > mesh.shape["expert"] * mesh.shape["data"]
 
-    def of_its_group(*given: Any) -> jax.Array:
+    def of_its_group(*given: Any) -> tuple[jax.Array, jax.Array]:
         how = {"turns": lambda blocks: jax.lax.pmax(blocks, ("expert", "data"))} if talking else {}
-        return jax.lax.psum(of_group(*given, **how), "expert")
+        v, broken_E = of_group(*given, **how)
+        return jax.lax.psum(v, "expert"), jax.lax.psum(broken_E, ("expert", "data"))
 
     more = -x.shape[0] % mesh.shape["data"]  # empty rows, which cost nothing
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (x, t_R, text))
@@ -170,36 +179,47 @@ def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text)
     shared = jax.shard_map(
         of_its_group,
         axis_names={"expert", "data"} if talking else set(mesh.axis_names),
-        in_specs=(P("expert"), P("expert", "data"), P("data")),
-        out_specs=P("data"),
+        in_specs=(P("expert"), P("expert", "data"), P("data"), P("expert")),
+        out_specs=(P("data"), P()),
         check_vma=False,
     )
-    return shared(arrays.experts, weight_GRS, rows)[: x.shape[0]]
+    v, broken_E = shared(arrays.experts, weight_GRS, rows, jnp.asarray(held_GS))
+    return v[: x.shape[0]], broken_E
 
 
-def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory) -> tuple[jax.Array, Any, jax.Array]:
-    """The ensemble's guided velocity, the memory of guidance, and the weights (B, E) used for the prompts."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What is told of a step: the weights that each sample's prompt gave the experts, (B, E), and who broke, (E,)."""
+
+    weight: jax.Array
+    broken: jax.Array
+
+
+def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory) -> tuple[jax.Array, Any, Trace]:
+    """The ensemble's guided velocity, the memory of guidance, and what there is to tell."""
     branches = 2 if plan.guidance else 1
     text, pooled = told.branches() if plan.guidance else told.text, told.text.pooled
     x_R, t_R = (jnp.repeat(a, branches, axis=0) for a in (x, t_B))
     if plan.routed_by == "branch":
-        weight_RE = weights(route(plan, arrays, x_R, t_R, text.pooled) / told.temperature, plan.routing, forced)
+        weight_RE = told.weights(plan, route(plan, arrays, x_R, t_R, text.pooled), forced)
     else:
         pooled = pooled if plan.routed_by == "prompt" else jnp.zeros_like(pooled)
-        weight_BE = weights(route(plan, arrays, x, t_B, pooled) / told.temperature, plan.routing, forced)
+        weight_BE = told.weights(plan, route(plan, arrays, x, t_B, pooled), forced)
         weight_RE = jnp.repeat(weight_BE, branches, axis=0)
     if not plan.guidance:
-        return merge(plan, arrays, weight_RE, x, t_B, text), memory, weight_RE
+        v, broken_E = merge(plan, arrays, weight_RE, x, t_B, text)
+        return v, memory, Trace(weight_RE, broken_E)
     # Where guidance is off, the branch that it leads away from is not computed.
     on_B = told.strength.at(t_B)
     needed_R = jnp.stack([jnp.ones_like(on_B), on_B], 1).reshape(-1, 1)
-    v = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text)
+    v, broken_E = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text)
     conditional, unconditional = v[0::2], v[1::2]
     if plan.guidance == "projected":
         guided, memory = guidance.projected(conditional, unconditional, x, t_B, told.strength, memory)
     else:
         guided = guidance.classifier_free(conditional, unconditional, told.strength.scale, told.strength.rescale)
-    return jnp.where(on_B.reshape(-1, 1, 1, 1, 1), guided, conditional), memory, weight_RE[0::2]
+    return jnp.where(on_B.reshape(-1, 1, 1, 1, 1), guided, conditional), memory, Trace(weight_RE[0::2], broken_E)
 
 
 def _memory(plan: Plan, x: jax.Array) -> Any:
@@ -208,13 +228,13 @@ def _memory(plan: Plan, x: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
-def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The ensemble's velocity (B, T, H, W, C), each sample at its own time, and the weights it used (B, E)."""
-    v, _, weight_BE = _field(plan, arrays, x, t_B, told, forced, _memory(plan, x))
-    return v, weight_BE
+def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.Array) -> tuple[jax.Array, Trace]:
+    """The ensemble's velocity (B, T, H, W, C), each sample at its own time, and what there is to tell."""
+    v, _, trace = _field(plan, arrays, x, t_B, told, forced, _memory(plan, x))
+    return v, trace
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "on_step"))
+@functools.partial(jax.jit, static_argnames=("plan", "watch"))
 def sample(
     plan: Plan,
     arrays: Weights,
@@ -223,8 +243,8 @@ def sample(
     times: jax.Array,
     told: Condition,
     forced_S: jax.Array,
-    on_step: Callable[[jax.Array], None] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    watch: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, Trace]:
     """Solves from noise to data.
 
     Args:
@@ -233,22 +253,26 @@ def sample(
       times: (S + 1,) from 1 to 0.
       told: prompts and guidance.
       forced_S: (S,) int32, the expert of each step for the rule "forced".
-      on_step: called on the host with each step's index, for progress.
+      watch: called on the host before each step with its index and the data predicted so far (B, T, H, W, C); once it
+        answers False, nothing more is computed, and that data is returned.
 
     Returns:
-      The latent (B, T, H, W, C) in units of the training data's spread, and the weights of each step (S, B, E).
+      The latent (B, T, H, W, C) in units of the training data's spread, and what was told of each step, (S, ...).
     """
 
-    def field(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, jax.Array]:
-        if on_step is not None:
-            jax.debug.callback(on_step, step)
+    def field(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, Trace]:
         return _field(plan, arrays, x, jnp.full(x.shape[:1], t), told, forced_S[step], memory)
 
     def fresh(step: jax.Array) -> jax.Array:
         keys_B = jax.random.wrap_key_data(keys_B2)
         return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), noise.shape[1:])
 
-    found = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh)
+    def go_on(step: jax.Array, data: jax.Array) -> jax.Array:
+        assert watch is not None
+        return io_callback(watch, jax.ShapeDtypeStruct((), jnp.bool_), step, data)
+
+    asking = go_on if watch else None
+    found = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, asking)
     if jax.sharding.get_abstract_mesh().empty:
         return found
     return jax.lax.with_sharding_constraint(found, P())  # every process reads all of it

@@ -9,21 +9,31 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
+from paris_jax.data import video as video_io
+from paris_jax.encoders.codecs import to_uint8
 from paris_jax.ensemble.api import Ensemble
-from paris_jax.ensemble.samples import FORMATS
+from paris_jax.ensemble.samples import FORMATS, Samples
+from paris_jax.ensemble.watching import Interrupted
 from paris_jax.errors import Refused
 
 logger = logging.getLogger(__name__)
 
 
-def sample(ensemble: str, prompts: Sequence[str], out: str | None, **how: Any) -> list[epath.Path]:
+def sample(
+    ensemble: str, prompts: Sequence[str], out: str | None, mesh: dict[str, int] | None = None, **how: Any
+) -> list[epath.Path]:
     """Samples `prompts` from an ensemble and writes the videos.
 
     Args:
       ensemble: folder of the ensemble, or "bundled:NAME".
       out: file to write (.mp4, .webm, .gif or .png); by default an mp4, a gif and a PNG contact sheet named after the
         first prompt and the seed, in the run's samples/ folder or the current one.
-      **how: see `Ensemble.sample`.
+      mesh: the devices to spread it over (`Ensemble.load`).
+      **how: see `Ensemble.sample`. With `preview_every`, a contact sheet of what is predicted so far stands beside the
+        videos until they are there.
+
+    Raises:
+      Interrupted: Ctrl-C; what was predicted by then is written, under a name that says so.
     """
     if not prompts:
         raise Refused(
@@ -32,18 +42,33 @@ def sample(ensemble: str, prompts: Sequence[str], out: str | None, **how: Any) -
         )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
-    loaded = Ensemble.load(ensemble)
+    loaded = Ensemble.load(ensemble, mesh)
     unknown = sorted({word for prompt in prompts for word in loaded.text.unknown_words(prompt)})
     if unknown:
         logger.warning("the text encoder does not know %s; it was trained without", ", ".join(map(repr, unknown)))
-    samples = loaded.sample(prompts, progress=True, **how)
     paths = [epath.Path(out)] if out else _default_paths(ensemble, prompts[0], how.get("seed", 0))
-    written = [samples.save(path) for path in paths]
-    console = Console(highlight=False)
+    console, shown = Console(highlight=False), paths[0].parent / f"{paths[0].stem}-preview.png"
+
+    def preview(step: int, videos: np.ndarray) -> None:
+        video_io.write_png(shown, video_io.contact_sheet(to_uint8(videos), list(prompts)))
+
+    previewing = {"on_preview": preview} if how.get("preview_every") else {}
+    try:
+        samples = loaded.sample(prompts, progress=True, **previewing, **how)
+    except Interrupted as stop:
+        partial = [path.parent / f"{path.stem}-step{stop.done}of{stop.steps}{path.suffix}" for path in paths]
+        _write(stop.samples, partial if stop.done else [], console)
+        raise
+    finally:
+        shown.unlink(missing_ok=True)
     console.print(samples.bars())
-    for path in written:
-        console.print(f"wrote {path}", soft_wrap=True)
-    return written
+    return _write(samples, paths, console)
+
+
+def _write(samples: Samples, paths: list[epath.Path], console: Console) -> list[epath.Path]:
+    for path in paths:
+        console.print(f"wrote {samples.save(path)}", soft_wrap=True)
+    return paths
 
 
 def _default_paths(ensemble: str, prompt: str, seed: int | list[int]) -> list[epath.Path]:

@@ -34,9 +34,10 @@ def test_every_chosen_pair_is_worked_on_once_in_as_few_blocks_as_can_be(rows, ex
         jax.debug.callback(lambda e: calls.append(int(e)), expert)
         return (expert + 1) * inputs[0]
 
-    found = jax.jit(lambda w: dispatch.merge(run, w, (x,), used, block))(weight)
+    found, broken = jax.jit(lambda w: dispatch.merge(run, w, (x,), used, block))(weight)
     jax.effects_barrier()
     np.testing.assert_allclose(found, (weight @ jnp.arange(1.0, experts + 1))[:, None] * x, rtol=1e-5)
+    assert not broken.any()
     of_expert = np.asarray((weight > 0).sum(0))
     assert sorted(calls) == [e for e in range(experts) for _ in range(-(-of_expert[e] // block))]
 
@@ -50,12 +51,20 @@ def test_rows_without_weight_cost_nothing_and_broken_neighbours_do_no_harm():
         jax.debug.callback(lambda e: calls.append(int(e)), expert)
         return inputs[0] + expert
 
-    found = dispatch.merge(run, weight, (x,), 2, 4)
+    found, _ = dispatch.merge(run, weight, (x,), 2, 4)
     np.testing.assert_array_equal(found, [[1.0], [0.0], [np.inf], [4.5]])
-    none = dispatch.merge(run, 0 * weight, (x,), 2, 4)
+    none, _ = dispatch.merge(run, 0 * weight, (x,), 2, 4)
     jax.effects_barrier()
     np.testing.assert_array_equal(none, 0 * weight[:, :1])
     assert calls == [0, 1]
+
+
+def test_who_broke_is_counted_and_who_was_given_nonsense_is_not_blamed():
+    x = jnp.array([[1.0], [jnp.nan], [3.0]])
+    run = lambda expert, inputs: jnp.where(expert == 1, jnp.inf, inputs[0])  # noqa: E731
+    for block in (1, 3):
+        _, broken = dispatch.merge(run, jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]), (x,), 2, block)
+        np.testing.assert_array_equal(broken, [0, 1, 0])
 
 
 def test_a_block_is_as_large_as_keeps_the_device_busy():
@@ -118,7 +127,8 @@ def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
     plan = Plan((NETWORK, WIDER), ((0, 0), (1, 0), (0, 1)), ROUTER, routing)
     arrays = Weights(stacks, router, jnp.arange(3))
     told = Condition(text, text.null(), Strength(1.0))
-    v, weight = sampler.velocity(plan, arrays, x, t, told, jnp.int32(0))
+    v, trace = sampler.velocity(plan, arrays, x, t, told, jnp.int32(0))
+    weight = trace.weight
     words = text.tokens, text.length, text.pooled
     each = [functional.apply(c, params[k], x, t, *words) for k, c in enumerate((NETWORK, WIDER, NETWORK))]
     expected = sum(weight[:, k].reshape(-1, 1, 1, 1, 1) * each[k] for k in range(3))

@@ -62,7 +62,8 @@ def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTE
     x, t, text = at or inputs()
     guidance = "classifier_free" if scale != 1.0 else ""
     plan = plan_of(routing, len(arrays.clusters), network, router, guidance=guidance, **how)
-    return sampler.velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
+    v, trace = sampler.velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
+    return v, trace.weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
     x, t, text = inputs()
     arrays, scale = arrays_of_three(), 4.0
     guided, w = velocity(FULL, arrays, scale)
-    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own) for own in (text, text.null())]
+    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, text.null())]
     np.testing.assert_allclose(guided, branches[1] + scale * (branches[0] - branches[1]), rtol=1e-3, atol=1e-3)
 
 
@@ -249,7 +250,8 @@ def test_new_values_do_not_recompile():
 
 def guided(x, t, text, negative=None, plan=None, **strength):
     plan = plan or plan_of(Routing("top_k", 2), guidance="classifier_free")
-    return sampler.velocity(plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0))
+    v, trace = sampler.velocity(plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0))
+    return v, trace.weight
 
 
 def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
@@ -277,7 +279,7 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
     negative = dataclasses.replace(text, tokens=text.tokens[::-1], pooled=-text.pooled)
     v, w = guided(x, t, text, negative)
     towards, away = (
-        sampler.merge(plan_of(Routing("top_k", 2)), arrays_of_three(), w, x, t, c) for c in (text, negative)
+        sampler.merge(plan_of(Routing("top_k", 2)), arrays_of_three(), w, x, t, c)[0] for c in (text, negative)
     )
     np.testing.assert_allclose(v, away + 4.0 * (towards - away), rtol=1e-3, atol=1e-3)
 
@@ -294,7 +296,7 @@ def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     np.testing.assert_allclose(w["nothing"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
     # Asked about each branch, the router makes the unconditional velocity the whole ensemble's without a prompt.
     v, w_prompt = guided(x, t, text, plan=plans["branch"], momentum=0.0)
-    towards = sampler.merge(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)
+    towards, _ = sampler.merge(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)
     if method == "classifier_free":
         np.testing.assert_allclose(v, blind + 4.0 * (towards - blind), rtol=1e-3, atol=1e-3)
     else:
@@ -308,7 +310,7 @@ def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
 
     def weight(temperature):
         condition = dataclasses.replace(told(text), temperature=jnp.float32(temperature))
-        return sampler.velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[1]
+        return sampler.velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[1].weight
 
     plain = np.asarray(weight(1.0))
     np.testing.assert_allclose(weight(2.0), np.sqrt(plain) / np.sqrt(plain).sum(-1, keepdims=True), rtol=1e-4)

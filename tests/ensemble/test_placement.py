@@ -51,8 +51,7 @@ def on_eight_devices() -> dict:
         found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (WAYS if mesh == MESHES[0] else WAYS[:2])]
     found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in WAYS]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
-    plan = ensemble._plan({"guidance": 1.0, "top_k": 1}, None)[1]
-    told = ensemble._told(ensemble.encode(PROMPTS), ensemble.defaults, None)
+    plan, told, _ = ensemble._planned({"guidance": 1.0, "top_k": 1}, ensemble.encode(PROMPTS), None, None, [], 1)
     x = ensemble.noise(4)
     with jax.set_mesh(ensemble._mesh):
         given = placement.everywhere((x, jnp.full(4, 0.5), told, jnp.int32(0)), ensemble._mesh)

@@ -1,0 +1,84 @@
+"""What people see while videos are drawn: a bar, previews, and an end when they ask for one.
+
+The solver loop is one compiled call that asks the host before each step. It runs in a thread, so that the one that
+called can be interrupted.
+"""
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+Preview = Callable[[int, np.ndarray], None]  # (steps done, the data predicted so far (N, T, H, W, C))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while videos were drawn. `samples` holds them as they were predicted at the last step that was done."""
+
+    def __init__(self, done: int, steps: int, samples: Any = None):
+        super().__init__(f"interrupted after {done} of {steps} steps; what was predicted by then is kept")
+        self.done, self.steps, self.samples = done, steps, samples
+
+
+class Watch:
+    """One call of the sampler as it is seen from outside."""
+
+    def __init__(self, steps: int, bar: bool, every: int = 0, preview: Preview | None = None):
+        self._steps, self._every, self._preview = steps, every, preview
+        self._stopped = threading.Event()
+        self.done, self._ended = 0, False
+        self.failure: BaseException | None = None
+        self._bar = Progress(disable=not bar)
+
+    def step(self, step: int, data: np.ndarray) -> bool:
+        """Called before each step; answers whether to take it."""
+        if self._ended:
+            return False
+        self.done = step
+        self._bar.update(self._task, completed=step, description="sampling" if step else "first step")
+        if self._preview and self._every and step and step % self._every == 0 and not self._stopped.is_set():
+            try:
+                self._preview(step, data)
+            except BaseException as error:  # raised where the sampler was called, not in the runtime's thread
+                self.failure = error
+                self._stopped.set()
+        self._ended = self._stopped.is_set()
+        return not self._ended
+
+    def run(self, call: Callable[..., Any]) -> Any:
+        """The result of `call(ask=...)`; `ask` is to be handed to the compiled loop.
+
+        Raises:
+          Interrupted: with the result in `samples`, which the caller turns into what it would have returned.
+        """
+        global _current
+        with _one_at_a_time, self._bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            self._task, _current = self._bar.add_task("compiling", total=self._steps), self
+            result = pool.submit(lambda: jax.block_until_ready(call(ask=_ask)))
+            try:
+                result.result()
+            except KeyboardInterrupt:
+                self._stopped.set()
+                raise Interrupted(self.done, self._steps, result.result()) from None
+            finally:
+                self._stopped.set()  # whatever ended the wait: the loop does not go on unseen
+                concurrent.futures.wait([result])
+                _current = None
+            if self.failure is not None:
+                raise self.failure
+            self._bar.update(self._task, completed=self._steps, description="sampling")
+            return result.result()
+
+
+# The compiled loop knows one function for all calls, so that none compiles again.
+_current: Watch | None = None
+_one_at_a_time = threading.Lock()
+
+
+def _ask(step: Any, data: Any) -> np.ndarray:
+    watch = _current
+    return np.array(watch is None or watch.step(int(step), np.asarray(data)))

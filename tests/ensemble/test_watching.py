@@ -1,0 +1,162 @@
+"""What is seen while videos are drawn, how it is stopped, and which expert is to blame when values are not finite."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paris_jax import Ensemble
+from paris_jax.data import video
+from paris_jax.ensemble.watching import Interrupted
+from paris_jax.errors import Refused
+
+PROMPTS = ["a large red circle moving right fast on a white ground", "a small blue digit nine on a black ground"]
+
+
+@pytest.fixture(scope="module")
+def ensemble():
+    return Ensemble.load("bundled:shapes")
+
+
+def test_previews_come_when_they_are_due_and_change_nothing(ensemble):
+    seen = {}
+    watched = ensemble.sample(PROMPTS, num_steps=7, seed=3, preview_every=3, on_preview=seen.__setitem__)
+    alone = ensemble.sample(PROMPTS, num_steps=7, seed=3)
+    np.testing.assert_allclose(watched.videos, alone.videos, atol=1e-4)
+    np.testing.assert_allclose(watched.routing, alone.routing, atol=1e-4)
+    assert list(seen) == [3, 6]
+    assert all(videos.shape == alone.videos.shape for videos in seen.values())
+    far = [np.abs(videos - alone.videos).mean() for videos in seen.values()]
+    assert 0 < far[1] < far[0] < 0.5  # nearer and nearer to what is drawn in the end
+
+
+def test_a_bar_does_not_compile_again_for_every_call(ensemble):
+    ensemble.sample(PROMPTS, num_steps=3, progress=True)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    ensemble.sample(PROMPTS, num_steps=3, seed=1, progress=True)
+    assert not compiled
+
+
+def test_a_preview_that_fails_ends_the_call_with_its_own_error(ensemble):
+    def fails(step, videos):
+        raise OSError(f"no room at step {step}")
+
+    with pytest.raises(OSError, match="no room at step 2"):
+        ensemble.sample(PROMPTS, num_steps=6, preview_every=2, on_preview=fails)
+
+
+def test_an_interrupt_keeps_what_was_predicted(ensemble):
+    def stop(step, videos):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    seen = {}
+    with pytest.raises(Interrupted, match=r"interrupted after \d of 9 steps") as interrupted:
+        ensemble.sample(
+            PROMPTS, num_steps=9, preview_every=1, on_preview=lambda *at: (seen.__setitem__(*at), stop(*at))
+        )
+    done, samples = interrupted.value.done, interrupted.value.samples
+    assert done == 4 and samples.routing.shape == (4, 2, 3)
+    np.testing.assert_array_equal(samples.videos, seen[4])
+    assert (
+        ensemble.sample(PROMPTS, num_steps=2, progress=True).videos.shape == samples.videos.shape
+    )  # the next one works
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_the_command_can_be_stopped(number, code, tmp_path):
+    command = [sys.executable, "-m", "paris_jax.cli", "sample", "--ensemble=bundled:shapes", "--num_steps=4000"]
+    command += [f"--prompt={PROMPTS[0]}", "--preview_every=5", f"--out={tmp_path}/film.gif"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 120
+    while not (tmp_path / "film-preview.png").exists():
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    left = [path.name for path in tmp_path.iterdir()]
+    if number == signal.SIGINT:
+        assert "steps; what was predicted by then is kept" in said
+        assert len(left) == 1 and left[0].startswith("film-step") and left[0].endswith("of4000.gif")
+        frames = video.read_video(str(tmp_path / left[0])) if hasattr(video, "read_video") else None
+        assert frames is None or len(frames)
+    else:
+        assert left == []
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def broken():
+    """An ensemble whose expert 1 is finite, but answers with values that are not."""
+    ensemble = Ensemble.load("bundled:shapes")
+    (stack,) = ensemble._arrays.experts
+    bias = stack["velocity_out"]["bias"]
+    stack["velocity_out"]["bias"] = bias.at[1].set(3e38)
+    kernel = stack["velocity_out"]["kernel"]
+    stack["velocity_out"]["kernel"] = kernel.at[1].set(3e38)
+    return ensemble
+
+
+def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, caplog):
+    how = {"num_steps": 3, "seed": 2, "routing": "full"}
+    with pytest.raises(Refused, match=r"At step 0, expert 1 answered .* not finite; leave out with drop=\[1\]"):
+        broken.sample(PROMPTS, **how)
+    without = broken.sample(PROMPTS, drop=1, **how)
+    np.testing.assert_allclose(without.videos, ensemble.sample(PROMPTS, drop=[1], **how).videos, atol=1e-4)
+    assert without.routing[..., 1].max() == 0
+    dropped = broken.sample(PROMPTS, broken="drop", **how)
+    np.testing.assert_array_equal(dropped.videos, without.videos)
+    assert "At step 0, expert 1 answered with values that are not finite; they are left out" in caplog.text
+    fine = broken.sample(PROMPTS, experts=0, **(how | {"routing": None}))  # whoever is not asked does no harm
+    assert np.isfinite(fine.videos).all()
+
+
+def test_too_much_guidance_is_not_an_experts_fault(ensemble):
+    with pytest.raises(Refused, match=r"not finite, though every expert's answers are; lower guidance"):
+        ensemble.sample(PROMPTS, num_steps=3, guidance=1e38)
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ({"drop": [0, 1, 2]}, r"drop=\[0, 1, 2\]: this ensemble has the experts 0, 1, 2; at least one must be left"),
+        ({"drop": 7}, r"drop=\[7\]: this ensemble has the experts 0, 1, 2; only these can be dropped"),
+        ({"drop": 1, "experts": 1}, r"experts=\[1\]: this ensemble has the experts 0, 2"),
+        ({"drop": 1, "top_k": 3}, "top_k=3: this ensemble has 2 experts"),
+        ({"broken": "skip"}, "broken='skip': must be one of refuse, drop"),
+    ],
+)
+def test_what_cannot_be_left_out_is_refused(how, told, ensemble):
+    with pytest.raises(Refused, match=told):
+        ensemble.sample(PROMPTS, num_steps=2, **how)
+
+
+def test_disagreement_is_the_spread_of_what_the_experts_predict(ensemble):
+    encoded, x = ensemble.encode(["a large red on a ground", PROMPTS[0]]), ensemble.noise(2)
+    t = jnp.array([0.9, 0.5])
+    found = np.asarray(ensemble.disagreement(x, t, encoded))
+    assert found.shape == x.shape[:-1]
+    weight = np.asarray(ensemble.route(x, t, encoded))
+    data = np.stack([x - t.reshape(-1, 1, 1, 1, 1) * ensemble.velocity(x, t, encoded, experts=k) for k in range(3)])
+    for n in range(2):
+        mean = np.tensordot(weight[n], data[:, n], 1)
+        expected = np.sqrt(np.tensordot(weight[n], np.square(data[:, n] - mean).mean(-1), 1))
+        np.testing.assert_allclose(found[n], expected, atol=1e-4)
+
+
+def test_experts_are_shown_one_by_one_from_the_same_noise(ensemble):
+    shown = ensemble.one_by_one(PROMPTS, num_steps=2, seed=6)
+    assert list(shown) == ["expert 0", "expert 1", "expert 2"]
+    for k, samples in enumerate(shown.values()):
+        np.testing.assert_array_equal(samples.videos, ensemble.sample(PROMPTS, num_steps=2, seed=6, experts=k).videos)

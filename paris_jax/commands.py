@@ -131,6 +131,8 @@ def _sampling(values: flags.FlagValues) -> None:
         "broken", "refuse", "where an expert's values are not finite: refuse or drop", flag_values=values
     )
     flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
+    flags.DEFINE_enum("weights", "auto", ("auto", "int8"), "int8 takes half the memory, or less", flag_values=values)
+    flags.DEFINE_bool("offload", False, "keep the experts in the host's memory", flag_values=values)
     flags.DEFINE_integer("preview_every", 0, "steps after which a preview is written; 0 is never", flag_values=values)
     for axis in ("frames", "height", "width"):
         flags.DEFINE_integer(axis, None, f"{axis} of the videos; by default as trained", flag_values=values)
@@ -216,7 +218,8 @@ def _sample(call: Call) -> None:
         raise Refused("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
     away = call["negative"]
     given["negative"] = away[0] if len(away) == 1 else away or None
-    sample(call["ensemble"], call["prompt"], call["out"], _mesh(call["mesh"]), **given)
+    keeping = {"mesh": _mesh(call["mesh"]), "weights": call["weights"], "offload": call["offload"]}
+    sample(call["ensemble"], call["prompt"], call["out"], keeping, **given)
 
 
 def _mesh(sizes: list[str]) -> dict[str, int] | None:

@@ -33,7 +33,13 @@ logger = logging.getLogger(__name__)
 class Ensemble:
     """Experts and their router, ready to sample."""
 
-    def __init__(self, parts: bundle.Bundle, mesh: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        parts: bundle.Bundle,
+        mesh: Mapping[str, int] | None = None,
+        weights: str = "auto",
+        offload: bool = False,
+    ):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
         self.codec = codecs.from_description(shared["codec"])
@@ -55,18 +61,30 @@ class Ensemble:
         if self._mesh:
             T, H, W, _ = self.latent_shape
             placement.check(self._networks, self._mesh, T * (H // PATCH) * (W // PATCH))
-        stacks = tuple(self._placed([expert.params for expert in each]) for each in members)
+        for problem in checks.choice("weights", weights, placement.WEIGHTS):
+            raise Refused(problem)
+        keeping = placement.Keeping(self._mesh, weights, offload)
+        stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
         router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
         clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
         self._arrays = sampler.Weights(stacks, router, clusters)
 
     @classmethod
-    def load(cls, path: epath.PathLike, mesh: Mapping[str, int] | None = None) -> "Ensemble":
+    def load(
+        cls,
+        path: epath.PathLike,
+        mesh: Mapping[str, int] | None = None,
+        weights: str = "auto",
+        offload: bool = False,
+    ) -> "Ensemble":
         """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes".
 
-        `mesh` spreads it over several devices, as {"expert": 3, "fsdp": 2}: see `ensemble/placement.py`.
+        Args:
+          mesh: spreads it over several devices, as {"expert": 3, "fsdp": 2}: see `ensemble/placement.py`.
+          weights: "auto" keeps the experts as they compute, "int8" the matrices of their blocks as 8-bit integers.
+          offload: keeps the experts' blocks in the host's memory; a layer at a time comes to the device.
         """
-        return cls(bundle.read(path), mesh)
+        return cls(bundle.read(path), mesh, weights, offload)
 
     @classmethod
     def single(cls, part: epath.PathLike, **sampling: Any) -> "Ensemble":
@@ -231,11 +249,6 @@ class Ensemble:
         """p(cluster | x_t, t, text) over the experts that are present, (N, experts)."""
         plan = sampler.Plan(self._networks, self._places, self._router, Routing("full"))
         return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled))
-
-    def _placed(self, experts: list[Any]) -> Any:
-        """Experts of one kind, stacked, where they are used."""
-        stack = jax.tree.map(lambda *leaves: np.stack(leaves), *experts)
-        return placement.place_experts(stack, self._mesh) if self._mesh else placement.everywhere(stack, None)
 
     def _run(self, function: Callable[..., Any], plan: sampler.Plan, *inputs: Any) -> Any:
         """Calls a compiled function of the sampler where the ensemble lies."""

@@ -5,19 +5,22 @@ experts and works on the rows that chose them; along `data` rows are shared out;
 by the table that splits it in training (`models/axes.py`). Between groups only latents, times, texts and velocities go.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from paris_jax.errors import Refused, nearest
-from paris_jax.models import axes, functional
+from paris_jax.models import axes, functional, stacks
 from paris_jax.training.sharding import check_network
 
 MESH = ("expert", *axes.MESH)
+WEIGHTS = ("auto", "int8")
 
 
 def make_mesh(splits: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
@@ -56,30 +59,60 @@ def held_by(places: tuple[tuple[int, int], ...], groups: int) -> tuple[np.ndarra
     return np.asarray(held, np.int32), local
 
 
-def place_experts(stack: functional.Params, mesh: Mesh) -> functional.Params:
-    """Stacked parameters (members, ...) of numpy, members shared out over `expert`; empty ones fill up the last."""
-    groups, sizes = mesh.shape["expert"], mesh.shape
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """How experts are kept.
 
-    def of(name: str, leaf: np.ndarray) -> jax.Array:
-        spec = axes.parameter_spec(name, leaf.shape, sizes)
-        sharding = NamedSharding(mesh, PartitionSpec("expert", *spec[1:]))
-        shape = (len(leaf) + -len(leaf) % groups, *leaf.shape[1:])
+    Attributes:
+      mesh: devices they are spread over; None for one.
+      weights: "auto", as they are computed with, or "int8", their blocks' matrices as 8-bit integers.
+      offload: the blocks' matrices lie in the host's memory, from where they come to the device layer by layer.
+    """
 
-        def piece(index: Any) -> np.ndarray:
-            found, (first, end, _) = leaf[index], index[0].indices(shape[0])
-            missing = end - first - len(found)
-            return np.concatenate([found, np.zeros((missing, *found.shape[1:]), leaf.dtype)]) if missing else found
+    mesh: Mesh | None = None
+    weights: str = "auto"
+    offload: bool = False
 
-        return jax.make_array_from_callback(shape, sharding, piece)
+    def place(self, config: functional.Config, experts: list[functional.Params]) -> functional.Params:
+        """Experts of one kind, of numpy, stacked where they are used, (members, ...).
 
-    flat = functional.to_names(stack)
-    return functional.from_names({name: of(name, leaf) for name, leaf in flat.items()})
+        On a mesh, members are shared out over `expert`; empty ones fill up the last group.
+        """
+        dtype = jnp.dtype(getattr(config, "dtype", "float32"))
+        groups = self.mesh.shape["expert"] if self.mesh else 1
+        experts = [*experts, *[jax.tree.map(np.zeros_like, experts[0])] * (-len(experts) % groups)]
+
+        def stacked(path: Any, *leaves: np.ndarray) -> np.ndarray:
+            # What only enters products is rounded to their type there anyway.
+            return np.stack([leaf.astype(dtype) if path[-1].key == "kernel" else leaf for leaf in leaves])
+
+        whole: Any = jax.tree_util.tree_map_with_path(stacked, *experts)
+        if self.weights == "int8":
+            whole |= {name: stacks.quantised(whole[name]) for name in functional.BLOCKS if name in whole}
+        return jax.tree_util.tree_map_with_path(self._put, whole)
+
+    def _put(self, path: Any, leaf: np.ndarray) -> Any:
+        """One stacked array in its place."""
+        keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
+        sizes = self.mesh.shape if self.mesh else {}
+        named = ".".join(key for key in keys if key != "values")
+        split = () if keys[-1] == "scale" else axes.parameter_spec(named, leaf.shape, sizes)[1:]
+        away = self.offload and keys[0] in functional.BLOCKS and keys[-1] in ("kernel", "values")
+        if away:
+            leaf, split = leaf.reshape(-1, *leaf.shape[2:]), split[1:]
+        memory = "pinned_host" if away else "device"
+        if self.mesh is None:
+            placed = jax.device_put(leaf, SingleDeviceSharding(jax.devices()[0], memory_kind=memory))
+        else:
+            sharding = NamedSharding(self.mesh, PartitionSpec("expert", *split), memory_kind=memory)
+            placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        return stacks.OnHost(placed) if away else placed
 
 
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays on every device of the mesh; without one, on the default device."""
     if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.tree.map(jnp.asarray, tree)
     place = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), place), tree)
 

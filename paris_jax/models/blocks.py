@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from paris_jax.models import stacks
 from paris_jax.models.positions import time_features
 
 TIME_FEATURES = 256
@@ -78,6 +79,15 @@ class HeadNorm(nnx.Module):
         return self.query(q).astype(q.dtype), self.key(k).astype(k.dtype)
 
 
+def to_heads(projection: nnx.Linear, x: jax.Array) -> jax.Array:
+    """What is then split into heads, under the name that recomputation knows.
+
+    The barrier keeps the split out of the product: for it, a TPU would have every such matrix of a stack turned
+    around, in a copy of them all (21 GiB for three experts of 11.89B parameters).
+    """
+    return jax.lax.optimization_barrier(checkpoint_name(projection(x), "projected"))
+
+
 def split_heads(fused_BNX: jax.Array, heads: int, head_width: int) -> list[jax.Array]:
     """(B, N, H * (3 * D + M)) to queries, keys, values, each (B, N, H, D), and what else each head has, (B, N, H, M).
 
@@ -118,7 +128,7 @@ class Stream(nnx.Module):
         self.heads, self.head_width = config.heads, D // config.heads
 
     def heads_of(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        fused = checkpoint_name(self.qkv(modulate(x, shift, scale)), "projected")
+        fused = to_heads(self.qkv, modulate(x, shift, scale))
         q, k, v, _ = split_heads(fused, self.heads, self.head_width)
         return *self.head_norm(q, k), v
 
@@ -151,10 +161,13 @@ REMAT = {
 }
 
 
+UNROLLED = 2  # blocks that are written out instead of scanned
+
+
 def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
-    A stack of one or two is written out, which a CPU runs faster.
+    One or two are written out, which a CPU runs faster.
 
     Args:
       blocks: from `stacked`; called as block(*carry, *shared) -> carry.
@@ -165,16 +178,38 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member
         Layer by layer they are read where they lie: no network is copied to be used.
     """
     graph, layers = nnx.split(blocks)
-    depth = jax.tree.leaves(layers)[0].shape[0 if member is None else 1]
+
+    def run(carry: Any, layer: Any) -> Any:
+        return nnx.merge(graph, layer)(*carry, *shared)
+
+    if member is not None:
+        return _scan_member(run, layers, member, carry)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
-        if member is not None:
-            layer = jax.tree.map(lambda stack: stack[member, layer], layers)
         if remat == "offload":
             carry = tuple(checkpoint_name(x, "block_input") for x in carry)
-        return nnx.merge(graph, layer)(*carry, *shared), None
+        return run(carry, layer), None
 
     if remat != "none":  # in a loop, XLA cannot find that it computes something twice, and need not be kept from it
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-    unroll = depth if depth <= 2 and remat == "none" else 1
-    return jax.lax.scan(body, carry, layers if member is None else jnp.arange(depth), unroll=unroll)[0]
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return jax.lax.scan(body, carry, layers, unroll=depth if depth <= UNROLLED and remat == "none" else 1)[0]
+
+
+def _scan_member(run: Callable[[Any, Any], Any], stack: Any, member: jax.Array, carry: Any) -> Any:
+    """The blocks of one network of a stack in turn; from the host, each is fetched while the one before it runs."""
+    depth = stacks.depth(stack)
+    numbers = jnp.arange(depth)
+    if not stacks.on_host(stack):
+
+        def body(carry: Any, number: jax.Array) -> tuple[Any, None]:
+            return run(carry, stacks.widened(stacks.fetch(stack, member, number))), None
+
+        return jax.lax.scan(body, carry, numbers, unroll=depth if depth <= UNROLLED else 1)[0]
+
+    def ahead(both: Any, number: jax.Array) -> tuple[Any, None]:
+        carry, layer = both
+        following = stacks.fetch(stack, member, jnp.minimum(number + 1, depth - 1))
+        return (run(carry, stacks.widened(layer)), following), None
+
+    return jax.lax.scan(ahead, (carry, stacks.fetch(stack, member, numbers[0])), numbers)[0][0]

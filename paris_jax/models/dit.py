@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from paris_jax.models import positions
 from paris_jax.models.attention import attend
@@ -32,6 +31,7 @@ from paris_jax.models.blocks import (
     scan_blocks,
     split_heads,
     stacked,
+    to_heads,
 )
 
 PATCH = 2  # rows and columns of the latent that make one token, as published
@@ -104,7 +104,7 @@ class SingleBlock(nnx.Module):
 
     def __call__(self, x, condition, rope, length):  # arrays in, (x,) out
         shift, scale, gate = self.modulation(condition)
-        fused = checkpoint_name(self.qkv_mlp(modulate(x, shift, scale)), "projected")
+        fused = to_heads(self.qkv_mlp, modulate(x, shift, scale))
         q, k, v, hidden = split_heads(fused, self.heads, self.head_width)
         q, k = self.head_norm(q, k)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample(
-    ensemble: str, prompts: Sequence[str], out: str | None, mesh: dict[str, int] | None = None, **how: Any
+    ensemble: str, prompts: Sequence[str], out: str | None, keeping: dict[str, Any] | None = None, **how: Any
 ) -> list[epath.Path]:
     """Samples `prompts` from an ensemble and writes the videos.
 
@@ -28,7 +28,7 @@ def sample(
       ensemble: folder of the ensemble, or "bundled:NAME".
       out: file to write (.mp4, .webm, .gif or .png); by default an mp4, a gif and a PNG contact sheet named after the
         first prompt and the seed, in the run's samples/ folder or the current one.
-      mesh: the devices to spread it over (`Ensemble.load`).
+      keeping: how the experts are kept: `mesh`, `weights` and `offload` of `Ensemble.load`.
       **how: see `Ensemble.sample`. With `preview_every`, a contact sheet of what is predicted so far stands beside the
         videos until they are there.
 
@@ -42,7 +42,7 @@ def sample(
         )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
-    loaded = Ensemble.load(ensemble, mesh)
+    loaded = Ensemble.load(ensemble, **keeping or {})
     unknown = sorted({word for prompt in prompts for word in loaded.text.unknown_words(prompt)})
     if unknown:
         logger.warning("the text encoder does not know %s; it was trained without", ", ".join(map(repr, unknown)))

@@ -50,6 +50,9 @@ def on_eight_devices() -> dict:
         ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
         found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (WAYS if mesh == MESHES[0] else WAYS[:2])]
     found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in WAYS]
+    kept = {"weights": "int8", "offload": True}
+    for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
+        found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
     plan, told, _ = ensemble._planned({"guidance": 1.0, "top_k": 1}, ensemble.encode(PROMPTS), None, None, [], 1)
     x = ensemble.noise(4)
@@ -104,6 +107,10 @@ def test_groups_of_devices_draw_what_one_device_draws(mesh, found):
     for there, here in zip(found["videos"][str(mesh)], found["videos"]["one, every way"], strict=False):
         np.testing.assert_allclose(there, here, atol=2e-3)
     np.testing.assert_allclose(found["videos"]["{}"][0], found["videos"]["one, every way"][0], atol=1e-6)
+
+
+def test_groups_may_keep_their_experts_small_and_in_the_hosts_memory(found):
+    np.testing.assert_allclose(found["videos"]["kept on four"], found["videos"]["kept on one"], atol=2e-3)
 
 
 def test_only_latents_cross_from_group_to_group(found):

@@ -1,0 +1,89 @@
+"""Several networks side by side: how the layers of one of them are read where they lie.
+
+A stack holds the blocks of every network, (members, layers, ...). Its matrices may be 8-bit integers with a scale for
+each output; and it may lie in the host's memory, from where a layer at a time comes to the device, the next one while
+the one before is at work. Nothing else has to know.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """Matrices (..., inputs, outputs) as values * scale: int8, and float32 (..., 1, outputs)."""
+
+    values: Any
+    scale: Any
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> "Int8":
+        """Rounds to the nearest of 255 steps, the largest of each output's weights being the last one."""
+        scale = np.abs(matrix.astype(np.float32)).max(-2, keepdims=True) / 127
+        scale = np.where(scale > 0, scale, 1).astype(np.float32)
+        return cls(np.round(matrix / scale).astype(np.int8), scale)
+
+    def matrix(self) -> Any:
+        return self.values.astype(jnp.float32) * self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+    """An array in the host's memory, with one leading axis for the layers of all members, (members * layers, ...).
+
+    A TPU copies from there what is cut along one axis only.
+    """
+
+    layers: Any
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, Int8)
+
+
+def quantised(blocks: Any) -> Any:
+    """A stack of blocks of numpy with its matrices as `Int8`; biases and norms stay."""
+
+    def of(path: Any, leaf: np.ndarray) -> Any:
+        return Int8.of(leaf) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(of, blocks)
+
+
+def _away(leaf: Any) -> bool:
+    return isinstance(leaf, OnHost)
+
+
+def on_host(stack: Any) -> bool:
+    """Whether something of a stack lies in the host's memory."""
+    return any(map(_away, jax.tree.leaves(stack, is_leaf=_away)))
+
+
+def depth(stack: Any) -> int:
+    """How many layers its networks have."""
+    return next(leaf.shape[1] for leaf in jax.tree.leaves(stack, is_leaf=_away) if not _away(leaf))
+
+
+def fetch(stack: Any, member: jax.Array, layer: jax.Array) -> Any:
+    """One layer of one network, on the device."""
+    layers = depth(stack)
+
+    def of(leaf: Any) -> jax.Array:
+        if _away(leaf):
+            piece = jax.lax.dynamic_index_in_dim(leaf.layers, member * layers + layer, keepdims=False)
+            return jax.device_put(piece, jax.memory.Space.Device)
+        start, size = (member, layer, *(0,) * (leaf.ndim - 2)), (1, 1, *leaf.shape[2:])
+        return jax.lax.dynamic_slice(leaf, start, size).reshape(leaf.shape[2:])
+
+    return jax.tree.map(of, stack, is_leaf=_away)
+
+
+def widened(layer: Any) -> Any:
+    """A layer as its block takes it: matrices of floats."""
+    return jax.tree.map(lambda leaf: leaf.matrix() if _is_int8(leaf) else leaf, layer, is_leaf=_is_int8)

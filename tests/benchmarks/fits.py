@@ -1,0 +1,90 @@
+"""Memory of sampling at full size, by compiling the ensemble's velocity for a chip that is not here.
+
+    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p] [--experts=3] [--batch=1] [--guidance=7.5]
+
+For every way to keep the experts (as they compute or as 8-bit integers, on the chip or in the host's memory): bytes of
+arguments on the chip and on the host, and the most memory of the chip while one velocity is computed. Needs libtpu.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from paris_jax import config_file
+from paris_jax.diffusion.guidance import Strength
+from paris_jax.ensemble import sampler
+from paris_jax.ensemble.routing import Routing
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets, stacks
+from paris_jax.training.slices import Slice
+
+GIB = 2**30
+
+
+def abstract(config, experts, weights, offload, device):
+    """The experts as `placement.Keeping` would lay them on the device."""
+
+    def of(path, leaf):
+        keys = [key.key for key in path]
+        kernel, block = keys[-1] == "kernel", keys[0] in functional.BLOCKS
+        here, shape = SingleDeviceSharding(device), (experts, *leaf.shape)
+        if not (kernel and block):
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if kernel else leaf.dtype, sharding=here)
+        stored = (shape[0] * shape[1], *shape[2:]) if offload else shape
+        away = SingleDeviceSharding(device, memory_kind="pinned_host") if offload else here
+        matrix = jax.ShapeDtypeStruct(stored, jnp.int8 if weights == "int8" else jnp.bfloat16, sharding=away)
+        matrix = stacks.OnHost(matrix) if offload else matrix
+        if weights != "int8":
+            return matrix
+        scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=here)
+        return stacks.Int8(matrix, scale)
+
+    return jax.tree_util.tree_map_with_path(of, functional.abstract(config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/paris2.py")
+    parser.add_argument("--chip", default="v5p:2x2x1")
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
+    given = parser.parse_args()
+    experiment = Experiment.from_config(config_file.load(given.config))
+    device = Slice.parse(given.chip).devices()[0]
+    T, H, W, C = experiment.latent_shape
+    sizes = {"channels": C, "pooled_width": 768, "dtype": "bfloat16"}
+    network = presets.network_config(experiment.network, text_width=4096, **sizes)
+    router = presets.router_config(experiment.router.preset, clusters=given.experts, **sizes)
+    here = SingleDeviceSharding(device)
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
+    B = given.batch
+    text = sampler.Text(of(B, 512, 4096), of(B, dtype=jnp.int32), of(B, 768))
+    told = sampler.Condition(text, text, Strength(of()), of(), of(given.experts, dtype=jnp.bool_))
+    routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
+    places = tuple((0, k) for k in range(given.experts))
+    plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=1)
+    print(f"{given.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}, batch {B}, {given.chip}")
+    for way in given.ways.split(","):
+        weights, _, offload = way.partition("+")
+        experts = abstract(network, given.experts, weights, bool(offload), device)
+        arrays = sampler.Weights((experts,), routers, of(given.experts, dtype=jnp.int32))
+        begun = time.perf_counter()
+        inputs = of(B, T, H, W, C), of(B), told, of(dtype=jnp.int32)
+        try:
+            found = sampler.velocity.lower(plan, arrays, *inputs).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{way:14s} does not fit: {' '.join(str(error).split())[:1500]}", flush=True)
+            continue
+        chip = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        host = found.host_argument_size_in_bytes
+        took = time.perf_counter() - begun
+        print(f"{way:14s} chip {chip / GIB:6.1f} GiB (of it temporary {found.temp_size_in_bytes / GIB:.2f}), "
+              f"host {host / GIB:6.1f} GiB; compiled in {took:.0f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

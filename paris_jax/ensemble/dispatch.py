@@ -20,9 +20,20 @@ Run = Callable[[jax.Array, Any], jax.Array]
 BUSY = {"cpu": 1, "gpu": 4096, "tpu": 4096}
 
 
-def block_size(tokens: int, rows: int, platform: str) -> int:
-    """Rows of one expert that are worked on together: as many as keep the device busy, but not more than there are."""
-    return max(1, min(rows, -(-BUSY.get(platform, 1) // tokens)))
+def block_size(tokens: int, rows: int, pairs_each: float, together: int, platform: str) -> int:
+    """Rows of one expert that are worked on together.
+
+    The most of: as many as keep the device busy; half of what an expert gets on average, so that few blocks are left
+    half empty; and the rows that go to the same expert anyway. But not more than there are.
+
+    Args:
+      tokens: video tokens of a row.
+      rows: of the batch.
+      pairs_each: rows that an expert gets on average.
+      together: rows of one sample, its branches.
+    """
+    busy = -(-BUSY.get(platform, 1) // tokens)
+    return max(1, min(rows, max(busy, int(pairs_each / 2), together)))
 
 
 def merge(

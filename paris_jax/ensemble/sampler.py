@@ -118,9 +118,11 @@ class Plan:
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
         """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
         R, T, H, W, _ = shape
+        branches, experts = 2 if self.guidance else 1, len(self.places)
         if self.routing.rule == "full":
-            return R // (2 if self.guidance else 1)  # every expert sees every sample
-        return self.block or dispatch.block_size(T * (H // PATCH) * (W // PATCH), R, jax.default_backend())
+            return R // branches  # every expert sees every sample
+        tokens, pairs_each = T * (H // PATCH) * (W // PATCH), R * self.routing.most(experts) / experts
+        return self.block or dispatch.block_size(tokens, R, pairs_each, branches, jax.default_backend())
 
 
 def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text) -> jax.Array:

@@ -67,11 +67,19 @@ def test_who_broke_is_counted_and_who_was_given_nonsense_is_not_blamed():
         np.testing.assert_array_equal(broken, [0, 1, 0])
 
 
-def test_a_block_is_as_large_as_keeps_the_device_busy():
-    assert dispatch.block_size(tokens=100, rows=32, platform="cpu") == 1
-    assert dispatch.block_size(tokens=100, rows=8, platform="gpu") == 8
-    assert dispatch.block_size(tokens=1024, rows=8, platform="gpu") == 4
-    assert dispatch.block_size(tokens=16384, rows=8, platform="tpu") == 1
+@pytest.mark.parametrize(
+    "tokens, rows, pairs_each, together, platform, expected",
+    [
+        (100, 8, 1.0, 1, "cpu", 1),  # eight samples, eight experts
+        (100, 32, 4.0, 1, "cpu", 2),  # half of what an expert gets on average
+        (100, 2, 0.25, 2, "cpu", 2),  # both branches of one sample
+        (100, 8, 1.0, 1, "gpu", 8),  # few tokens do not keep it busy
+        (1024, 8, 1.0, 1, "gpu", 4),
+        (16384, 8, 1.0, 2, "tpu", 2),
+    ],
+)
+def test_a_block_is_as_large_as_pays(tokens, rows, pairs_each, together, platform, expected):
+    assert dispatch.block_size(tokens, rows, pairs_each, together, platform) == expected
 
 
 def plan_of(routing, experts, **how):

@@ -267,7 +267,8 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
 
     monkeypatch.setattr(sampler, "expert_velocity", counted)
     sampler.velocity.clear_cache()
-    some, _ = guided(x, t, text, low=jnp.float32(0.4), high=jnp.float32(0.6))
+    one_by_one = plan_of(Routing("top_k", 2), guidance="classifier_free", block=1)
+    some, _ = guided(x, t, text, plan=one_by_one, low=jnp.float32(0.4), high=jnp.float32(0.6))
     jax.effects_barrier()
     sampler.velocity.clear_cache()
     np.testing.assert_allclose(some, jnp.stack([plain[0], on[1], plain[2]]), rtol=2e-4, atol=2e-4)

@@ -112,10 +112,7 @@ compare(by_way)
 # asked for anything else, it paints what it knows.
 
 # %%
-alone = {}
-for k in ensemble.clusters:
-    alone[f"expert {k}"] = ensemble.sample(prompts, num_steps=steps, noise=noise, experts=k)
-compare(alone)
+compare(ensemble.one_by_one(prompts, num_steps=steps, noise=noise))
 
 # %% [markdown]
 # `experts` takes a schedule too, one expert for each step: here the first expert lays out the scene in heavy noise, and
@@ -125,6 +122,30 @@ compare(alone)
 first, last = ensemble.clusters[0], ensemble.clusters[-1]
 schedule = [first if step < steps // 2 else last for step in range(steps)]
 ensemble.sample(prompts, num_steps=steps, noise=noise, experts=schedule)
+
+# %% [markdown]
+# ## Where the experts disagree
+#
+# The open prompts again: what was drawn is noised to a time t, and each expert says what it sees. Bright is where they
+# lie far apart, weighted by the router: at first on the ground, by which the worlds differ most, and nowhere once the
+# router has made up its mind.
+
+# %%
+import matplotlib.pyplot as plt
+
+drawn = ensemble.scale.normalise(ensemble.codec.encode(full.videos))  # as the networks see it
+words = ensemble.encode(open_prompts)
+seen_at = (0.99, 0.95, 0.9, 0.7)
+figure, axes = plt.subplots(len(open_prompts), len(seen_at), figsize=(7, 7))
+for column, t in enumerate(seen_at):
+    x = (1 - t) * drawn + t * noise
+    spread = ensemble.disagreement(x, np.full(len(x), t), words)
+    for row, each in enumerate(np.asarray(spread.mean(1))):  # over the frames
+        axes[row, column].imshow(each, vmin=0, vmax=1, cmap="magma")
+        axes[row, column].set_axis_off()
+    axes[0, column].set_title(f"t = {t}")
+plt.close(figure)  # what a cell returns is shown
+figure
 
 # %% [markdown]
 # ## Files

@@ -94,10 +94,10 @@ def test_videos_are_shown_and_play(executed):
 
 
 @pytest.mark.slow
-def test_the_routing_is_plotted_once(executed):
+def test_routing_and_disagreement_are_plotted_once_each(executed):
     notebook, _ = executed
     plots = outputs(notebook, "image/png")
-    assert [len(images) for images in plots] == [1]
+    assert [len(images) for images in plots] == [1, 1]
 
 
 @pytest.mark.slow

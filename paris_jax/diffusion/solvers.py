@@ -26,65 +26,66 @@ class Interval:
 
 
 Noise = Callable[[jax.Array], jax.Array]  # fresh standard normal noise like x, by the step's number
-# Step(field, x, interval, past, memory, noise) -> (x, past, memory, trace).
-Step = Callable[[Field, jax.Array, Interval, jax.Array, Any, Noise], tuple[jax.Array, jax.Array, Any, Any]]
+# Step(look, x, interval, past, memory, noise) -> (x, past, memory); `look` is the field without its trace.
+Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Step = Callable[[Look, jax.Array, Interval, jax.Array, Any, Noise], tuple[jax.Array, jax.Array, Any]]
 
 
-def euler(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def euler(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
     """First order: x <- x + (t_next - t) v(x, t)."""
-    v, memory, trace = field(x, at.t, at.index, memory)
-    return x + (at.t_next - at.t) * v, past, memory, trace
+    v, memory = look(x, at.t, at.index, memory)
+    return x + (at.t_next - at.t) * v, past, memory
 
 
-def heun(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def heun(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
     """Second order (explicit trapezoid): both slopes are evaluated afresh, guidance included."""
-    first, memory, trace = field(x, at.t, at.index, memory)
-    second, memory, _ = field(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
-    return x + (at.t_next - at.t) * 0.5 * (first + second), past, memory, trace
+    first, memory = look(x, at.t, at.index, memory)
+    second, memory = look(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
+    return x + (at.t_next - at.t) * 0.5 * (first + second), past, memory
 
 
-def adams_bashforth(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def adams_bashforth(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
     """Second order from one evaluation: the line through this slope and the last one, on a grid of any spacing.
 
     x <- x + h ((1 + r/2) v_n - (r/2) v_{n-1}),  r = h_n / h_{n-1}; the first step is Euler's.
     """
-    v, memory, trace = field(x, at.t, at.index, memory)
+    v, memory = look(x, at.t, at.index, memory)
     h, h_before = at.t_next - at.t, at.t - at.t_before
     half = jnp.where(at.index > 0, 0.5 * h / jnp.where(at.index > 0, h_before, 1.0), 0.0)
-    return x + h * ((1 + half) * v - half * past), v, memory, trace
+    return x + h * ((1 + half) * v - half * past), v, memory
 
 
-def dpm_solver(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def dpm_solver(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) on the linear path.
 
     Second order in l = log((1 - t) / t) for the predicted data D = x - t v, from one evaluation:
     x <- (t_next / t) x + (1 - t_next / t) (D_n + h_n / (2 h_{n-1}) (D_n - D_{n-1})),  h the steps of l.
-    The first and the last step, at whose ends l is infinite, are of first order.
+    The first two steps and the last, where a step of l is infinite, are of first order.
     """
-    v, memory, trace = field(x, at.t, at.index, memory)
+    v, memory = look(x, at.t, at.index, memory)
     data, ratio = x - at.t * v, at.t_next / at.t
     h, h_before = _log_snr(at.t_next) - _log_snr(at.t), _log_snr(at.t) - _log_snr(at.t_before)
     inner = (at.index > 0) & (at.t_next > 0)
     half = jnp.where(inner, 0.5 * jnp.where(inner, h, 1.0) / jnp.where(inner, h_before, 1.0), 0.0)
-    return ratio * x + (1 - ratio) * (data + half * (data - past)), data, memory, trace
+    return ratio * x + (1 - ratio) * (data + half * (data - past)), data, memory
 
 
 def _log_snr(t: jax.Array) -> jax.Array:
     return jnp.log1p(-t) - jnp.log(t)
 
 
-def ancestral(field: Field, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def ancestral(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
     """The stochastic sampler with the flow's marginals: part of the noise is replaced by fresh noise at every step.
 
     x <- (1 - t') D + t' (r e + sqrt(1 - r^2) z),  r = (1 - t) t' / ((1 - t') t)
     with the predicted data D and noise e: a draw from the posterior of x_t' given x_t and D (DDIM with eta = 1, Song et
     al. 2020, arXiv 2010.02502, equation 16), written for the linear path.
     """
-    v, memory, trace = field(x, at.t, at.index, memory)
+    v, memory = look(x, at.t, at.index, memory)
     data, e, t_next = x - at.t * v, x + (1 - at.t) * v, at.t_next
     kept = (1 - at.t) * t_next / ((1 - t_next) * at.t)
     fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0.0))
-    return (1 - t_next) * data + t_next * (kept * e + fresh * noise(at.index)), past, memory, trace
+    return (1 - t_next) * data + t_next * (kept * e + fresh * noise(at.index)), past, memory
 
 
 SOLVERS: dict[str, Step] = {
@@ -117,22 +118,23 @@ def solve(
         it is False nothing more is computed, and the data predicted last is what is returned.
 
     Returns:
-      The final x, and the traces of the S steps, stacked on a leading axis.
+      The final x, and the traces of the S steps and their evaluations, stacked on two leading axes (S, EVALUATIONS).
     """
     step_of = SOLVERS[solver]
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, Any]:
         x, past, memory, _ = carry
-        predicted = []
+        predicted, traces = [], []
 
-        def looking(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, Any]:
+        def look(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
             v, memory, trace = field(x, t, step, memory)
             predicted.append(x - t * v)
-            return v, memory, trace
+            traces.append(trace)
+            return v, memory
 
         at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
-        x, past, memory, trace = step_of(looking, x, at, past, memory, noise)
-        return (x, past, memory, predicted[0]), trace
+        x, past, memory = step_of(look, x, at, past, memory, noise)
+        return (x, past, memory, predicted[0]), jax.tree.map(lambda *each: jnp.stack(each), *traces)
 
     def asked(carry: Any, index: jax.Array) -> tuple[Any, Any]:
         assert go_on is not None

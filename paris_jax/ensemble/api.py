@@ -184,39 +184,44 @@ class Ensemble:
         if not prompts:
             raise Refused("There is no prompt; give at least one")
         request.check_names(how)
-        for problem in checks.choice("broken", broken, ("refuse", "drop")):
-            raise Refused(problem)
+        request.check_watching(broken, preview_every, on_preview is not None)
         grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
-        how = how | {"steps": len(grid) - 1}
+        steps = len(grid) - 1
         encoded, keys = self.encode(prompts), jax.random.key_data(request.keys(seed, len(prompts)))
         if noise is None:
             start = self.noise(len(prompts), seed, frames=frames, height=height, width=width)
         else:
-            start = jnp.asarray(noise)
+            start = jnp.asarray(noise, jnp.float32)
             self.check_latent(start, len(prompts))
         preview = (lambda step, data: on_preview(step, self._videos(data))) if on_preview else None
-        watch = watching.Watch(len(grid) - 1, progress, preview_every, preview) if progress or preview else None
 
-        def made(z: np.ndarray, trace: Any, steps: int = len(grid) - 1) -> Samples:
+        def made(z: np.ndarray, trace: Any, steps: int = steps) -> Samples:
             return Samples(self._videos(z), prompts, self.fps, trace.weight[:steps], self.clusters)
 
-        dropped = request.clusters_of(drop)
+        how, dropped = how | {"steps": steps}, request.clusters_of(drop)
         while True:
-            plan, told, forced = self._planned(how, encoded, negative, experts, dropped, len(grid) - 1)
+            plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps)
             draw = functools.partial(self._draw, plan, start, keys, grid, told, forced)
             try:
-                z, trace = watch.run(draw) if watch else draw()
+                watched = progress or preview is not None
+                z, trace = watching.Watch(steps, progress, preview_every, preview).run(draw) if watched else draw()
             except watching.Interrupted as stop:
-                stop.samples = made(*stop.samples, steps=stop.done)
+                stop.samples = made(*stop.samples, steps=stop.done) if stop.done else None
                 raise
             failed = request.first_broken(trace.broken, self.clusters)
-            if not failed or broken == "refuse":
+            if failed:
+                dropped = [*dropped, *failed[1]]
+            left = len(self.clusters) - len(set(dropped))
+            if not failed or broken == "refuse" or experts is not None or not left:
                 break
-            logger.warning("%s; they are left out", request.who_broke(*failed))
-            dropped = [*dropped, *failed[1]]
+            logger.warning("%s; left out", request.who_broke(*failed))
+            how = how | ({"top_k": min(how["top_k"], left)} if how.get("top_k") else {})
         if failed:
-            raise Refused(f"{request.who_broke(*failed)}; leave out with drop={failed[1]}, or lower guidance")
-        if not np.isfinite(z).all():
+            advice = f"leave out with drop={dropped}, or " if left and experts is None else ""
+            raise Refused(f"{request.who_broke(*failed)}; {advice}lower guidance")
+        if not np.isfinite(trace.weight[0]).all():  # of noise, which is finite
+            raise Refused("The router answered with weights that are not finite; give experts=K, or train it again")
+        if not np.isfinite(z).all() or not np.isfinite(trace.weight).all():
             raise Refused("The sampled video is not finite, though every expert's answers are; lower guidance")
         return made(z, trace)
 
@@ -255,16 +260,19 @@ class Ensemble:
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
             return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
 
-    def disagreement(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, **how: Any) -> jax.Array:
+    def disagreement(
+        self, x: jax.Array, t: jax.Array, encoded: sampler.Text, *, drop: int | Sequence[int] = (), **how: Any
+    ) -> jax.Array:
         """How far the experts' answers lie apart, at every place of the latent, (N, T, H, W) float32.
 
         The spread over the experts, weighted by the router, of the data that each predicts at x (N, T, H, W, C) and
         times t (N,), as a root mean square over the channels: in units of the data's spread, 0 where all agree.
         """
-        weight_NE = self.route(x, t, encoded)
-        each = jnp.stack(
-            [x - path.per_sample(t, x) * self.velocity(x, t, encoded, experts=k, **how) for k in self.clusters]
-        )
+        used = np.flatnonzero(request.present(self.clusters, request.clusters_of(drop)))
+        weight_NE = self.route(x, t, encoded)[:, used]
+        weight_NE = weight_NE / weight_NE.sum(-1, keepdims=True)
+        v = [self.velocity(x, t, encoded, experts=self.clusters[e], **how) for e in used]
+        each = x - path.per_sample(t, x) * jnp.stack(v)
         mean = jnp.einsum("ne,enthwc->nthwc", weight_NE, each)
         return jnp.sqrt(jnp.einsum("ne,enthwc->nthw", weight_NE, jnp.square(each - mean)) / x.shape[-1])
 
@@ -285,6 +293,8 @@ class Ensemble:
         if x.ndim != 5 or x.shape[0] != count or x.shape[-1] != C or x.shape[2] % 2 or x.shape[3] % 2:
             expected = (count, *self.latent_shape)
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
+        if not np.isfinite(x).all():
+            raise Refused("noise holds values that are not finite")
 
     def _planned(
         self,

@@ -101,8 +101,10 @@ class Keeping:
         if away:
             leaf, split = leaf.reshape(-1, *leaf.shape[2:]), split[1:]
         memory = "pinned_host" if away else "device"
-        if self.mesh is None:
-            placed = jax.device_put(leaf, SingleDeviceSharding(jax.devices()[0], memory_kind=memory))
+        if self.mesh is None and not away:
+            placed = jnp.asarray(leaf)
+        elif self.mesh is None:
+            placed = jax.device_put(leaf, SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory))
         else:
             sharding = NamedSharding(self.mesh, PartitionSpec("expert", *split), memory_kind=memory)
             placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

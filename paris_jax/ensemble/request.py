@@ -58,6 +58,16 @@ def refuse_two_rules(given: dict[str, Any], experts: Any) -> None:
         raise Refused(f"{' and '.join(asked)} are different routing rules; give one of them")
 
 
+def check_watching(broken: str, preview_every: int, previewed: bool) -> None:
+    """Refuses what says nothing about when to preview, or what to do with a broken expert."""
+    for problem in checks.choice("broken", broken, ("refuse", "drop")):
+        raise Refused(problem)
+    for problem in checks.at_least(0, preview_every=preview_every):
+        raise Refused(problem)
+    if previewed != (preview_every > 0):
+        raise Refused("preview_every and on_preview go together: after how many steps, and what to call then")
+
+
 def clusters_of(drop: int | Sequence[int]) -> list[int]:
     """The clusters named, one or several."""
     return [int(k) for k in np.atleast_1d(np.asarray(drop, int))]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
-from paris_jax.diffusion import guidance, randomness, solvers
+from paris_jax.diffusion import guidance, path, randomness, solvers
 from paris_jax.ensemble import dispatch
 from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing, weights
@@ -119,10 +119,14 @@ class Plan:
         """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
         R, T, H, W, _ = shape
         branches, experts = 2 if self.guidance else 1, len(self.places)
+        if self.block:
+            return min(self.block, R)
         if self.routing.rule == "full":
-            return R // branches  # every expert sees every sample
-        tokens, pairs_each = T * (H // PATCH) * (W // PATCH), R * self.routing.most(experts) / experts
-        return self.block or dispatch.block_size(tokens, R, pairs_each, branches, jax.default_backend())
+            return -(-R // branches)  # every expert sees every sample
+        # How many experts a threshold needs is not known; mostly it is one.
+        used = 1 if self.routing.rule == "threshold" else self.routing.most(experts)
+        tokens, pairs_each = T * (H // PATCH) * (W // PATCH), R * used / experts
+        return dispatch.block_size(tokens, R, pairs_each, branches, jax.default_backend())
 
 
 def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text) -> jax.Array:
@@ -156,10 +160,11 @@ def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text)
     spread, experts = "expert" in mesh.shape, weight_RE.shape[1]
     held_GS, places = held_by(plan.places, mesh.shape["expert"] if spread else 1)
     weight_GRS = jnp.moveaxis(jnp.where(held_GS >= 0, weight_RE[:, held_GS], 0.0), 1, 0)
-    most, block = min(plan.routing.most(experts), len(places)), plan.rows_at_once(x.shape)
+    most = min(plan.routing.most(experts), len(places))
 
     def of_group(stacks: Any, weight_1RS: jax.Array, rows: Any, held_1S: Any, **how: Any) -> tuple[Any, Any]:
         run = lambda expert, rows: expert_velocity(plan, places, stacks, expert, *rows)  # noqa: E731
+        block = plan.rows_at_once(rows[0].shape)
         v, broken_S = dispatch.merge(run, weight_1RS[0], rows, most, block, **how)
         return v, jnp.zeros(experts, jnp.int32).at[held_1S[0]].add(broken_S)  # an empty place breaks nothing
 
@@ -218,10 +223,11 @@ def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory)
     v, broken_E = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text)
     conditional, unconditional = v[0::2], v[1::2]
     if plan.guidance == "projected":
-        guided, memory = guidance.projected(conditional, unconditional, x, t_B, told.strength, memory)
+        guided, running = guidance.projected(conditional, unconditional, x, t_B, told.strength, memory)
+        memory = jnp.where(path.per_sample(on_B, x), running, memory)
     else:
         guided = guidance.classifier_free(conditional, unconditional, told.strength.scale, told.strength.rescale)
-    return jnp.where(on_B.reshape(-1, 1, 1, 1, 1), guided, conditional), memory, Trace(weight_RE[0::2], broken_E)
+    return jnp.where(path.per_sample(on_B, x), guided, conditional), memory, Trace(weight_RE[0::2], broken_E)
 
 
 def _memory(plan: Plan, x: jax.Array) -> Any:
@@ -274,7 +280,9 @@ def sample(
         return io_callback(watch, jax.ShapeDtypeStruct((), jnp.bool_), step, data)
 
     asking = go_on if watch else None
-    found = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, asking)
+    z, traces = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, asking)
+    # Of a step's evaluations, the first tells the weights, and all of them who broke.
+    found = z, Trace(traces.weight[:, 0], traces.broken.sum(1))
     if jax.sharding.get_abstract_mesh().empty:
         return found
     return jax.lax.with_sharding_constraint(found, P())  # every process reads all of it

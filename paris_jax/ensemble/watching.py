@@ -20,7 +20,8 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C while videos were drawn. `samples` holds them as they were predicted at the last step that was done."""
 
     def __init__(self, done: int, steps: int, samples: Any = None):
-        super().__init__(f"interrupted after {done} of {steps} steps; what was predicted by then is kept")
+        kept = "what was predicted by then is kept" if done else "there is nothing to keep yet"
+        super().__init__(f"interrupted after {done} of {steps} steps; {kept}")
         self.done, self.steps, self.samples = done, steps, samples
 
 
@@ -56,6 +57,8 @@ class Watch:
           Interrupted: with the result in `samples`, which the caller turns into what it would have returned.
         """
         global _current
+        if threading.get_ident() == _asking:
+            raise RuntimeError("on_preview cannot draw with a bar or previews of its own; draw without them there")
         with _one_at_a_time, self._bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
             self._task, _current = self._bar.add_task("compiling", total=self._steps), self
             result = pool.submit(lambda: jax.block_until_ready(call(ask=_ask)))
@@ -63,7 +66,8 @@ class Watch:
                 result.result()
             except KeyboardInterrupt:
                 self._stopped.set()
-                raise Interrupted(self.done, self._steps, result.result()) from None
+                found = result.result()
+                raise Interrupted(self.done if self._ended else self._steps, self._steps, found) from None
             finally:
                 self._stopped.set()  # whatever ended the wait: the loop does not go on unseen
                 concurrent.futures.wait([result])
@@ -77,8 +81,13 @@ class Watch:
 # The compiled loop knows one function for all calls, so that none compiles again.
 _current: Watch | None = None
 _one_at_a_time = threading.Lock()
+_asking: int | None = None  # the thread that is in a preview
 
 
 def _ask(step: Any, data: Any) -> np.ndarray:
-    watch = _current
-    return np.array(watch is None or watch.step(int(step), np.asarray(data)))
+    global _asking
+    watch, _asking = _current, threading.get_ident()
+    try:
+        return np.array(watch is None or watch.step(int(step), np.asarray(data)))
+    finally:
+        _asking = None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from paris_jax.models.axes import constrain, spec
+from paris_jax.models.axes import constrain, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: ja
     q_BNHD, k_BNHD, v_BNHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BNHD, v_BNHD))
     kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], q_BNHD.shape[1])
     if kernel == "pallas":
-        attended_BNHD = _on_every_device(_flash)(q_BNHD, k_BNHD, v_BNHD, _lengths(q_BNHD, length_B))
+        attended_BNHD = _on_every_device(_flash, q_BNHD, k_BNHD, v_BNHD, _lengths(q_BNHD, length_B))
     elif kernel == "cudnn":
         attended_BNHD = jax.nn.dot_product_attention(
             q_BNHD,
@@ -73,15 +73,16 @@ def implementation(platform: str, dtype: str, head_width: int, tokens: int) -> K
     return choice
 
 
-def _on_every_device(kernel):
+def _on_every_device(kernel, q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array):
     """A kernel that XLA cannot split, called by each device of the mesh on its own samples and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel
-    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
-    heads, samples = spec(("batch", None, "attending", None), free), spec(("batch",), free)
-    specs = (heads, heads, heads, samples)
-    return jax.shard_map(kernel, axis_names=set(free), in_specs=specs, out_specs=heads, check_vma=False)
+        return kernel(q_BNHD, k_BNHD, v_BNHD, length_B)
+    heads = fitting(mesh, q_BNHD.shape, "batch", None, "attending", None)
+    specs = (heads, heads, heads, fitting(mesh, length_B.shape, "batch"))
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    split = jax.shard_map(kernel, axis_names=free, in_specs=specs, out_specs=heads, check_vma=False)
+    return split(q_BNHD, k_BNHD, v_BNHD, length_B)
 
 
 def _flash(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array) -> jax.Array:

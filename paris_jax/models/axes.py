@@ -72,10 +72,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, *axes))
+
+
+def fitting(mesh: jax.sharding.AbstractMesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """How an array of this shape is split, see `constrain`."""
     sizes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
     def divides(name: str | None, length: int) -> bool:
         return name is not None and length % math.prod(sizes.get(m, 1) for m in SPLITS[name]) == 0
 
-    fitting = tuple(name if divides(name, length) else None for name, length in zip(axes, x.shape, strict=False))
-    return jax.lax.with_sharding_constraint(x, spec(fitting, sizes))
+    return spec(tuple(a if divides(a, length) else None for a, length in zip(axes, shape, strict=False)), sizes)

@@ -49,7 +49,10 @@ def sample(
     paths = [epath.Path(out)] if out else _default_paths(ensemble, prompts[0], how.get("seed", 0))
     console, shown = Console(highlight=False), paths[0].parent / f"{paths[0].stem}-preview.png"
 
+    previews = []
+
     def preview(step: int, videos: np.ndarray) -> None:
+        previews.append(step)
         video_io.write_png(shown, video_io.contact_sheet(to_uint8(videos), list(prompts)))
 
     previewing = {"on_preview": preview} if how.get("preview_every") else {}
@@ -60,7 +63,8 @@ def sample(
         _write(stop.samples, partial if stop.done else [], console)
         raise
     finally:
-        shown.unlink(missing_ok=True)
+        if previews:
+            shown.unlink(missing_ok=True)
     console.print(samples.bars())
     return _write(samples, paths, console)
 

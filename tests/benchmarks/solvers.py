@@ -1,11 +1,12 @@
 """Quality against steps: every solver of the sampler on an ensemble of the shapes, from the same noise.
 
     python -m tests.benchmarks.solvers [--ensemble=bundled:shapes] [--clips=96] [--steps=5,10,20,40] [--guidance=3]
-        [--ways=guidance_method=projected,...]
+        [--ways=guidance_method=projected,...] [--kept=int8,offload] [--finest=320]
 
 For each solver and number of evaluations of the velocity: the distance of its latents to those of a far finer solution
 (root mean square, in units of the data's spread; a stochastic solver has none), and the share of videos in which the
-judge reads back every attribute that was asked for. `--ways` adds other settings of the sampler, with Euler's method.
+judge reads back every attribute that was asked for. `--ways` adds other settings of the sampler, with 40 steps of
+Euler's method; `--kept` other ways to keep the experts, with 20 steps, whose distance is to the same 20 steps.
 """
 
 import argparse
@@ -18,8 +19,6 @@ from paris_jax.data import shapes
 from paris_jax.diffusion.solvers import EVALUATIONS
 from paris_jax.evaluation.judge import Judge
 from paris_jax.stages.devices import keep_freed_memory
-
-FINEST = 320
 
 
 def setting(text: str) -> dict[str, object]:
@@ -42,37 +41,45 @@ def main() -> None:
     parser.add_argument("--steps", default="5,10,20,40")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--ways", default="")
+    parser.add_argument("--kept", default="")
+    parser.add_argument("--finest", type=int, default=320)
     given = parser.parse_args()
     ensemble, judge, rng = Ensemble.load(given.ensemble), Judge.load(), np.random.default_rng(21)
     asked = [shapes.draw_attributes(rng) for _ in range(given.clips)]
     prompts = [shapes.caption(attributes) for attributes in asked]
     noise = ensemble.noise(given.clips, seed=4)
 
-    def draw(**how):
+    def draw(drawn_by=ensemble, **how):
         begun = time.perf_counter()
-        videos = ensemble.sample(prompts, noise=noise, **({"guidance": given.guidance} | how)).videos
+        videos = drawn_by.sample(prompts, noise=noise, **({"guidance": given.guidance} | how)).videos
         return videos, time.perf_counter() - begun
 
     def agreement(videos):
         _, seen = judge.look(videos)
         return np.mean([all(s[name] == a[name] for name in a) for s, a in zip(seen, asked, strict=True)])
 
-    def show(name, evaluations, videos, seconds):
-        far = np.sqrt(np.mean(np.square(videos - finest))) / np.mean(ensemble.scale.spread)
+    def show(name, evaluations, videos, seconds, nearest=None):
+        far = np.sqrt(np.mean(np.square(videos - (finest if nearest is None else nearest)))) / np.mean(
+            ensemble.scale.spread
+        )
         share = agreement(videos)
         error = np.sqrt(share * (1 - share) / given.clips)
         apart = f"{far:8.4f}" if name != "ancestral" else "       -"
         print(f"{name:34s} {evaluations:5d} {apart}   {share:6.1%} ± {error:.1%}   {seconds:6.1f} s", flush=True)
 
-    finest, seconds = draw(solver="ab2", num_steps=FINEST)
+    finest, seconds = draw(solver="ab2", num_steps=given.finest)
     print("solver                       evaluations distance   agreement")
-    show("ab2", FINEST, finest, seconds)
-    for steps in map(int, given.steps.split(",")):
+    show("ab2", given.finest, finest, seconds)
+    for steps in map(int, filter(None, given.steps.split(","))):
         for solver, each in EVALUATIONS.items():
             if steps % each == 0:
                 show(solver, steps, *draw(solver=solver, num_steps=steps // each))
     for way in filter(None, given.ways.split(",")):
         show(way, 40, *draw(num_steps=40, **setting(way)))
+    plain = draw(num_steps=20) if given.kept else None
+    for kept in filter(None, given.kept.split(",")):
+        other = Ensemble.load(given.ensemble, **{"weights": kept} if kept == "int8" else {"offload": True})
+        show(kept, 20, *draw(other, num_steps=20), nearest=plain[0])
 
 
 if __name__ == "__main__":

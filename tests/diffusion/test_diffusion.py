@@ -178,14 +178,14 @@ def test_solvers_look_as_often_as_they_say_and_keep_what_the_field_remembers(sol
 
     _, traces = solvers.solve(field, jnp.ones((3, 1)), jnp.linspace(1, 0, 5), solver, jnp.int32(0), lambda n: 0.0)
     assert len(looked) == solvers.EVALUATIONS[solver]  # traced once
-    np.testing.assert_array_equal(traces, jnp.arange(4))
+    np.testing.assert_array_equal(traces, jnp.arange(4)[:, None] * jnp.ones(len(looked), int))  # of every look
 
 
 def test_heun_evaluates_guidance_afresh_at_both_ends():
     seen = []
     at = solvers.Interval(*(jnp.array(n) for n in (0, 1.0, 0.5, 1.0)))
-    field = lambda x, t, step, memory: (seen.append(float(t)) or x, memory, None)  # noqa: E731
-    solvers.heun(field, jnp.array(1.0), at, jnp.array(0.0), (), solvers.no_noise)
+    look = lambda x, t, step, memory: (seen.append(float(t)) or x, memory)  # noqa: E731
+    solvers.heun(look, jnp.array(1.0), at, jnp.array(0.0), (), solvers.no_noise)
     assert seen == [1.0, 0.5]
 
 
@@ -250,3 +250,9 @@ def test_projected_guidance_is_short_and_across_the_prediction():
         along = (short * unit).sum() * unit
         guided = data + 3.0 * (short - along + 0.25 * along)
         np.testing.assert_allclose(x[n] - t[n] * v[n], guided, atol=1e-4)
+
+
+def test_what_the_second_look_of_a_step_tells_is_not_lost():
+    field = lambda x, t, step, memory: (x, memory, t)  # noqa: E731
+    _, told = solvers.solve(field, jnp.ones((1, 1)), jnp.array([1.0, 0.4, 0.0]), "heun")
+    np.testing.assert_allclose(told, [[1.0, 0.4], [0.4, 0.0]])

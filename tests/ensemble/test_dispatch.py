@@ -86,6 +86,21 @@ def plan_of(routing, experts, **how):
     return Plan((NETWORK,), tuple((0, k) for k in range(experts)), ROUTER, routing, **how)
 
 
+@pytest.mark.parametrize(
+    "routing, how, expected",
+    [
+        (Routing("full"), {}, 16),
+        (Routing("full"), {"guidance": "classifier_free"}, 8),
+        (Routing("full"), {"block": 3}, 3),
+        (Routing("top_k", 1), {"block": 99}, 16),
+        (Routing("threshold", p=0.9), {}, 2),
+        (Routing("top_k", 2), {}, 4),
+    ],
+)
+def test_blocks_fit_the_rule(routing, how, expected):
+    assert plan_of(routing, 4, **how).rows_at_once((16, 2, 4, 4, 2)) == expected
+
+
 @pytest.mark.parametrize("block", [1, 2, 6])
 def test_the_size_of_a_block_changes_nothing(block):
     x, t, text = inputs()

@@ -275,6 +275,19 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
     assert len(passes) == 2 * 4  # two experts, for two samples without guidance and for one with both branches
 
 
+def test_projected_guidance_remembers_nothing_of_steps_without_it():
+    """After steps outside of its interval, the first guided one is as if it were the first of all."""
+    x, _, text = inputs()
+    plan = plan_of(Routing("top_k", 1), guidance="projected")
+    told_it = told(text, 4.0, low=jnp.float32(0.1), high=jnp.float32(0.9))
+    field = lambda t, memory: sampler._field(plan, arrays_of_three(), x, t, told_it, jnp.int32(0), memory)  # noqa: E731
+    _, memory, _ = field(jnp.full(3, 0.95), jnp.zeros_like(x))
+    np.testing.assert_array_equal(memory, jnp.zeros_like(x))
+    _, memory, _ = field(jnp.full(3, 0.5), memory)
+    assert float(jnp.abs(memory).max()) > 0
+    np.testing.assert_array_equal(field(jnp.full(3, 0.05), memory)[1], memory)
+
+
 def test_a_negative_prompt_takes_the_place_of_no_prompt():
     x, t, text = inputs()
     negative = dataclasses.replace(text, tokens=text.tokens[::-1], pooled=-text.pooled)

@@ -161,7 +161,7 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
         ({"guidance_low": 0.7, "guidance_high": 0.3}, "guidance_low=0.7: must not be above guidance_high=0.3"),
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5: must be between 0.0 and 1.0"),
         ({"guidance_momentum": -1.0}, "guidance_momentum=-1.0: must be above -1 and below 1"),
-        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: must be at least 0.0001"),
         ({"routed_by": "text"}, "routed_by='text': must be one of prompt, branch, nothing"),
     ],
 )

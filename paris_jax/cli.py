@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
             _leave(PREEMPTED)  # the end of a joined process waits for the others
         return PREEMPTED
     except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'interrupted; run the same command again to go on'}", file=sys.stderr)
+        print(str(interrupt) or "interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except MemoryError as error:
         said = f" ({error})" if str(error) else ""

@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import tempfile
 
 # Tests compile the same few programs again and again, in many processes.
@@ -46,6 +47,14 @@ def micro_config():
     config.sampling.update(steps=3, guidance=2.0)
     config.evaluation.update(clips=4, loss_clips=4, loss_times=4, shown=2)
     return config
+
+
+@pytest.fixture
+def usual_interrupt():
+    """Python's own SIGINT handler, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ def test_a_preview_that_fails_ends_the_call_with_its_own_error(ensemble):
         ensemble.sample(PROMPTS, num_steps=6, preview_every=2, on_preview=fails)
 
 
+@pytest.mark.usefixtures("usual_interrupt")
 def test_an_interrupt_keeps_what_was_predicted(ensemble):
     def stop(step, videos):
         if step == 4:
@@ -76,7 +77,9 @@ def test_an_interrupt_keeps_what_was_predicted(ensemble):
 def test_the_command_can_be_stopped(number, code, tmp_path):
     command = [sys.executable, "-m", "paris_jax.cli", "sample", "--ensemble=bundled:shapes", "--num_steps=4000"]
     command += [f"--prompt={PROMPTS[0]}", "--preview_every=5", f"--out={tmp_path}/film.gif"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     until = time.time() + 120
     while not (tmp_path / "film-preview.png").exists():
         assert time.time() < until and process.poll() is None

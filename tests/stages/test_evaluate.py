@@ -10,6 +10,7 @@ import pytest
 from paris_jax import manifest
 from paris_jax.data.records import read_records
 from paris_jax.data.shapes import ATTRIBUTES
+from paris_jax.ensemble import request
 from paris_jax.ensemble.api import Ensemble
 from paris_jax.errors import Refused
 from paris_jax.evaluation.arms import Heldout
@@ -67,10 +68,9 @@ def calls(monkeypatch):
     original = Ensemble.sample
 
     def sample(self, *args, **how):
-        asked = (how.get(k) for k in ("num_steps", "guidance", "routing", "top_k", "threshold", "experts", "solver"))
-        settings, plan = self._plan(*asked)
+        asked = {name: how.get(name) for name in request.NAMES} | {"steps": how.get("num_steps")}
+        settings = request.settings(self.defaults, asked)
         told = {"steps": settings.steps, "guidance": settings.guidance, "solver": settings.solver}
-        assert (plan.solver, plan.guided) == (settings.solver, settings.guidance != 1)
         counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told))
         return original(self, *args, **how)
 

@@ -139,14 +139,6 @@ def test_nothing_starts_after_a_failure(trial):
     assert named(notes, "start") == ["monolith", "expert 0"]
 
 
-@pytest.fixture
-def usual_interrupt():
-    """Python's own SIGINT handler, which a process that was started in the background does not have."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("usual_interrupt")
 def test_a_signal_stops_all_of_them_and_is_remembered(trial):
     def watch():

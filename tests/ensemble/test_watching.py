@@ -75,11 +75,12 @@ def test_an_interrupt_keeps_what_was_predicted(ensemble):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_the_command_can_be_stopped(number, code, tmp_path):
-    command = [sys.executable, "-m", "paris_jax.cli", "sample", "--ensemble=bundled:shapes", "--num_steps=4000"]
-    command += [f"--prompt={PROMPTS[0]}", "--preview_every=5", f"--out={tmp_path}/film.gif"]
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heard}; from paris_jax.cli import main; main()"]
+    command += ["sample", "--ensemble=bundled:shapes", "--num_steps=4000"]
+    command += [f"--prompt={PROMPTS[0]}", "--preview_every=5", f"--out={tmp_path}/film.gif"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until = time.time() + 120
     while not (tmp_path / "film-preview.png").exists():
         assert time.time() < until and process.poll() is None

@@ -79,7 +79,7 @@ def projected(
       The guided velocity, and the running sum.
     """
     t = path.per_sample(t_B, x)
-    data = x - t * conditional
+    data = path.data_from_velocity(x, conditional, t_B)
     difference = unconditional - conditional  # of the predicted data, by t
     running = t * difference + strength.momentum * before
     axes = tuple(range(1, x.ndim))

@@ -26,5 +26,5 @@ def velocity(x_0: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def data_from_velocity(x_t: jax.Array, v: jax.Array, t_B: jax.Array) -> jax.Array:
-    """The clean sample a velocity points at, x_0 = x_t - t v."""
+    """The clean sample a velocity points at, x_0 = x_t - t v; one time, (), may serve all samples."""
     return x_t - per_sample(t_B, x_t) * v

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paris_jax.diffusion import path
+
 # Field(x, t, step, memory) -> (v, memory, trace): `t` a scalar, `step` its index, `trace` anything to record.
 Field = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]]
 
@@ -63,7 +65,7 @@ def dpm_solver(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: 
     The first two steps and the last, where a step of l is infinite, are of first order.
     """
     v, memory = look(x, at.t, at.index, memory)
-    data, ratio = x - at.t * v, at.t_next / at.t
+    data, ratio = path.data_from_velocity(x, v, at.t), at.t_next / at.t
     h, h_before = _log_snr(at.t_next) - _log_snr(at.t), _log_snr(at.t) - _log_snr(at.t_before)
     inner = (at.index > 0) & (at.t_next > 0)
     half = jnp.where(inner, 0.5 * jnp.where(inner, h, 1.0) / jnp.where(inner, h_before, 1.0), 0.0)
@@ -82,7 +84,7 @@ def ancestral(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: A
     al. 2020, arXiv 2010.02502, equation 16), written for the linear path.
     """
     v, memory = look(x, at.t, at.index, memory)
-    data, e, t_next = x - at.t * v, x + (1 - at.t) * v, at.t_next
+    data, e, t_next = path.data_from_velocity(x, v, at.t), x + (1 - at.t) * v, at.t_next
     kept = (1 - at.t) * t_next / ((1 - t_next) * at.t)
     fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0.0))
     return (1 - t_next) * data + t_next * (kept * e + fresh * noise(at.index)), past, memory
@@ -128,7 +130,7 @@ def solve(
 
         def look(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
             v, memory, trace = field(x, t, step, memory)
-            predicted.append(x - t * v)
+            predicted.append(path.data_from_velocity(x, v, t))
             traces.append(trace)
             return v, memory
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax import checks
 from paris_jax.diffusion import guidance as guidances
 from paris_jax.diffusion import path, randomness
 from paris_jax.encoders import codecs, text
@@ -33,13 +32,7 @@ logger = logging.getLogger(__name__)
 class Ensemble:
     """Experts and their router, ready to sample."""
 
-    def __init__(
-        self,
-        parts: bundle.Bundle,
-        mesh: Mapping[str, int] | None = None,
-        weights: str = "auto",
-        offload: bool = False,
-    ):
+    def __init__(self, parts: bundle.Bundle, keeping: placement.Keeping | None = None):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
         self.codec = codecs.from_description(shared["codec"])
@@ -57,13 +50,11 @@ class Ensemble:
             (kind, members[kind].index(e)) for e in experts for kind in [self._networks.index(e.config)]
         )
         self._router = parts.router.config if parts.router else None
-        self._mesh = placement.make_mesh(mesh) if mesh else None
+        keeping = keeping or placement.Keeping()
+        self._mesh = keeping.mesh
         if self._mesh:
             T, H, W, _ = self.latent_shape
             placement.check(self._networks, self._mesh, T * (H // PATCH) * (W // PATCH))
-        for problem in checks.choice("weights", weights, placement.WEIGHTS):
-            raise Refused(problem)
-        keeping = placement.Keeping(self._mesh, weights, offload)
         stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
         router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
         clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
@@ -84,7 +75,8 @@ class Ensemble:
           weights: "auto" keeps the experts as they compute, "int8" the matrices of their blocks as 8-bit integers.
           offload: keeps the experts' blocks in the host's memory; a layer at a time comes to the device.
         """
-        return cls(bundle.read(path), mesh, weights, offload)
+        parts = bundle.read(path)
+        return cls(parts, placement.keeping(mesh, weights, offload))
 
     @classmethod
     def single(cls, part: epath.PathLike, **sampling: Any) -> "Ensemble":
@@ -272,7 +264,7 @@ class Ensemble:
         weight_NE = self.route(x, t, encoded)[:, used]
         weight_NE = weight_NE / weight_NE.sum(-1, keepdims=True)
         v = [self.velocity(x, t, encoded, experts=self.clusters[e], **how) for e in used]
-        each = x - path.per_sample(t, x) * jnp.stack(v)
+        each = jnp.stack([path.data_from_velocity(x, of_expert, t) for of_expert in v])
         mean = jnp.einsum("ne,enthwc->nthwc", weight_NE, each)
         return jnp.sqrt(jnp.einsum("ne,enthwc->nthw", weight_NE, jnp.square(each - mean)) / x.shape[-1])
 
@@ -290,7 +282,7 @@ class Ensemble:
     def check_latent(self, x: jax.Array, count: int) -> None:
         """Refuses noise that no video of so many prompts could start from."""
         C = self.latent_shape[-1]
-        if x.ndim != 5 or x.shape[0] != count or x.shape[-1] != C or x.shape[2] % 2 or x.shape[3] % 2:
+        if x.ndim != 5 or x.shape[0] != count or x.shape[-1] != C or x.shape[2] % PATCH or x.shape[3] % PATCH:
             expected = (count, *self.latent_shape)
             raise Refused(f"noise has shape {x.shape}; {count} prompts of this ensemble need {expected}")
         if not np.isfinite(x).all():

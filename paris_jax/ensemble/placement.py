@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from paris_jax import checks
 from paris_jax.errors import Refused, nearest
 from paris_jax.models import axes, functional, stacks
 from paris_jax.training.sharding import check_network
@@ -109,6 +110,14 @@ class Keeping:
             sharding = NamedSharding(self.mesh, PartitionSpec("expert", *split), memory_kind=memory)
             placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
         return stacks.OnHost(placed) if away else placed
+
+
+def keeping(splits: Mapping[str, int] | None, weights: str, offload: bool) -> Keeping:
+    """How experts are kept, as a caller names it; refuses what cannot be."""
+    mesh = make_mesh(splits) if splits else None
+    for problem in checks.choice("weights", weights, WEIGHTS):
+        raise Refused(problem)
+    return Keeping(mesh, weights, offload)
 
 
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:

@@ -1,9 +1,11 @@
 """Memory of sampling at full size, by compiling the ensemble's velocity for a chip that is not here.
 
-    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p] [--experts=3] [--batch=1] [--guidance=7.5]
+    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--experts=3] [--batch=1]
+        [--ways=auto,int8,auto+offload,int8+offload]
 
 For every way to keep the experts (as they compute or as 8-bit integers, on the chip or in the host's memory): bytes of
-arguments on the chip and on the host, and the most memory of the chip while one velocity is computed. Needs libtpu.
+arguments on the chip and on the host, and the most memory of the chip while one guided velocity is computed. Needs
+libtpu.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import PATCH, video_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ class Ensemble:
         keeping = keeping or placement.Keeping()
         self._mesh = keeping.mesh
         if self._mesh:
-            T, H, W, _ = self.latent_shape
-            placement.check(self._networks, self._mesh, T * (H // PATCH) * (W // PATCH))
+            placement.check(self._networks, self._mesh, video_tokens(self.latent_shape))
         stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
         router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
         clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)

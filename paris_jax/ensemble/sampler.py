@@ -24,7 +24,7 @@ from paris_jax.ensemble import dispatch
 from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing, weights
 from paris_jax.models import functional
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import video_tokens
 
 ROUTED_BY = ("prompt", "branch", "nothing")
 
@@ -117,7 +117,7 @@ class Plan:
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
         """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
-        R, T, H, W, _ = shape
+        R = shape[0]
         branches, experts = 2 if self.guidance else 1, len(self.places)
         if self.block:
             return min(self.block, R)
@@ -125,8 +125,7 @@ class Plan:
             return -(-R // branches)  # every expert sees every sample
         # How many experts a threshold needs is not known; mostly it is one.
         used = 1 if self.routing.rule == "threshold" else self.routing.most(experts)
-        tokens, pairs_each = T * (H // PATCH) * (W // PATCH), R * used / experts
-        return dispatch.block_size(tokens, R, pairs_each, branches, jax.default_backend())
+        return dispatch.block_size(video_tokens(shape[1:]), R, R * used / experts, branches, jax.default_backend())
 
 
 def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text) -> jax.Array:

@@ -55,6 +55,12 @@ class DiTConfig:
     dtype: str = "float32"  # of the computation; parameters are float32
 
 
+def video_tokens(latent_shape: tuple[int, ...]) -> int:
+    """How many tokens a latent (T, H, W, C) makes, N."""
+    T, H, W, _ = latent_shape
+    return T * (H // PATCH) * (W // PATCH)
+
+
 def pack(x_BTHWC: jax.Array) -> jax.Array:
     """2 x 2 patches of each latent frame to tokens, (B, T * H/2 * W/2, 4 C), channels in (c, row, column) order."""
     B, T, H, W, C = x_BTHWC.shape

@@ -4,7 +4,7 @@ Matrix products only (2 m n k each), backward counted as twice the forward, reco
 """
 
 from paris_jax.models.blocks import TIME_FEATURES
-from paris_jax.models.dit import PATCH, DiTConfig
+from paris_jax.models.dit import PATCH, DiTConfig, video_tokens
 from paris_jax.models.router import RouterConfig
 
 
@@ -15,9 +15,8 @@ def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], tex
       latent_shape: (T, H, W, C).
       text_length: text tokens a sample, padding included (the router reads none).
     """
-    T, H, W, C = latent_shape
-    N, D, M = T * (H // PATCH) * (W // PATCH), config.hidden, config.mlp_ratio
-    patch = C * PATCH * PATCH
+    N, D, M = video_tokens(latent_shape), config.hidden, config.mlp_ratio
+    patch = latent_shape[-1] * PATCH * PATCH
     conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
     final = 2 * D * 2 * D  # modulation
     if isinstance(config, RouterConfig):

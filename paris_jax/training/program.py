@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from paris_jax.models import functional
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import video_tokens
 from paris_jax.training import flops, sharding
 from paris_jax.training import state as states
 from paris_jax.training.settings import Training
@@ -47,8 +47,7 @@ class Program:
 
     def __init__(self, job: Job, devices: list[Any] | None = None):
         self.job, self.mesh = job, sharding.make_mesh(job.settings, devices)
-        T, H, W, _ = job.latent_shape
-        sharding.check_network(job.config, self.mesh, T * (H // PATCH) * (W // PATCH))
+        sharding.check_network(job.config, self.mesh, video_tokens(job.latent_shape))
         make_state = functools.partial(states.create, job.config, job.settings, job.steps)
         shapes = jax.eval_shape(make_state, jax.random.key(0))
         specs = sharding.state_specs(shapes, self.mesh.shape)

@@ -26,7 +26,7 @@ from paris_jax import config_file
 from paris_jax.ensemble import dispatch
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import video_tokens
 from paris_jax.stages.devices import keep_freed_memory
 
 WORDS = 14  # text tokens, as the shapes' captions have
@@ -114,7 +114,6 @@ def products(config, stacks, tokens: int, groups_E, grouped: bool):
 
 def ways_of(config, stacks, weight_BE, rows, k, wanted):
     batch, experts = weight_BE.shape
-    _, T, H, W, _ = rows[0].shape
     made = {}
     if "blocks" in wanted:
         for size in (n for n in (1, 2, 4, 8, 16, 32) if n <= batch):
@@ -126,7 +125,7 @@ def ways_of(config, stacks, weight_BE, rows, k, wanted):
         if name in wanted:
             made[name] = lambda s, w, r, name=name: one_after_the_other(config, s, w, r, k, name == "skip")
     if "ragged" in wanted:
-        tokens = batch * T * (H // PATCH) * (W // PATCH)
+        tokens = batch * video_tokens(rows[0].shape[1:])
         groups = jnp.asarray(np.diff(np.linspace(0, tokens, experts + 1).astype(int)), jnp.int32)
         made["products, plain"] = lambda s, w, r: products(config, s, tokens, groups, False)
         made["products, ragged"] = lambda s, w, r: products(config, s, tokens, groups, True)

@@ -58,9 +58,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
         raise Refused(f"paris-jax {name}: {flag} is unknown{near}; see 'paris-jax {name} --help'") from error
     except flags.Error as error:
         raise Refused(f"paris-jax {name}: {' '.join(str(error).split())}; see 'paris-jax {name} --help'") from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not COMMANDS[name].takes_files:
         raise Refused(f"paris-jax {name}: {rest[1]!r} is not a flag; flags look like --name=value")
-    return name, Call(values, tuple(c.removeprefix("--config.") for c in changes))
+    return name, Call(values, tuple(c.removeprefix("--config.") for c in changes), tuple(rest[1:]))
 
 
 def start(name: str, call: Call) -> None:

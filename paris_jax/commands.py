@@ -14,10 +14,11 @@ from paris_jax.run_folder import KINDS, Role, RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What was typed after a command: its flags, and the fields of the config that they change ("a.b=value")."""
+    """What was typed after a command: its flags, the fields of the config that they change ("a.b=value"), and files."""
 
     flags: flags.FlagValues
     changes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.flags[name].value
@@ -61,6 +62,7 @@ class Command:
     examples: tuple[str, ...]
     define: tuple[Callable[[flags.FlagValues], None], ...]
     run: Callable[[Call], Any]
+    takes_files: bool = False
 
 
 # Fields of the ensemble's own settings (`ensemble.settings.Sampling`), which flags change.
@@ -74,12 +76,23 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "guidance_momentum": (float, "projected: of the earlier steps"),
     "guidance_radius": (float, "projected: the longest change of one latent"),
     "guidance_parallel": (float, "projected: share kept along the prediction"),
+    "guidance_image": (float, "by frames that are given; 1 is none"),
+    "guidance_oscillation": (str, "text, image or both: from step 10 on, guided at every other step"),
+    "guidance_ramp": (bool, "guidance by the image grows along the frames"),
     "routing": (str, "top_k, full or threshold"),
     "top_k": (int, "experts a step"),
     "threshold": (float, "smallest set of experts with this weight"),
     "temperature": (float, "of the router: above 1 more even, towards 0 one expert"),
     "routed_by": (str, "what the router reads: prompt, branch or nothing"),
 }
+
+
+GIVEN_FLAGS = {
+    "image": "picture that is the first frame",
+    "last_image": "picture that is the last frame",
+    "video": "video to go on from",
+}
+DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
 
 
 def _config(values: flags.FlagValues) -> None:
@@ -113,6 +126,8 @@ def _training(values: flags.FlagValues) -> None:
 
 def _assembling(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("allow_missing", False, "admit the experts that are there", flag_values=values)
+    text = "cluster:folder, the export of an expert of another run on the same clusters; may be repeated"
+    flags.DEFINE_multi_string("expert", [], text, flag_values=values)
 
 
 def _sampling(values: flags.FlagValues) -> None:
@@ -121,7 +136,12 @@ def _sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "negative", [], "what to lead away from: one for all prompts, or one each", flag_values=values
     )
-    flags.DEFINE_string("image", None, "first frame (not in this version yet)", flag_values=values)
+    for name, text in GIVEN_FLAGS.items():
+        flags.DEFINE_multi_string(name, [], f"{text}; one for all prompts, or one each", flag_values=values)
+    flags.DEFINE_integer("video_frames", None, "how many of --video are kept, its last ones", flag_values=values)
+    flags.DEFINE_enum(
+        "fit", None, ("crop", "letterbox"), "where an image has another aspect than the video", flag_values=values
+    )
     flags.DEFINE_integer("num_steps", None, "solver steps", flag_values=values)
     flags.DEFINE_list("times", None, "the steps' times from 1 to 0 instead: 1,0.9,0.6,0", flag_values=values)
     flags.DEFINE_list("experts", None, "forced cluster, or one for each step: 0,0,1,1", flag_values=values)
@@ -137,7 +157,7 @@ def _sampling(values: flags.FlagValues) -> None:
     for axis in ("frames", "height", "width"):
         flags.DEFINE_integer(axis, None, f"{axis} of the videos; by default as trained", flag_values=values)
     for name, (kind, text) in SAMPLING_FLAGS.items():
-        define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}[kind]
+        define = DEFINE[kind]
         define(name, None, text, flag_values=values)
     flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
 
@@ -199,15 +219,19 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 def _assemble(call: Call) -> None:
     from paris_jax.stages.assemble import assemble
 
-    assemble(call.experiment(call.run), call.run, call["allow_missing"])
+    elsewhere = {}
+    for given in call["expert"]:
+        cluster, _, folder = given.partition(":")
+        if not cluster.isdigit() or not folder:
+            raise Refused(f"--expert={given}: must be a cluster and a folder, such as 1:runs/other/experts/1/export")
+        elsewhere[int(cluster)] = folder
+    assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere)
 
 
 def _sample(call: Call) -> None:
     from paris_jax.stages.sample import sample
 
-    if call["image"]:
-        raise Refused(f"--image={call['image']}: making videos from an image is not in this version yet; leave it out")
-    others = "num_steps", "frames", "height", "width", "broken", "preview_every"
+    others = "num_steps", "frames", "height", "width", "broken", "preview_every", "video_frames", "fit"
     given = {name: call[name] for name in (*SAMPLING_FLAGS, *others)}
     lists = {"experts": (int, "0,0,1,1"), "seed": (int, "0,7"), "drop": (int, "1,2"), "times": (float, "1,0.9,0.6,0")}
     for name, (kind, example) in lists.items():
@@ -216,8 +240,8 @@ def _sample(call: Call) -> None:
         given[name] = given[name][0] if given[name] is not None and len(given[name]) == 1 else given[name]
     if not call["ensemble"]:
         raise Refused("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
-    away = call["negative"]
-    given["negative"] = away[0] if len(away) == 1 else away or None
+    for name in ("negative", *GIVEN_FLAGS):
+        given[name] = call[name][0] if len(call[name]) == 1 else call[name] or None
     keeping = {"mesh": _mesh(call["mesh"]), "weights": call["weights"], "offload": call["offload"]}
     sample(call["ensemble"], call["prompt"], call["out"], keeping, **given)
 
@@ -237,6 +261,35 @@ def _numbers(name: str, values: list[str] | None, kind: type, example: str) -> l
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise Refused(f"--{name}={','.join(values or [])}: must be {what}, such as {example}") from None
+
+
+def _importing(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "source", "auto", "flux1-dev, opensora2, or auto: by the names of the tensors", flag_values=values
+    )
+    flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "by default as published", flag_values=values)
+
+
+def _exporting(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "part", None, "RUN/experts/K/export, RUN/monolith/export or imported weights", flag_values=values
+    )
+    flags.DEFINE_string("layout", "diffusers", "diffusers, bfl or opensora2", flag_values=values)
+    flags.DEFINE_string("out", None, "safetensors file to write", flag_values=values)
+
+
+def _import(call: Call) -> None:
+    from paris_jax.stages.import_weights import import_weights
+
+    experiment = call.experiment(None) if call["config"] else None
+    import_weights(call["source"], call.files, call["out"], experiment, call["dtype"])
+
+
+def _export(call: Call) -> None:
+    from paris_jax.stages.import_weights import export_weights
+
+    export_weights(call["part"], call["layout"], call["out"])
 
 
 def _evaluate(call: Call) -> None:
@@ -311,7 +364,10 @@ COMMANDS = {
     ),
     "assemble": Command(
         "admission of experts and router to RUN/ensemble",
-        ("paris-jax assemble --workdir=runs/shapes",),
+        (
+            "paris-jax assemble --workdir=runs/shapes",
+            "paris-jax assemble --workdir=runs/shapes --expert=1:runs/noise/experts/1/export",
+        ),
         (_config, _workdir, _assembling),
         _assemble,
     ),
@@ -341,6 +397,22 @@ COMMANDS = {
         ),
         (_config, _workdir, _target),
         _plan,
+    ),
+    "import": Command(
+        "published weights of FLUX.1-dev, Open-Sora 2.0 or of our own layouts, to start training from",
+        (
+            "paris-jax import --source=flux1-dev flux1-dev.safetensors --out=weights/flux1-dev",
+            "paris-jax import --source=opensora2 Open_Sora_v2.safetensors --out=weights/opensora2",
+        ),
+        (_config, _importing),
+        _import,
+        takes_files=True,
+    ),
+    "export": Command(
+        "a trained network under the names that others read",
+        ("paris-jax export --part=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",),
+        (_exporting,),
+        _export,
     ),
     "status": Command(
         "what is done, what is missing, the next command",

@@ -18,7 +18,7 @@ from paris_jax.encoders import codecs, features, text
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused, nearest
 from paris_jax.models.presets import Network, Router
-from paris_jax.training.settings import ENGINE, Diffusion, Training
+from paris_jax.training.settings import ENGINE, Diffusion, Masks, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,10 @@ class Evaluation:
 UNTRAINED = {"training": ENGINE, "router_training": ENGINE, "network": ("remat",)}
 
 
+# The sections that decide the clips and their clusters.
+DATA = ("data", "codec", "text", "features", "partition")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One experiment, from clips to comparison."""
@@ -143,6 +147,7 @@ class Experiment:
     network: Network = Network()
     router: Router = Router()
     diffusion: Diffusion = Diffusion()
+    masks: Masks = Masks()
     training: Training = Training()
     router_training: Training = Training()
     sampling: Sampling = Sampling()
@@ -181,6 +186,13 @@ class Experiment:
                 )
         if self.features.name == "statistics" and min(data.height, data.width) <= 2:  # 3 is no multiple of 2
             yield f"data.height, data.width={data.height}, {data.width}: features.name='statistics' needs at least 4"
+        T = (data.frames - codecs.SIZES[codec.name].first) // codec.time + codecs.SIZES[codec.name].first
+        if self.masks.kinds and T == 1:
+            yield f"masks.{self.masks.kinds[0]} gives frames to clips of a single latent frame; leave masks.none alone"
+        if self.router_training.objective != "velocity":
+            yield f"router_training.objective={self.router_training.objective!r}: a router has no choice of objectives"
+        if self.router_training.start:
+            yield f"router_training.start={self.router_training.start!r}: a router starts from fresh parameters"
         if self.sampling.top_k > self.partition.num_clusters:
             yield (
                 f"sampling.top_k={self.sampling.top_k}: must be at most "
@@ -200,6 +212,12 @@ class Experiment:
     def text_widths(self) -> tuple[int, int]:
         """Widths of the text's tokens and of its pooled vector."""
         return text.widths(self.text.name, self.text.width)
+
+    @property
+    def data_hash(self) -> str:
+        """Hash of what decides the clips and their clusters: what experts of one ensemble have in common."""
+        kept = {section: dataclasses.asdict(getattr(self, section)) for section in DATA}
+        return manifest.hash_text(manifest.canonical_json(kept))
 
     @property
     def hash(self) -> str:

@@ -21,12 +21,25 @@ _SPACE = ("latent", "codec", "text", "text_length", "fps", "clips")
 NEEDED = {
     "data": _SPACE,
     "cluster": _SPACE,
-    "part": ("network", "role", "cluster", "clusters", "latent", "codec", "text", "text_length", "fps", "shift"),
+    "part": (
+        "conventions",
+        "network",
+        "role",
+        "cluster",
+        "clusters",
+        "latent",
+        "codec",
+        "text",
+        "text_length",
+        "fps",
+        "shift",
+    ),
+    "weights": ("network", "source", "report"),
     "ensemble": ("experts", "router", "sampling", "clusters"),
     "evaluation": ("evaluation_hash",),
 }
 
-# The one convention of the project (DESIGN: Mathematics); a part that follows another one must say so.
+# The one convention of the project (DESIGN: Mathematics). A part whose network predicts something else says so.
 CONVENTIONS = {
     "time": "t in [0, 1], t = 0 data, t = 1 noise",
     "path": "x_t = (1 - t) x_0 + t e",

@@ -40,6 +40,7 @@ def micro_config():
     config.data.update(num_clips=60, frames=4, height=8, width=8, heldout_fraction=0.15)
     config.network.update(preset="tiny", hidden=64, heads=4)
     config.diffusion.shift = 2.0
+    config.masks.update(none=0.5, first=0.3, prefix=0.2)
     config.training.update(steps=12, batch=4, warmup=2, log_every=4, checkpoint_every=4, ema=0.9)
     config.router_training.update(
         steps=12, batch=8, optimizer="muon", warmup=2, log_every=4, checkpoint_every=6, ema=0.9

@@ -194,5 +194,5 @@ def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
     groups = {field.name for field in dataclasses.fields(Experiment)}
     assert groups - {"name", "wandb", "sampling", "evaluation"} == {
         *("data", "codec", "text", "features", "partition", "network", "router"),
-        *("diffusion", "training", "router_training"),
+        *("diffusion", "masks", "training", "router_training"),
     }

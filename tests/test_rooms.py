@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "paris_jax"
 ORDER = (
     *("cli", "stages", "config_file", "experiment", "run_folder", "evaluation", "ensemble", "training", "partition"),
-    *("data", "encoders", "models", "diffusion", "checks", "manifest", "errors"),
+    *("data", "encoders", "weights", "models", "diffusion", "checks", "manifest", "errors"),
 )
 
 

@@ -110,6 +110,29 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return crop(scaled.to_ndarray(), height, width)
 
 
+def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales (area average) into height x width, with black bars around: (h, w, 3) to (height, width, 3) uint8."""
+    scale = min(height / image.shape[0], width / image.shape[1])
+    rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
+    boxed = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    boxed[top : top + rows, left : left + columns] = fit(image, rows, columns)
+    return boxed
+
+
+def at_rate(path: epath.PathLike, fps: float) -> Iterator[np.ndarray]:
+    """Yields the frame (H, W, 3) uint8 that is on show at each 1 / fps seconds of a video."""
+    shown, instant, duration = None, 0, probe(path).duration
+    for seconds, image in decode(path):
+        while shown is not None and instant / fps < seconds - 1e-6:
+            yield shown
+            instant += 1
+        shown = image
+    while shown is not None and instant / fps < duration - 1e-6:
+        yield shown
+        instant += 1
+
+
 def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
     """Returns the size of the same shape as rows x columns that just covers height x width."""
     scale = max(height / rows, width / columns)

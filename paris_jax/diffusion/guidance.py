@@ -1,6 +1,10 @@
 """Guidance: from a network's answers to several conditions to one velocity.
 
-Every method takes two velocities (B, ...), with the condition and without it, each merged over the experts.
+Every method takes two velocities (B, ...), with the text and without it, each merged over the experts. Where frames are
+given, both know them, and a third velocity, which knows neither, says where the frames lead (Open-Sora 2.0):
+
+    v = v_00 + g_img (v_i0 - v_00) + g_txt (v_it - v_i0) = [v_i0 + g_txt (v_it - v_i0)] + (g_img - 1) (v_i0 - v_00)
+
 Classifier-free guidance is linear in them, so that it makes no difference whether each expert is guided or their sum;
 the others are not linear, and are applied to what the ensemble as a whole would do.
 """
@@ -13,6 +17,8 @@ import jax.numpy as jnp
 from paris_jax.diffusion import path
 
 METHODS = ("classifier_free", "projected")
+OSCILLATIONS = ("nothing", "text", "image", "both")
+STEADY = 10  # steps before anything oscillates, as in Open-Sora 2.0
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +28,12 @@ class Strength:
 
     Attributes:
       scale: 1 is none.
-      low, high: guided at times from `low` to `high`; outside, the unconditional branch is not computed.
+      low, high: guided at times from `low` to `high`; outside, the other branches are not computed.
       rescale: share, in [0, 1], of the guided velocity that is brought back to the conditional one's spread.
       momentum, radius, parallel: of projected guidance.
+      image: of frames that are given; 1 is none.
+      text_oscillates, image_oscillates: from step `STEADY` on, guided at every other step only.
+      ramp: the scale of the image grows along the video's frames, from 1 to a last one that falls to 1 over the steps.
     """
 
     scale: jax.Array | float
@@ -34,21 +43,41 @@ class Strength:
     momentum: jax.Array | float = -0.5
     radius: jax.Array | float = 15.0
     parallel: jax.Array | float = 0.0
+    image: jax.Array | float = 1.0
+    text_oscillates: jax.Array | bool = False
+    image_oscillates: jax.Array | bool = False
+    ramp: jax.Array | bool = False
 
-    def at(self, t_B: jax.Array) -> jax.Array:
-        """Whether guidance is on at each time (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
-        return (t_B >= self.low) & (t_B <= self.high)
+    def at(self, t_B: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+        """Whether the text guides at each time and step, and whether the image does, two (B,) bool.
+
+        In an interval of time (Kynkäänniemi et al. 2024, arXiv 2404.07724), and not in the lows of an oscillation.
+        """
+        within = (t_B >= self.low) & (t_B <= self.high)
+        low = jnp.asarray((step >= STEADY) & (step % 2 == 1))
+        return within & ~(low & self.text_oscillates), within & ~(low & self.image_oscillates)
+
+    def image_scales(self, step: jax.Array | int, steps: int, frames: int) -> jax.Array:
+        """The scale of the image at each latent frame, (T,)."""
+        last = self.image + (1 - self.image) * step / steps
+        return jnp.where(self.ramp, jnp.linspace(1.0, last, frames), self.image)
 
 
-def classifier_free(
-    conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array, rescale: float | jax.Array = 0.0
-) -> jax.Array:
-    """v = v_null + scale (v_text - v_null) (Ho and Salimans 2022). Scale 1 is the conditional velocity, 0 the other.
+def classifier_free(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """v = v_null + scale (v_text - v_null) (Ho and Salimans 2022). Scale 1 is the conditional velocity, 0 the other."""
+    return unconditional + scale * (conditional - unconditional)
 
-    `rescale` brings that share of v to the spread of the conditional velocity over each sample, against overexposure
-    (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
+
+def by_image(known: jax.Array, unknown: jax.Array, scales_T: jax.Array) -> jax.Array:
+    """What frames that are given add to a guided velocity: (scale - 1) times what knowing them changes, (B, T, ...)."""
+    return path.per_sample(scales_T - 1, known[0]) * (known - unknown)
+
+
+def rescaled(v: jax.Array, conditional: jax.Array, rescale: float | jax.Array) -> jax.Array:
+    """Brings a share of v to the spread of the conditional velocity over each sample, against overexposure.
+
+    Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
     """
-    v = unconditional + scale * (conditional - unconditional)
     spread, guided = _spread(conditional), _spread(v)
     return v * (1 + rescale * (spread / jnp.maximum(guided, 1e-12) - 1))
 

@@ -49,6 +49,10 @@ class Pixels:
         x = x.transpose(*range(n), *(n + axis for axis in (0, 3, 1, 4, 2, 5, 6)))
         return x.reshape(*lead, T * self.time, H * self.height, W * self.width, 3).astype(np.float32)
 
+    def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
+        """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
+        return mask_T.repeat(self.time, axis=-1)
+
     def describe(self) -> dict[str, Any]:
         return {"name": "pixels", "time": self.time, "height": self.height, "width": self.width}
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax.diffusion import guidance as guidances
 from paris_jax.diffusion import path, randomness
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, placement, request, sampler, watching
+from paris_jax.ensemble.frames import Given, Picture
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
@@ -125,6 +125,12 @@ class Ensemble:
         prompts: Sequence[str] | str,
         *,
         negative: Sequence[str] | str | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        last_image: Picture | Sequence[Picture] | None = None,
+        video: Picture | Sequence[Picture] | None = None,
+        video_frames: int | None = None,
+        fit: str | None = None,
+        kept: jax.Array | None = None,
         num_steps: int | None = None,
         times: Sequence[float] | None = None,
         experts: int | Sequence[int] | None = None,
@@ -145,6 +151,12 @@ class Ensemble:
         Args:
           prompts: what to show.
           negative: what guidance leads away from, one prompt for all or one for each; by default from no prompt.
+          image, last_image: the frame that the video begins, or ends, with: a picture's file, or an array (height,
+            width, 3), uint8 or float in [-1, 1]; one for all prompts, or a list with one for each.
+          video: what the video goes on from: a file, or an array (frames, height, width, 3); its last `video_frames`
+            (by default all) are the first ones of what is made.
+          fit: where these have another aspect than the video: "crop" what is over, or "letterbox" with black bars.
+          kept: what the networks are told of frames that are given, instead of these (`diffusion.masks.kept`).
           num_steps: solver steps.
           times: the steps themselves, falling from 1 to 0, instead of `num_steps` ones spaced as in training.
           experts: one cluster, or one for each step: used whatever the router says, so instead of a routing rule.
@@ -159,6 +171,7 @@ class Ensemble:
             (N, T, H, W, 3) as they are predicted so far.
           **how: any other field of `settings.Sampling`, among them
             guidance: classifier-free guidance scale; 1 is none.
+            guidance_image: scale of guidance by frames that are given; 1 is none.
             routing: "top_k", "full" or "threshold".
             top_k: experts a sample uses at each step (implies routing="top_k").
             threshold: smallest set of experts with this weight (implies routing="threshold").
@@ -174,6 +187,8 @@ class Ensemble:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise Refused("There is no prompt; give at least one")
+        given = Given(image, last_image, video, video_frames, fit)
+        given.check(kept is not None)
         request.check_names(how)
         request.check_watching(broken, preview_every, on_preview is not None)
         grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
@@ -184,6 +199,8 @@ class Ensemble:
         else:
             start = jnp.asarray(noise, jnp.float32)
             self.check_latent(start, len(prompts))
+        if given:
+            kept = given.kept(self.codec, self.scale, start.shape[1:], len(prompts), self.fps)
         preview = (lambda step, data: on_preview(step, self._videos(data))) if on_preview else None
 
         def made(z: np.ndarray, trace: Any, steps: int = steps) -> Samples:
@@ -191,7 +208,7 @@ class Ensemble:
 
         how, dropped = how | {"steps": steps}, request.clusters_of(drop)
         while True:
-            plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps)
+            plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps, kept)
             draw = functools.partial(self._draw, plan, start, keys, grid, told, forced)
             try:
                 watched = progress or preview is not None
@@ -228,23 +245,25 @@ class Ensemble:
         encoded: sampler.Text,
         *,
         negative: Sequence[str] | str | None = None,
+        kept: jax.Array | None = None,
         experts: int | None = None,
         drop: int | Sequence[int] = (),
         **how: Any,
     ) -> jax.Array:
         """The merged velocity at x (N, T, H, W, C) and times t (N,) for `encode`d prompts.
 
-        `how` as in `sample`; without guidance unless it is given.
+        `kept` (N, T, H, W, 1 + C) tells of frames that are given (`diffusion.masks.kept`). The rest is as in `sample`,
+        without guidance unless it is given.
         """
         request.check_names(how)
         how, dropped = {"guidance": 1.0} | how, request.clusters_of(drop)
-        plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1)
+        plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1, kept)
         return self._run(sampler.velocity, plan, x, t, told, forced[0])[0]
 
-    def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text) -> jax.Array:
-        """p(cluster | x_t, t, text) over the experts that are present, (N, experts)."""
+    def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, kept: jax.Array | None = None) -> jax.Array:
+        """p(cluster | x_t, t, text, kept frames) over the experts that are present, (N, experts)."""
         plan = sampler.Plan(self._networks, self._places, self._router, Routing("full"))
-        return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled))
+        return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled, kept))
 
     def _run(self, function: Callable[..., Any], plan: sampler.Plan, *inputs: Any) -> Any:
         """Calls a compiled function of the sampler where the ensemble lies."""
@@ -295,22 +314,39 @@ class Ensemble:
         experts: int | Sequence[int] | None,
         dropped: list[int],
         steps: int,
+        kept: jax.Array | None,
     ) -> tuple[sampler.Plan, sampler.Condition, jax.Array]:
         """What a call asks for, checked: the program, what it is told, and the expert of each step if one is forced."""
         request.refuse_two_rules(how, experts)
         settings, present = request.settings(self.defaults, how), request.present(self.clusters, dropped)
         chosen = request.routing(settings, how, experts is not None, int(present.sum()))
-        method = settings.guidance_method if settings.guidance != 1.0 else ""
+        by_image = kept is not None and settings.guidance_image != 1.0
+        method = settings.guidance_method if settings.guidance != 1.0 else "classifier_free" if by_image else ""
         plan = sampler.Plan(
-            self._networks, self._places, self._router, chosen, settings.solver, method, settings.routed_by
+            self._networks, self._places, self._router, chosen, settings.solver, method, by_image, settings.routed_by
         )
+        if kept is not None:
+            self._check_keeps_frames(present)
         forced = request.schedule(experts, steps, self.clusters, present)
-        return plan, self._told(encoded, settings, negative, present), forced
+        return plan, self._told(encoded, settings, negative, present, kept), forced
+
+    def _check_keeps_frames(self, present: np.ndarray) -> None:
+        """Refuses frames where an expert that is used has no input for them."""
+        places = zip(self.clusters, self._places, present, strict=True)
+        deaf = [str(k) for k, (kind, _), used in places if used and not self._networks[kind].kept_frames]
+        if deaf:
+            who = f"Expert{'s' * (len(deaf) > 1)} {', '.join(deaf)}"
+            raise Refused(f"{who} cannot be given frames; train with config.masks, as configs/shapes.py:image does")
 
     def _told(
-        self, encoded: sampler.Text, settings: Sampling, negative: Sequence[str] | str | None, present: np.ndarray
+        self,
+        encoded: sampler.Text,
+        settings: Sampling,
+        negative: Sequence[str] | str | None,
+        present: np.ndarray,
+        kept: jax.Array | None,
     ) -> sampler.Condition:
-        """Prompts with what guidance leads away from, and with the strength of it."""
+        """Prompts and frames with what guidance leads away from, and with the strength of it."""
         away, count = encoded.null(), len(encoded.length)
         if negative is not None:
             if settings.guidance == 1.0:
@@ -321,10 +357,9 @@ class Ensemble:
             away = self.encode(negative)
             longest = max(encoded.tokens.shape[1], away.tokens.shape[1])
             encoded, away = encoded.padded(longest), away.padded(longest)
-        names = ("low", "high", "rescale", "momentum", "radius", "parallel")
-        fields = {name: jnp.float32(getattr(settings, f"guidance_{name}")) for name in names}
-        strength = guidances.Strength(scale=jnp.float32(settings.guidance), **fields)
-        return sampler.Condition(encoded, away, strength, jnp.float32(settings.temperature), jnp.asarray(present))
+        return sampler.Condition(
+            encoded, away, request.strength(settings), kept, jnp.float32(settings.temperature), jnp.asarray(present)
+        )
 
 
 _route = functools.partial(jax.jit, static_argnames=("plan",))(sampler.route)

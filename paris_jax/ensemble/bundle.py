@@ -11,8 +11,9 @@ from paris_jax.ensemble import parts
 from paris_jax.ensemble.parts import Part
 from paris_jax.errors import Refused
 
-# What all parts of an ensemble must agree on: the space they work in and the words they were told.
-SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "shift")
+# What all parts of an ensemble must agree on: the space they work in, the words they were told, and the clusters. What
+# an expert predicts is its own affair.
+SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "shift", "partition")
 BUNDLED = "bundled:"
 SHIPPED = epath.Path(__file__).parent / "bundled"
 
@@ -49,10 +50,11 @@ def check_together(experts: dict[int, Part], router: Part | None) -> None:
     everyone = [*experts.values(), *([router] if router else [])]
     for part in everyone:
         for field in SHARED:
-            if part.manifest.get(field) != first.manifest.get(field):
+            own, others = _shared(part, field), _shared(first, field)
+            if own != others:
                 raise Refused(
-                    f"{part.folder} does not belong with {first.folder}: its {field} is {part.manifest.get(field)!r} "
-                    f"instead of {first.manifest.get(field)!r}; assemble parts of one run"
+                    f"{part.folder} does not belong with {first.folder}: its {field} is {own!r} instead of {others!r}; "
+                    "assemble parts that were trained on one partition"
                 )
     for cluster, part in experts.items():
         if part.manifest["role"] != "monolith" and part.manifest["cluster"] != cluster:
@@ -67,6 +69,11 @@ def check_together(experts: dict[int, Part], router: Part | None) -> None:
         raise Refused(f"{router.folder} is not a router")
 
 
+def _shared(part: Part, field: str) -> Any:
+    value: Any = part.manifest.get(field)
+    return {k: v for k, v in value.items() if k != "prediction"} if field == "conventions" else value
+
+
 def write(
     folder: epath.Path,
     experts: dict[int, Part],
@@ -75,11 +82,13 @@ def write(
     config_hash: str,
     **content: Any,
 ) -> None:
-    """Writes the ensemble's manifest, naming each part by relative path and by the hash of its manifest."""
+    """Writes the ensemble's manifest, naming each part by its path from there and by the hash of its manifest."""
     check_together(experts, router)
 
     def entry(part: Part) -> dict[str, str]:
-        path = os.path.relpath(os.fspath(part.folder), os.fspath(folder))
+        path, here = os.fspath(part.folder), os.fspath(folder)
+        if path.partition("://")[0] == here.partition("://")[0] or "://" not in path + here:
+            path = os.path.relpath(path, here)
         return {"path": path, "manifest_sha256": manifest.hash_file(part.folder / manifest.FILE_NAME)}
 
     manifest.write(
@@ -106,8 +115,7 @@ def read(path: epath.PathLike) -> Bundle:
     found = manifest.read(folder, "ensemble")
 
     def part(entry: dict[str, str]) -> Part:
-        scheme, mark, rest = os.fspath(folder / entry["path"]).rpartition("://")
-        where = epath.Path(scheme + mark + os.path.normpath(rest))  # a bucket knows no ".."
+        where = _place(folder, entry)
         admitted = parts.read(where)
         if manifest.hash_file(where / manifest.FILE_NAME) != entry["manifest_sha256"]:
             raise Refused(f"{where} is not the part that was admitted to {folder}; run 'paris-jax assemble' again")
@@ -117,6 +125,19 @@ def read(path: epath.PathLike) -> Bundle:
     router = part(found["router"])
     check_together(experts, router)
     return Bundle(experts, router, found["sampling"])
+
+
+def _place(folder: epath.Path, entry: dict[str, str]) -> epath.Path:
+    """Where a part lies that an ensemble's manifest names."""
+    path = entry["path"] if "://" in entry["path"] else os.fspath(folder / entry["path"])
+    scheme, mark, rest = path.rpartition("://")
+    return epath.Path(scheme + mark + os.path.normpath(rest))  # a bucket knows no ".."
+
+
+def manifests(folder: epath.Path) -> dict[int, dict[str, Any]]:
+    """The manifest of each expert that an ensemble names, by its cluster."""
+    entries = manifest.read(folder, "ensemble")["experts"]
+    return {int(k): manifest.read(_place(folder, entry), "part") for k, entry in sorted(entries.items())}
 
 
 def single(folder: epath.PathLike, sampling: dict[str, Any]) -> Bundle:

@@ -17,6 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from paris_jax import manifest
+from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.errors import Refused, first_line
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
@@ -49,6 +50,8 @@ def write(
     flat = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in functional.to_names(params).items()}
     manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
     kind = "router" if isinstance(config, RouterConfig) else "dit"
+    if isinstance(config, DiTConfig):
+        content["conventions"] = manifest.CONVENTIONS | {"prediction": PREDICTIONS[config.predicts]}
     network = {"kind": kind, **dataclasses.asdict(config)}
     del network["remat"]  # of training only
     manifest.write(
@@ -75,7 +78,7 @@ def read(folder: epath.PathLike) -> Part:
     extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found["files"]})
     if extra:
         raise Refused(f"{folder} holds {', '.join(extra)}, which its manifest does not promise; remove what is extra")
-    config = _network(found, folder)
+    config = network(found, folder)
     try:
         arrays = _load((folder / WEIGHTS).read_bytes())
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -94,22 +97,30 @@ def _load(data: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def _network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
-    network = dict(found["network"])
-    kind = NETWORK_KINDS.get(network.pop("kind", None))
+def network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
+    """The network that a manifest describes; refuses one that cannot be."""
+    described = dict(found["network"])
+    kind = NETWORK_KINDS.get(described.pop("kind", "dit" if found["kind"] == "weights" else None))
     if kind is None:
         raise Refused(f"{folder} is a network of an unknown kind; this version knows {', '.join(NETWORK_KINDS)}")
-    unknown = sorted(network.keys() - {f.name for f in dataclasses.fields(kind)})
+    unknown = sorted(described.keys() - {f.name for f in dataclasses.fields(kind)})
     if unknown:
         raise Refused(
             f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax"
         )
     try:
-        config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in network.items()})
+        config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in described.items()})
         functional.abstract(config)
     except Exception as error:  # whatever impossible sizes make the network say
         reason = first_line(error)[:200]
         raise Refused(f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again") from error
+    if isinstance(config, DiTConfig) and found["kind"] == "part":
+        said = found["conventions"]["prediction"]
+        if said != PREDICTIONS.get(config.predicts):
+            raise Refused(
+                f"{folder} predicts {said!r} by a network for {config.predicts!r}; this version knows "
+                f"{', '.join(PREDICTIONS)}; update paris_jax, or copy it again"
+            )
     return config
 
 

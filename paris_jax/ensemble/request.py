@@ -10,6 +10,7 @@ import numpy as np
 
 from paris_jax import checks
 from paris_jax.diffusion import randomness, times
+from paris_jax.diffusion.guidance import Strength
 from paris_jax.encoders import codecs
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.settings import Sampling
@@ -35,6 +36,18 @@ def settings(defaults: Sampling, given: dict[str, Any]) -> Sampling:
     for problem in chosen.problems():
         raise Refused(problem)
     return chosen
+
+
+def strength(chosen: Sampling) -> Strength:
+    """How strong guidance is, as the sampler is told."""
+    names = ("low", "high", "rescale", "momentum", "radius", "parallel", "image")
+    return Strength(
+        jnp.float32(chosen.guidance),
+        **{name: jnp.float32(getattr(chosen, f"guidance_{name}")) for name in names},
+        text_oscillates=jnp.array(chosen.guidance_oscillation in ("text", "both")),
+        image_oscillates=jnp.array(chosen.guidance_oscillation in ("image", "both")),
+        ramp=jnp.array(chosen.guidance_ramp),
+    )
 
 
 def routing(chosen: Sampling, given: dict[str, Any], forced: bool, experts: int) -> Routing:

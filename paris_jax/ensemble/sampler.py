@@ -2,9 +2,10 @@
 
     v(x, t, c) = sum_k weight_k(x, t, c) v_k(x, t, c)
 
-Guidance asks for the velocity under several conditions, the branches: each is a row of its own, (sample, branch), which
-is merged over the experts; then the branches are combined. All branches of a sample have the same weights unless
-the router is asked about each of them, so linear guidance may be read as standing inside the sum.
+Guidance asks for the velocity under several conditions, the branches: text and frames that are given, the frames alone,
+neither. Each is a row of its own, (sample, branch), which is merged over the experts; then the branches are combined.
+All branches of a sample have the same weights unless the router is asked about each of them, so linear guidance may be
+read as standing inside the sum.
 
 Experts of one architecture stand stacked on a leading axis, so that the expert of a row is an index.
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
-from paris_jax.diffusion import guidance, path, randomness, solvers
+from paris_jax.diffusion import guidance, path, predictions, randomness, solvers
 from paris_jax.ensemble import dispatch
 from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing, weights
@@ -72,6 +73,7 @@ class Condition:
     Attributes:
       text: the prompts.
       negative: what guidance leads away from; empty prompts where nothing is said.
+      kept: (B, T, H, W, 1 + C), frames that are given (`diffusion.masks`), or None.
       strength: of guidance.
       temperature: () of the router's softmax: above 1 more even, towards 0 only the heaviest.
       present: (E,) bool, which experts there are; the others drop out of the softmax.
@@ -80,6 +82,7 @@ class Condition:
     text: Text
     negative: Text
     strength: guidance.Strength
+    kept: jax.Array | None = None
     temperature: jax.Array | float = 1.0
     present: jax.Array | bool = True
 
@@ -87,9 +90,17 @@ class Condition:
         """Each expert's weight, (B, E), by the plan's routing rule."""
         return weights(jnp.where(self.present, logits_BE / self.temperature, -jnp.inf), plan.routing, forced)
 
-    def branches(self) -> Text:
-        """Text of every row: of each sample, its prompt, then what guidance leads away from, (2 B, ...)."""
-        return jax.tree.map(lambda *both: jnp.stack(both, 1).reshape(-1, *both[0].shape[1:]), self.text, self.negative)
+    def branches(self, count: int) -> tuple[Text, jax.Array | None]:
+        """Text and frames of every row: the first `count` branches of each sample, (count B, ...).
+
+        A sample's branches are its prompt and frames; what guidance leads away from, and the frames; that without them.
+        """
+
+        def rows(*branches: jax.Array) -> jax.Array:
+            return jnp.stack(branches[:count], 1).reshape(-1, *branches[0].shape[1:])
+
+        text = jax.tree.map(rows, self.text, self.negative, self.negative)
+        return text, None if self.kept is None else rows(self.kept, self.kept, jnp.zeros_like(self.kept))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +112,31 @@ class Plan:
       places: of each expert, its kind and its place in the kind's stack.
       router: None for one expert on its own.
       guidance: "" (none) or one of `guidance.METHODS`.
+      by_image: whether frames that are given guide, too.
       routed_by: the text the router is told for the branches: for all of them the "prompt", each "branch" its own, or
         "nothing".
       block: rows of one expert that are worked on together; 0 chooses by the size of a row and the device.
     """
 
-    networks: tuple[functional.Config, ...]
+    networks: tuple[Any, ...]
     places: tuple[tuple[int, int], ...]
-    router: functional.Config | None
+    router: Any
     routing: Routing
     solver: str = "euler"
     guidance: str = ""
+    by_image: bool = False
     routed_by: str = "prompt"
     block: int = 0
+
+    @property
+    def branches(self) -> int:
+        """Rows of a sample: with a condition, without its text, without its frames, too."""
+        return 3 if self.by_image else 2 if self.guidance else 1
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
         """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
         R = shape[0]
-        branches, experts = 2 if self.guidance else 1, len(self.places)
+        branches, experts = self.branches, len(self.places)
         if self.block:
             return min(self.block, R)
         if self.routing.rule == "full":
@@ -128,13 +146,18 @@ class Plan:
         return dispatch.block_size(video_tokens(shape[1:]), R, R * used / experts, branches, jax.default_backend())
 
 
-def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text) -> jax.Array:
+def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text, kept) -> jax.Array:
     """The velocity, for all rows given, of the expert whose kind and place in the kind's stack is places[expert]."""
-    inputs = x, t_B, text.tokens, text.length, text.pooled
     kinds, members = (jnp.asarray(each, jnp.int32) for each in zip(*places, strict=True))
 
     def run(kind: int, member: jax.Array) -> jax.Array:
-        return functional.apply_member(plan.networks[kind], stacks[kind], member, *inputs)
+        network, told = plan.networks[kind], (text.tokens, text.length, text.pooled)
+        told = (*told, kept) if network.kept_frames else told
+
+        def predict(x: jax.Array, t_B: jax.Array) -> jax.Array:
+            return functional.apply_member(network, stacks[kind], member, x, t_B, *told)
+
+        return predictions.velocity(network.predicts, predict, x, t_B)
 
     if len(plan.networks) == 1:
         return run(0, members[expert])
@@ -142,15 +165,18 @@ def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, 
     return jax.lax.switch(kinds[expert], of_kind, members[expert])
 
 
-def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax.Array) -> jax.Array:
+def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax.Array, kept: Any = None) -> jax.Array:
     """The router's logits for the experts that are present, (B, E)."""
     experts = arrays.clusters.shape[0]
     if plan.router is None or arrays.router is None:
         return jnp.zeros((x.shape[0], experts), jnp.float32)
-    return functional.apply(plan.router, arrays.router, x, t_B, pooled)[:, arrays.clusters]
+    told = (pooled, kept) if plan.router.kept_frames else (pooled,)
+    return functional.apply(plan.router, arrays.router, x, t_B, *told)[:, arrays.clusters]
 
 
-def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text) -> tuple[jax.Array, jax.Array]:
+def merge(
+    plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text, kept: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the chosen experts' velocities, (R, T, H, W, C); and who broke, (E,), see `dispatch.merge`.
 
     On a mesh with an axis `expert`, each group of devices works on the experts that it holds, and sums meet at the end.
@@ -168,7 +194,7 @@ def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text)
         return v, jnp.zeros(experts, jnp.int32).at[held_1S[0]].add(broken_S)  # an empty place breaks nothing
 
     if not spread:
-        return of_group(arrays.experts, weight_GRS, (x, t_R, text), held_GS)
+        return of_group(arrays.experts, weight_GRS, (x, t_R, text, kept), held_GS)
 
     # Where the devices of a group talk to each other, all groups take as many turns as the busiest one: some of XLA's
     # exchanges wait for every device of the mesh.
@@ -180,7 +206,7 @@ def merge(plan: Plan, arrays: Weights, weight_RE: jax.Array, x, t_R, text: Text)
         return jax.lax.psum(v, "expert"), jax.lax.psum(broken_E, ("expert", "data"))
 
     more = -x.shape[0] % mesh.shape["data"]  # empty rows, which cost nothing
-    rows = jax.tree.map(lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (x, t_R, text))
+    rows = jax.tree.map(lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), (x, t_R, text, kept))
     weight_GRS = jnp.pad(weight_GRS, ((0, 0), (0, more), (0, 0)))
     shared = jax.shard_map(
         of_its_group,
@@ -202,31 +228,42 @@ class Trace:
     broken: jax.Array
 
 
-def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory) -> tuple[jax.Array, Any, Trace]:
-    """The ensemble's guided velocity, the memory of guidance, and what there is to tell."""
-    branches = 2 if plan.guidance else 1
-    text, pooled = told.branches() if plan.guidance else told.text, told.text.pooled
-    x_R, t_R = (jnp.repeat(a, branches, axis=0) for a in (x, t_B))
-    if plan.routed_by == "branch":
-        weight_RE = told.weights(plan, route(plan, arrays, x_R, t_R, text.pooled), forced)
-    else:
-        pooled = pooled if plan.routed_by == "prompt" else jnp.zeros_like(pooled)
-        weight_BE = told.weights(plan, route(plan, arrays, x, t_B, pooled), forced)
-        weight_RE = jnp.repeat(weight_BE, branches, axis=0)
-    if not plan.guidance:
-        v, broken_E = merge(plan, arrays, weight_RE, x, t_B, text)
-        return v, memory, Trace(weight_RE, broken_E)
-    # Where guidance is off, the branch that it leads away from is not computed.
-    on_B = told.strength.at(t_B)
-    needed_R = jnp.stack([jnp.ones_like(on_B), on_B], 1).reshape(-1, 1)
-    v, broken_E = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text)
-    conditional, unconditional = v[0::2], v[1::2]
+def _field(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced, memory, step: Any = 0, steps=1):
+    """The ensemble's guided velocity, the memory of guidance, and what there is to tell (`Trace`)."""
+    text, kept = told.branches(plan.branches)
+    x_R, t_R = (jnp.repeat(a, plan.branches, axis=0) for a in (x, t_B))
+    weight_RE = _weights(plan, arrays, x_R, t_R, text, kept, told, forced)
+    by_text_B, by_image_B = told.strength.at(t_B, step)
+    # Where guidance is off, the branches that it needs are not computed.
+    needed = jnp.ones_like(by_text_B), by_text_B | (plan.by_image & by_image_B), by_image_B
+    needed_R = jnp.stack(needed[: plan.branches], 1).reshape(-1, 1)
+    v, broken_E = merge(plan, arrays, weight_RE * needed_R, x_R, t_R, text, kept)
+    conditional, *others = (v[branch :: plan.branches] for branch in range(plan.branches))
+    trace = Trace(weight_RE[:: plan.branches], broken_E)
+    if not others:
+        return conditional, memory, trace
     if plan.guidance == "projected":
-        guided, running = guidance.projected(conditional, unconditional, x, t_B, told.strength, memory)
-        memory = jnp.where(path.per_sample(on_B, x), running, memory)
+        guided, running = guidance.projected(conditional, others[0], x, t_B, told.strength, memory)
+        memory = jnp.where(path.per_sample(by_text_B, x), running, memory)
     else:
-        guided = guidance.classifier_free(conditional, unconditional, told.strength.scale, told.strength.rescale)
-    return jnp.where(path.per_sample(on_B, x), guided, conditional), memory, Trace(weight_RE[0::2], broken_E)
+        guided = guidance.classifier_free(conditional, others[0], told.strength.scale)
+    guided = jnp.where(path.per_sample(by_text_B, x), guided, conditional)
+    if plan.by_image:
+        scales_T = told.strength.image_scales(step, steps, x.shape[1])
+        guided += jnp.where(path.per_sample(by_image_B, x), guidance.by_image(others[0], others[1], scales_T), 0.0)
+    if plan.guidance == "classifier_free":
+        guided = guidance.rescaled(guided, conditional, told.strength.rescale)
+    return guided, memory, trace
+
+
+def _weights(plan: Plan, arrays: Weights, x_R, t_R, text: Text, kept, told: Condition, forced) -> jax.Array:
+    """Each expert's weight for every row, (R, E): the router is asked about each branch, or for each sample once."""
+    if plan.routed_by == "branch":
+        return told.weights(plan, route(plan, arrays, x_R, t_R, text.pooled, kept), forced)
+    pooled = told.text.pooled if plan.routed_by == "prompt" else jnp.zeros_like(told.text.pooled)
+    x, t_B = x_R[:: plan.branches], t_R[:: plan.branches]
+    weight_BE = told.weights(plan, route(plan, arrays, x, t_B, pooled, told.kept), forced)
+    return jnp.repeat(weight_BE, plan.branches, axis=0)
 
 
 def _memory(plan: Plan, x: jax.Array) -> Any:
@@ -268,7 +305,8 @@ def sample(
     """
 
     def field(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, Trace]:
-        return _field(plan, arrays, x, jnp.full(x.shape[:1], t), told, forced_S[step], memory)
+        t_B, steps = jnp.full(x.shape[:1], t), times.shape[0] - 1
+        return _field(plan, arrays, x, t_B, told, forced_S[step], memory, step, steps)
 
     def fresh(step: jax.Array) -> jax.Array:
         keys_B = jax.random.wrap_key_data(keys_B2)

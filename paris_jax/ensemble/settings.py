@@ -4,7 +4,7 @@ import dataclasses
 
 from paris_jax import checks
 from paris_jax.checks import Problems
-from paris_jax.diffusion.guidance import METHODS
+from paris_jax.diffusion.guidance import METHODS, OSCILLATIONS
 from paris_jax.diffusion.solvers import SOLVERS
 from paris_jax.ensemble.sampler import ROUTED_BY
 
@@ -23,6 +23,9 @@ class Sampling:
     guidance_momentum: float = -0.5  # projected: of the earlier differences
     guidance_radius: float = 15.0  # projected: the longest difference, as a norm over one latent
     guidance_parallel: float = 0.0  # projected: share of the part along the prediction that is kept
+    guidance_image: float = 3.0  # by frames that are given, where some are; 1: none
+    guidance_oscillation: str = "nothing"  # "text", "image" or "both": from step 10 on, guided at every other step
+    guidance_ramp: bool = False  # guidance by the image grows along the frames
     routing: str = "top_k"  # "top_k", "full" or "threshold"
     top_k: int = 1
     threshold: float = 0.9
@@ -35,7 +38,8 @@ class Sampling:
         yield from checks.choice("routing", self.routing, ("top_k", "full", "threshold"))
         yield from checks.choice("guidance_method", self.guidance_method, METHODS)
         yield from checks.choice("routed_by", self.routed_by, ROUTED_BY)
-        yield from checks.at_least(0, guidance=self.guidance)
+        yield from checks.choice("guidance_oscillation", self.guidance_oscillation, OSCILLATIONS)
+        yield from checks.at_least(0, guidance=self.guidance, guidance_image=self.guidance_image)
         yield from checks.above(0, guidance_radius=self.guidance_radius)
         yield from checks.at_least(1e-4, temperature=self.temperature)
         yield from checks.between(0.0, 1.0, threshold=self.threshold, guidance_rescale=self.guidance_rescale)

@@ -71,13 +71,19 @@ def _in_order(attributes: dict[str, str]) -> dict[str, str]:
 
 
 def sample(
-    arm: Ensemble, captions: list[str], noise: np.ndarray, how: dict, advance: Callable[[int], object]
+    arm: Ensemble,
+    captions: list[str],
+    noise: np.ndarray,
+    how: dict,
+    advance: Callable[[int], object],
+    kept: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one video a caption from the given noise (N, T, H, W, C), a batch at a time.
 
     Args:
       how: keywords of `Ensemble.sample`.
       advance: told the number of videos after each batch.
+      kept: frames that are given, (N, T, H, W, 1 + C).
     Returns:
       videos (N, T', H', W', 3) float32 in [-1, 1] and routing (S, N, E) float32.
     """
@@ -85,7 +91,8 @@ def sample(
     videos, routing = [], []
     for start in range(0, len(captions), size):
         index = np.minimum(np.arange(start, start + size), len(captions) - 1)
-        made = arm.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **how)
+        given = {} if kept is None else {"kept": jnp.asarray(kept[index])}
+        made = arm.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **given, **how)
         count = min(size, len(captions) - start)
         videos.append(made.videos[:count])
         routing.append(made.routing[:, :count])

@@ -83,6 +83,20 @@ def motion(videos: dict[str, np.ndarray]) -> Comparison:
     )
 
 
+def kept_frames(kind: str, errors: dict[str, np.ndarray]) -> Comparison:
+    """How far frames that were given are from what was made of them, (N,) by arm; "not given": without being told."""
+    return results.comparison(
+        f"kept_{kind}",
+        f"Error of kept frames ({kind})",
+        "lower",
+        {arm: estimates.mean(errors[arm]) for arm in ARMS},
+        estimates.difference(errors["ensemble"], errors["monolith"]),
+        reference=estimates.mean(errors["not given"]),
+        reference_label="ensemble that is not given them",
+        note="root mean square of videos in [-1, 1]",
+    )
+
+
 def flow(made: dict[str, Losses]) -> list[Comparison]:
     """Held-out flow loss and velocity error over all times."""
     rows = []

@@ -53,6 +53,8 @@ class DiTConfig:
     theta: float = 1e4
     remat: str = "none"  # what the backward pass computes again: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
+    kept_frames: bool = False  # whether there is an input for frames that are given: image to video
+    predicts: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
 
 
 def video_tokens(latent_shape: tuple[int, ...]) -> int:
@@ -73,6 +75,21 @@ def unpack(tokens_BNX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     B, T, H, W, C = shape
     x = tokens_BNX.reshape(B, T, H // PATCH, W // PATCH, C, PATCH, PATCH)
     return x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(B, T, H, W, C)
+
+
+def kept_input(channels: int, hidden: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """What reads frames that are given: their mask and their latent, packed (Open-Sora 2.0); starts at nothing."""
+    return linear((channels + 1) * PATCH * PATCH, hidden, dtype, rngs, zero=True)
+
+
+def embed_video(video_in: nnx.Linear, kept_in: nnx.Linear | None, x_BTHWC: jax.Array, kept: jax.Array | None):
+    """Video tokens (B, N, D) of a noised latent and, where the network has an input for them, of frames to keep."""
+    video = video_in(pack(x_BTHWC).astype(video_in.dtype))
+    if kept_in is None:
+        return video
+    if kept is None:  # nothing is kept: text to video
+        kept = jnp.zeros((*x_BTHWC.shape[:-1], x_BTHWC.shape[-1] + 1), x_BTHWC.dtype)
+    return video + kept_in(pack(kept).astype(kept_in.dtype))
 
 
 class DoubleBlock(nnx.Module):
@@ -120,12 +137,13 @@ class SingleBlock(nnx.Module):
 
 
 class SpatiotemporalDiT(nnx.Module):
-    """v(x_t, t, text): the velocity of a noised video latent."""
+    """v(x_t, t, text): the velocity of a noised video latent, or what else `config.predicts`."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
+        self.kept_in = kept_input(config.channels, D, dtype, rngs) if config.kept_frames else None
         self.text_in = linear(config.text_width, D, dtype, rngs)
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.double_blocks = stacked(functools.partial(_build, DoubleBlock, config), config.double_blocks, rngs)
@@ -140,9 +158,10 @@ class SpatiotemporalDiT(nnx.Module):
         tokens_BLX: jax.Array,
         length_B: jax.Array,
         pooled_BP: jax.Array,
+        kept_BTHWX: jax.Array | None = None,
         member: jax.Array | None = None,
     ) -> jax.Array:
-        """The velocity at (x_t, t) given the text.
+        """The velocity at (x_t, t) given the text, and frames to keep.
 
         Args:
           x_BTHWC: noised latent, unit scale; H and W even.
@@ -150,6 +169,8 @@ class SpatiotemporalDiT(nnx.Module):
           tokens_BLX: text tokens, padded at the end.
           length_B: int32, tokens that count (1 to L); the rest is never attended to.
           pooled_BP: pooled text vector.
+          kept_BTHWX: frames that are given, X = 1 + C: their mask, 1 or 0, then their latent (`diffusion.masks`); None
+            where there are none.
           member: which of several networks this is, where the blocks hold all of them (`functional.apply_member`).
 
         Returns:
@@ -157,7 +178,7 @@ class SpatiotemporalDiT(nnx.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         _, T, H, W, _ = x_BTHWC.shape
-        video = constrain(self.video_in(pack(x_BTHWC).astype(dtype)), "batch", "tokens", None)
+        video = constrain(embed_video(self.video_in, self.kept_in, x_BTHWC, kept_BTHWX), "batch", "tokens", None)
         text = self.text_in(tokens_BLX.astype(dtype))
         condition = self.conditioning(t_B, pooled_BP)
         # Video first: padding is then at the end of the joint sequence, where attention kernels want it.

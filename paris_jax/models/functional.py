@@ -39,27 +39,28 @@ def abstract(config: Config) -> Params:
     return nnx.to_pure_dict(_structure(config)[1])
 
 
-def apply(config: Config, params: Params, *inputs: jax.Array) -> jax.Array:
+def apply(config: Config, params: Params, *inputs: jax.Array | None, **named: jax.Array) -> jax.Array:
     """The network's output; see `SpatiotemporalDiT.__call__` and `Router.__call__` for the inputs.
 
-    A config of another kind brings its own `apply(params, *inputs)`: an analytic velocity field, for one.
+    A config of another kind brings its own `apply(params, *inputs)`, and says what it `predicts` and whether it takes
+    `kept_frames`: an analytic velocity field, for one.
     """
     if not isinstance(config, DiTConfig | RouterConfig):
         return config.apply(params, *inputs)
     graph, state = _structure(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(*inputs)
+    return nnx.merge(graph, state)(*inputs, **named)
 
 
-def apply_member(config: Config, stacks: Params, member: jax.Array, *inputs: jax.Array) -> jax.Array:
+def apply_member(config: Config, stacks: Params, member: jax.Array, *inputs: jax.Array | None) -> jax.Array:
     """The output of one of several networks of a kind, whose parameters stand stacked on a leading axis.
 
     `member`, a () int32, may differ from call to call. The blocks are read layer by layer where they lie, the few
     parameters outside of them are copied: beside a pass that is next to nothing, in time and in memory.
     """
     params = {name: a if name in BLOCKS else jax.tree.map(lambda x: x[member], a) for name, a in stacks.items()}
-    return apply(config, params, *inputs, *([member] if isinstance(config, DiTConfig) else []))
+    return apply(config, params, *inputs, **({"member": member} if isinstance(config, DiTConfig) else {}))
 
 
 def count(config: Config) -> int:

@@ -24,7 +24,7 @@ from paris_jax.models.blocks import (
     scan_blocks,
     stacked,
 )
-from paris_jax.models.dit import PATCH, pack
+from paris_jax.models.dit import PATCH, embed_video, kept_input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class RouterConfig:
     theta: float = 1e4
     remat: str = "none"
     dtype: str = "float32"
+    kept_frames: bool = False  # whether there is an input for frames that are given
 
 
 class RouterBlock(Stream):
@@ -55,23 +56,29 @@ class RouterBlock(Stream):
 
 
 class Router(nnx.Module):
-    """log p(cluster | x_t, t, text) up to a constant."""
+    """log p(cluster | x_t, t, text, frames that are given) up to a constant."""
 
     def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
+        self.kept_in = kept_input(config.channels, D, dtype, rngs) if config.kept_frames else None
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.blocks = stacked(functools.partial(_build, config), config.blocks, rngs)
         self.final_modulation = Modulation(D, 2, dtype, rngs)
         self.logits_out = linear(D, config.clusters, jnp.float32, rngs, zero=True)
 
-    def __call__(self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array) -> jax.Array:
-        """Logits over the clusters, (B, K) float32, of noised latents at times t in [0, 1]."""
+    def __call__(
+        self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array, kept_BTHWX: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits over the clusters, (B, K) float32, of noised latents at times t in [0, 1].
+
+        `kept_BTHWX` holds frames that are given, as in `SpatiotemporalDiT`.
+        """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, H, W, _ = x_BTHWC.shape
-        video = self.video_in(pack(x_BTHWC).astype(dtype))
+        video = embed_video(self.video_in, self.kept_in, x_BTHWC, kept_BTHWX)
         cls = jnp.broadcast_to(self.cls[...].astype(dtype), (B, 1, config.hidden))
         condition = self.conditioning(t_B, pooled_BP)
         rope = _rope(T, H // PATCH, W // PATCH, config.rope_axes, config.theta)

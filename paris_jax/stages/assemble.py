@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+
+from etils import epath
 
 from paris_jax import manifest
 from paris_jax.ensemble import bundle, parts
@@ -12,15 +15,26 @@ from paris_jax.run_folder import Role, RunFolder
 logger = logging.getLogger(__name__)
 
 
-def assemble(experiment: Experiment, run: RunFolder, allow_missing: bool = False) -> None:
+def assemble(
+    experiment: Experiment,
+    run: RunFolder,
+    allow_missing: bool = False,
+    elsewhere: Mapping[int, epath.PathLike] | None = None,
+) -> None:
     """Admits the experts and the router of a run, each checked file by file and array by array.
 
     Args:
       allow_missing: admit the experts that are there; at least one, and the router, must be.
+      elsewhere: of clusters, the export folder of an expert to take instead of this run's: one of another size or
+        objective, say, trained by another team, on the same clusters.
     """
     run.claim(experiment.to_dict(), experiment.hash)
-    clusters = range(experiment.partition.num_clusters)
-    absent = [k for k in clusters if not manifest.exists(run.export(Role("expert", k)))]
+    elsewhere, clusters = dict(elsewhere or {}), range(experiment.partition.num_clusters)
+    beyond = sorted(elsewhere.keys() - set(clusters))
+    if beyond:
+        raise Refused(f"--expert={beyond[0]}:...: this experiment has clusters 0 to {len(clusters) - 1}")
+    folders = {k: epath.Path(elsewhere.get(k, run.export(Role("expert", k)))) for k in clusters}
+    absent = [k for k, folder in folders.items() if k not in elsewhere and not manifest.exists(folder)]
     if absent and (not allow_missing or len(absent) == len(clusters)):
         which = ", ".join(map(str, absent))
         raise Refused(
@@ -29,16 +43,17 @@ def assemble(experiment: Experiment, run: RunFolder, allow_missing: bool = False
         )
     if not manifest.exists(run.export(Role("router"))):
         raise Refused(f"The router is not trained: run 'paris-jax train --workdir={run} --role=router' first")
-    experts = {k: parts.read(run.export(Role("expert", k))) for k in clusters if k not in absent}
+    experts = {k: parts.read(folder) for k, folder in folders.items() if k not in absent}
     router = parts.read(run.export(Role("router")))
-    for part in [*experts.values(), router]:
+    for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
         if part.manifest["config_hash"] != experiment.hash:
             raise Refused(f"{part.folder} was trained with another config than {run.config}; train it again here")
     before = _text(run)
     bundle.write(run.ensemble, experts, router, dataclasses.asdict(experiment.sampling), experiment.hash)
     missing = f", without expert {', '.join(map(str, absent))}" if absent else ""
+    from_elsewhere = f", {len(elsewhere)} of them from elsewhere" if elsewhere else ""
     holds = "holds" if _text(run) != before else "was assembled already and holds"
-    logger.info("%s %s %d experts and the router%s", run.ensemble, holds, len(experts), missing)
+    logger.info("%s %s %d experts and the router%s%s", run.ensemble, holds, len(experts), from_elsewhere, missing)
 
 
 def _text(run: RunFolder) -> str:

@@ -144,7 +144,7 @@ def fit(
 
 
 def _check_config(folder: epath.Path, found: dict[str, Any], experiment: Experiment) -> None:
-    if found["config_hash"] != experiment.hash:
+    if found["config_hash"] != experiment.data_hash:
         raise Refused(f"{folder} was made with another config; use a new --workdir, or the config it was made with")
 
 
@@ -216,14 +216,15 @@ def _write(
                 run.data, [clips.numbers[i] for i in indices], labels[indices].tolist(), folder
             )
             content |= records.data_contract(data)
-            manifest.write(folder, kind, shards, experiment.hash, clips=len(indices), partition=identity, **content)
+            content |= {"clips": len(indices), "partition": identity}
+            manifest.write(folder, kind, shards, experiment.data_hash, **content)
         done(len(indices))
 
     manifest.write(
         run.partition,
         "partition",
         [CENTROIDS, ASSIGNMENT, REPORT, *(f"{f.relative_to(run.partition)}/{manifest.FILE_NAME}" for f, *_ in folders)],
-        experiment.hash,
+        experiment.data_hash,
         clusters=experiment.partition.num_clusters,
         sizes=[c["clips"] for c in described["clusters"]],
         heldout=described["heldout"],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epath
@@ -14,7 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from paris_jax import manifest
 from paris_jax.data.records import read_records
 from paris_jax.data.shapes import ATTRIBUTES
+from paris_jax.diffusion import masks
 from paris_jax.encoders import codecs
+from paris_jax.ensemble import bundle
 from paris_jax.ensemble.api import Ensemble
 from paris_jax.errors import Refused
 from paris_jax.evaluation import arms, compute, losses, report, results, scores
@@ -27,7 +30,7 @@ from paris_jax.run_folder import Role, RunFolder
 logger = logging.getLogger(__name__)
 
 RESULTS, REPORT, PARTIAL = "results.json", "report.html", ".partial"
-MONOLITH = Role("monolith")
+MONOLITH, ROUTER = Role("monolith"), Role("router")
 
 
 def evaluate(experiment: Experiment, run: RunFolder) -> None:
@@ -129,11 +132,8 @@ class Evaluation:
             self.routing["top_k"] = min(experiment.sampling.top_k, len(self.ensemble.clusters))
         elif experiment.sampling.routing == "threshold":
             self.routing["threshold"] = experiment.sampling.threshold
-        self.how = {
-            "num_steps": experiment.sampling.steps,
-            "guidance": experiment.sampling.guidance,
-            "solver": experiment.sampling.solver,
-        }
+        rules = ("steps", "routing", "top_k", "threshold")
+        self.how = {"num_steps": experiment.sampling.steps} | {k: v for k, v in sampling.items() if k not in rules}
 
     def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns results.json (see evaluation/results.py) and the shown videos by arm, uint8."""
@@ -145,6 +145,7 @@ class Evaluation:
         rows, by_attribute, left_out = self._judged(looked, others)
         both = {arm: made[arm] for arm in results.ARMS}
         rows += [*scores.flow(both), scores.motion(videos)]
+        rows += [scores.kept_frames(kind, self._kept_errors(kind, videos)) for kind in self.experiment.masks.kinds]
         num_clusters = self.experiment.partition.num_clusters
         shown = self.experiment.evaluation.shown
         found = {
@@ -184,6 +185,35 @@ class Evaluation:
             if name == "ensemble":
                 routing = kept["routing"]
         return videos, routing
+
+    def _kept_errors(self, kind: str, videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Errors of frames of the prompts' own clips that are given, (N,) of each arm, and where they are not given."""
+        count = min(self.count, arms.BATCH)
+        x_0 = jnp.asarray(self.ensemble.scale.normalise(self.prompts.latents[:count]))
+        T = x_0.shape[1]
+        mask = jnp.broadcast_to(masks.of_kind(kind, T, prefix=T // 2), (count, T))
+        given, frames = np.asarray(masks.kept(x_0, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
+        noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))[:count]
+
+        def error(made: np.ndarray) -> np.ndarray:
+            square = np.square(made[:count] - videos["real"][:count]).mean((2, 3, 4))
+            return np.sqrt((square * frames).sum(1) / frames.sum(1))
+
+        errors = {"not given": error(videos["ensemble"])}
+        for name, arm, how in (
+            ("ensemble", self.ensemble, self.how | self.routing),
+            ("monolith", self.monolith, self.how),
+        ):
+            task = self.progress.add_task(f"given {kind}: {name}", total=count)
+
+            def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
+                captions = self.prompts.captions[:count]
+                made, _ = arms.sample(arm, captions, noise, how, lambda n: self.progress.advance(task, n), given)
+                return {"errors": error(made)}
+
+            errors[name] = self.kept.get(f"given-{kind}-{name}", draw)["errors"]
+            self.progress.update(task, completed=count)
+        return errors
 
     def _losses(self) -> dict[str, Any]:
         """Losses of both arms and the router's hits (N, bins), all at the same points."""
@@ -237,12 +267,13 @@ class Evaluation:
         return rows, by_attribute, left_out
 
     def _compute(self) -> dict[str, Any]:
-        def job(role: Role) -> compute.Job:
-            trained = manifest.read(self.run.export(role), "part")["training"]
-            return compute.Job(role.name, trained["steps"], trained["batch"], trained["flops_per_sample"])
+        def job(name: str, part: dict[str, Any]) -> compute.Job:
+            trained = part["training"]
+            return compute.Job(name, trained["steps"], trained["batch"], trained["flops_per_sample"])
 
-        experts = [job(Role("expert", k)) for k in self.ensemble.clusters]
-        return compute.identity(experts, job(MONOLITH), job(Role("router")))
+        experts = [job(f"expert {k}", part) for k, part in bundle.manifests(self.run.ensemble).items()]
+        monolith, router = (job(r.name, manifest.read(self.run.export(r), "part")) for r in (MONOLITH, ROUTER))
+        return compute.identity(experts, monolith, router)
 
     def _protocol(self) -> dict[str, Any]:
         sampling, settings = self.experiment.sampling, self.experiment.evaluation

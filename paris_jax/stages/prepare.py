@@ -45,7 +45,7 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
         found = manifest.read(run.data, "data")
-        if found["config_hash"] != experiment.hash:
+        if found["config_hash"] != experiment.data_hash:
             raise Refused(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
         logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
         return
@@ -105,7 +105,7 @@ class Shard:
     @property
     def origin(self) -> dict[str, Any]:
         """What the shard is made of: a mark of anything else does not count."""
-        return {"config_hash": self.experiment.hash, "source": self.clips.describe(), "indices": [*self.indices]}
+        return {"config_hash": self.experiment.data_hash, "source": self.clips.describe(), "indices": [*self.indices]}
 
     def is_done(self) -> bool:
         return self.path.exists() and self.mark.exists() and manifest.read_json(self.mark)["origin"] == self.origin
@@ -217,7 +217,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         run.data,
         "data",
         [job.path.name for job in jobs],
-        experiment.hash,
+        experiment.data_hash,
         codec=codec.describe(),
         text=text_encoder(experiment, sorted(total.words)).describe(),
         features=features.features(**dataclasses.asdict(experiment.features)).describe(),

@@ -19,14 +19,14 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import PATCH
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.training import failures, loop, sharding
+from paris_jax.training import failures, loop, sharding, starting
 from paris_jax.training.program import Job
 from paris_jax.training.step import TimeLaw
 
 logger = logging.getLogger(__name__)
 
 # What a part takes over from the data it was trained on, so that it can be used without that data.
-CARRIED = ("latent", "codec", "text", "text_length", "fps")
+CARRIED = ("latent", "codec", "text", "text_length", "fps", "partition")
 
 
 def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int, int] | None = None) -> None:
@@ -46,8 +46,9 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     folders = cluster_folders(experiment, run, role)
     data = [read_cluster(folder, experiment, run) for folder in folders]
     job = make_job(experiment, run, role, data[0])
-    logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
     settings = job.settings
+    start = starting.check(settings.start, job.config) if settings.start else None
+    logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
 
     def ids(number: int) -> list[str]:
         return clip_ids(folders, settings.batch, settings.seed, number)
@@ -57,11 +58,13 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
         with failures.losing(job):
             params = sharding.to_host(state.ema)
         if jax.process_index() == 0:
-            _export(run, experiment, role, job, params, data)
+            _export(run, experiment, role, job, params, data, start)
     logger.info("%s is trained: %s", role.name, export)
 
 
-def _export(run: RunFolder, experiment: Experiment, role: Role, job: Job, params: Any, data: list[Any]) -> None:
+def _export(
+    run: RunFolder, experiment: Experiment, role: Role, job: Job, params: Any, data: list[Any], start: Any
+) -> None:
     """Writes the averaged parameters with everything that is needed to use them."""
     parts.write(
         run.export(role),
@@ -79,6 +82,7 @@ def _export(run: RunFolder, experiment: Experiment, role: Role, job: Job, params
             "clips": sum(d["clips"] for d in data),
             "flops_per_sample": job.flops_per_sample,
             "seed": job.settings.seed,
+            "start": start and {name: promise["sha256"] for name, promise in start["files"].items()},
         },
         **{name: data[0][name] for name in CARRIED},
     )
@@ -122,9 +126,10 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
     if not manifest.exists(folder):
         raise Refused(f"{folder} is not there yet; run 'paris-jax cluster --config=... --workdir={run}' first")
     found = manifest.read(folder, "cluster")
-    if found["config_hash"] != experiment.hash:
+    if found["config_hash"] != experiment.data_hash:
         raise Refused(
-            f"{folder} was made with another config; cluster again in a new --workdir, or use the config that made it"
+            f"{folder} was made with other data, codec, text, features or partition; cluster again in a new --workdir, "
+            "or use the config that made it"
         )
     return found
 
@@ -164,13 +169,16 @@ def job_of(
         "pooled_width": text_widths[1],
         "dtype": dtype,
         "remat": experiment.network.remat,
+        "kept_frames": bool(experiment.masks.kinds),
     }
     if role.kind == "router":
         config = presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
     else:
-        config = presets.network_config(experiment.network, text_width=text_widths[0], **given)
+        given |= {"text_width": text_widths[0], "predicts": settings.objective}
+        config = presets.network_config(experiment.network, **given)
     law = TimeLaw(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
-    return Job(role.name, folder, config, settings, experiment.steps(role.kind), law, latent_shape, text_length)
+    steps = experiment.steps(role.kind)
+    return Job(role.name, folder, config, settings, steps, law, latent_shape, text_length, experiment.masks)
 
 
 def sampling_shift(experiment: Experiment, latent_shape: Any) -> float:

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 
 from paris_jax.models import functional
 from paris_jax.models.dit import video_tokens
-from paris_jax.training import flops, sharding
+from paris_jax.training import flops, sharding, starting
 from paris_jax.training import state as states
-from paris_jax.training.settings import Training
+from paris_jax.training.settings import Masks, Training
 from paris_jax.training.state import TrainState
 from paris_jax.training.step import TimeLaw, make_step
 
@@ -30,6 +30,7 @@ class Job:
     time_law: TimeLaw
     latent_shape: tuple[int, int, int, int]  # (T, H, W, C) of one sample
     text_length: int  # tokens of the longest caption; shorter ones are padded
+    masks: Masks = Masks()  # which frames are given
 
     @property
     def flops_per_sample(self) -> int:
@@ -57,12 +58,13 @@ class Program:
         )
         self._make_state = jax.jit(make_state, out_shardings=self.shardings)
         # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
-        step = make_step(job.config, job.settings, job.steps, job.time_law)
+        step = make_step(job.config, job.settings, job.steps, job.time_law, job.masks)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def first_state(self) -> TrainState:
         with jax.set_mesh(self.mesh):
-            return self._make_state(jax.random.key(self.job.settings.seed))
+            state = self._make_state(jax.random.key(self.job.settings.seed))
+        return starting.load(self.job.settings.start, state) if self.job.settings.start else state
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch, as `data.pipeline.training_batches` makes it."""

@@ -4,6 +4,7 @@ import dataclasses
 
 from paris_jax import checks
 from paris_jax.checks import Problems
+from paris_jax.diffusion.predictions import PREDICTIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,35 @@ class Diffusion:
     def problems(self) -> Problems:
         yield from checks.above(0, time_std=self.time_std)
         yield from checks.at_least(0, shift=self.shift)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Which latent frames are given to the networks in training, as weights of each kind (`diffusion.masks`).
+
+    As they stand, none ever are: text to video only. `none` beside others is what image guidance leads away from.
+    """
+
+    none: float = 1.0
+    first: float = 0.0  # image to video
+    last: float = 0.0
+    both: float = 0.0
+    prefix: float = 0.0  # from the first frame on, any number of them: video continuation
+
+    def problems(self) -> Problems:
+        yield from checks.at_least(0, **dataclasses.asdict(self))
+        if not sum(self.weights):
+            yield "every weight is 0; at least one must be above"
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """In the order of `masks.KINDS`."""
+        return self.none, self.first, self.last, self.both, self.prefix
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that give frames and occur."""
+        return [name for name, weight in dataclasses.asdict(self).items() if weight and name != "none"]
 
 
 # Fields of `Training` that do not decide what is learned, only how and where the work is done: a job that goes on may
@@ -43,6 +73,8 @@ class Training:
     clip_norm: float = 1.0
     ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported ...
     ema_width: float = 0.0  # ... or, above 0, their horizon as a share of the training so far (0.05 to 0.15 are usual)
+    start: str = ""  # folder of weights to start from: `paris-jax import`, or another run's export; "": fresh ones
+    objective: str = "velocity"  # flow matching; or "noise": DDPM's, on the cosine path (`diffusion.predictions`)
     times: str = "logit_normal"  # or "uniform", for the router: its weights matter equally at every time
     drop_tokens: float = 0.3162  # probability of training without the token sequence
     drop_pooled: float = 0.3162  # and, independently, without the pooled vector
@@ -64,6 +96,7 @@ class Training:
         yield from checks.at_least(0, keep_every=self.keep_every, warmup=self.warmup, weight_decay=self.weight_decay)
         yield from checks.seed(seed=self.seed)
         yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
+        yield from checks.choice("objective", self.objective, PREDICTIONS)
         yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
         yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon", "adafactor"))
         yield from checks.choice("decay", self.decay, ("cosine", "constant", "wsd"))

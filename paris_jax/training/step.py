@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from paris_jax.diffusion import objectives, path, randomness, times
+from paris_jax.diffusion import masks, objectives, path, randomness, times
 from paris_jax.models import functional
 from paris_jax.models.router import RouterConfig
 from paris_jax.training import state as states
-from paris_jax.training.settings import Training
+from paris_jax.training.settings import Masks, Training
 from paris_jax.training.state import TrainState
 
 TIME_BINS = 8
+MASKS = 3  # folded into a sample's key for what frames it is given: another number than the splits that follow
 
 Batch = dict[str, jax.Array]
 Losses = Callable[[functional.Params, Batch, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -47,23 +48,31 @@ def drop_text(batch: Batch, keys_B: jax.Array, settings: Training) -> Batch:
     }
 
 
-def velocity_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
-    """Flow-matching loss of each sample, (B,)."""
-    text = batch["tokens"], batch["length"], batch["pooled"]
-    return objectives.flow_matching(lambda x, t: functional.apply(config, params, x, t, *text), x_0, noise, t_B)
+def expert_losses(config: Any, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+    """Flow-matching loss of each sample, or DDPM's where the network predicts noise, (B,)."""
+    told = batch["tokens"], batch["length"], batch["pooled"], batch.get("kept")
+    objective = {"velocity": objectives.flow_matching, "noise": objectives.noise_prediction}[config.predicts]
+    return objective(lambda x, t: functional.apply(config, params, x, t, *told), x_0, noise, t_B)
 
 
 def router_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
     """Cross-entropy of each sample's cluster given its noised latent, (B,)."""
-    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, batch["pooled"])
+    told = batch["pooled"], batch.get("kept")
+    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, *told)
     return objectives.cross_entropy(logits, batch["cluster"])
 
 
+def give_frames(batch: Batch, keys_B: jax.Array, drawn: Masks) -> Batch:
+    """Adds the frames of each sample that the network is given."""
+    x_0 = batch["latent"]
+    return batch | {"kept": masks.kept(x_0, masks.draw(keys_B, drawn.weights, x_0.shape[1]))}
+
+
 def make_step(
-    config: functional.Config, settings: Training, steps: int, time_law: TimeLaw
+    config: functional.Config, settings: Training, steps: int, time_law: TimeLaw, drawn: Masks
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Builds the step of an expert, a monolith or a router (told by its config), not yet jitted."""
-    losses_of = router_losses if isinstance(config, RouterConfig) else velocity_losses
+    losses_of = router_losses if isinstance(config, RouterConfig) else expert_losses
     transform, schedule = states.optimizer(settings, steps), states.learning_rate(settings, steps)
 
     def gradient(params: functional.Params, step: jax.Array, batch: Batch) -> tuple[functional.Params, Any]:
@@ -73,6 +82,8 @@ def make_step(
         x_0 = batch["latent"]
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
         inputs = drop_text(batch, drop_keys, settings)
+        if config.kept_frames:
+            inputs = give_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASKS))(keys), drawn)
 
         def mean_loss(params: functional.Params) -> tuple[jax.Array, jax.Array]:
             losses_B = losses_of(config, params, inputs, x_0, noise, t_B)

@@ -139,7 +139,7 @@ def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
         "cluster": jax.ShapeDtypeStruct((B,), jnp.int32),
         "index": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
-    after, metrics = jax.eval_shape(make_step(config, settings, steps, law), before, batch)
+    after, metrics = jax.eval_shape(make_step(config, settings, steps, law, paris2.masks), before, batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
     assert all(jax.tree.leaves(same))
     assert metrics["loss"].shape == ()

@@ -217,13 +217,12 @@ def pair(seed=0, shape=(3, 2, 4)):
 def test_rescaling_gives_the_spread_without_guidance_back():
     conditional, unconditional, _ = pair()
     plain = guidance.classifier_free(conditional, unconditional, 6.0)
-    whole = guidance.classifier_free(conditional, unconditional, 6.0, 1.0)
-    half = guidance.classifier_free(conditional, unconditional, 6.0, 0.5)
+    whole, half = (guidance.rescaled(plain, conditional, share) for share in (1.0, 0.5))
     spread = lambda v: np.std(np.asarray(v), axis=(1, 2))  # noqa: E731
     np.testing.assert_allclose(spread(whole), spread(conditional), rtol=1e-5)
     np.testing.assert_allclose(half, 0.5 * (plain + whole), rtol=1e-4, atol=1e-5)
     zeros = jnp.zeros_like(plain)
-    np.testing.assert_array_equal(guidance.classifier_free(zeros, zeros, 6.0, 1.0), zeros)
+    np.testing.assert_array_equal(guidance.rescaled(zeros, zeros, 1.0), zeros)
 
 
 def test_projected_guidance_without_its_three_parts_is_classifier_free():

@@ -70,6 +70,9 @@ def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTE
 class GaussianVelocity:
     """The exact velocity of the flow to N(mean, std^2) for every element, as an expert."""
 
+    predicts: str = "velocity"
+    kept_frames: bool = False
+
     def apply(self, params, x, t, tokens, length, pooled):
         t = t.reshape(-1, 1, 1, 1, 1)
         mean, std = params["mean"], params["std"]
@@ -80,6 +83,8 @@ class GaussianVelocity:
 @dataclasses.dataclass(frozen=True)
 class GaussianPosterior:
     """log p(k | x_t, t) of a Gaussian mixture up to a constant, prior included, as a router."""
+
+    kept_frames: bool = False
 
     def apply(self, params, x, t, pooled):
         t, x = t[:, None], x.reshape(x.shape[0], 1, -1)

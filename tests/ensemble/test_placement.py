@@ -54,7 +54,7 @@ def on_eight_devices() -> dict:
     for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
         found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
-    plan, told, _ = ensemble._planned({"guidance": 1.0, "top_k": 1}, ensemble.encode(PROMPTS), None, None, [], 1)
+    plan, told, _ = ensemble._planned({"guidance": 1.0, "top_k": 1}, ensemble.encode(PROMPTS), None, None, [], 1, None)
     x = ensemble.noise(4)
     with jax.set_mesh(ensemble._mesh):
         given = placement.everywhere((x, jnp.full(4, 0.5), told, jnp.int32(0)), ensemble._mesh)

@@ -11,7 +11,7 @@ import pytest
 from paris_jax.stages.train import compute_dtype
 from paris_jax.training import chips
 from paris_jax.training import state as states
-from paris_jax.training.settings import Training
+from paris_jax.training.settings import Masks, Training
 from paris_jax.training.step import TimeLaw, drop_text, in_parts, make_step
 from tests.training.test_optimizers import NETWORK
 
@@ -52,7 +52,9 @@ def batch():
 def one_step(batch, network=NETWORK, **settings):
     chosen = Training(learning_rate=0.1, warmup=0, decay="constant", eps=1.0, **settings)
     state = states.create(network, chosen, 10, jax.random.key(0))
-    made, values = jax.jit(make_step(network, chosen, 10, TimeLaw("logit_normal", 0.0, 1.0, 1.0)))(state, batch)
+    made, values = jax.jit(make_step(network, chosen, 10, TimeLaw("logit_normal", 0.0, 1.0, 1.0), Masks()))(
+        state, batch
+    )
     return state, made, values
 
 

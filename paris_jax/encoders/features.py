@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest, not_yet
+from paris_jax.errors import Refused, nearest
 
 THUMBNAIL = 4  # cells along each side
 BINS = 8  # of each colour channel's histogram
@@ -75,19 +75,15 @@ def _change(video: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(video, axis=0)).mean((0, -1))
 
 
-FEATURES = {"statistics": Statistics}
-NAMES = (*FEATURES, "dinov2")
+NAMES = ("statistics", "dinov2")
 
 
-def features(name: str, **settings: Any) -> Statistics:
-    """Returns the feature encoder of this name."""
-    if name in NAMES and name not in FEATURES:
-        raise not_yet(f"The feature encoder {name!r}", "features.name", "statistics")
-    if name not in FEATURES:
-        raise Refused(f"features {name!r}: must be one of {', '.join(FEATURES)}{nearest(name, FEATURES)}")
-    return FEATURES[name](**settings)
+def features(name: str, weights: str = "") -> Any:
+    """Returns the feature encoder of this name; `dinov2` from the folder `weights`."""
+    if name == "dinov2":
+        from paris_jax.encoders.published import Dinov2
 
-
-def from_description(description: dict[str, Any]) -> Statistics:
-    """Rebuilds a feature encoder from its `describe()`."""
-    return features(**description)
+        return Dinov2(weights)
+    if name != "statistics":
+        raise Refused(f"features {name!r}: must be one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+    return Statistics()

@@ -6,13 +6,14 @@ An encoder has `encode`, `null`, `width`, `pooled_width`, `max_tokens` and `desc
 import dataclasses
 import functools
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest, not_yet
+from paris_jax.errors import Refused, nearest
 
 UNKNOWN = "<unknown>"
 
@@ -129,9 +130,25 @@ WIDTHS = {"minilm": (384, 384), "t5+clip": (4096, 768)}
 NAMES = ("words", *WIDTHS)
 
 
-def widths(name: str, width: int) -> tuple[int, int]:
-    """Returns (token width, pooled width) of an encoder; `width` is the frozen table's."""
-    return WIDTHS.get(name, (width, width))
+def widths(name: str, width: int, t5: str = "", clip: str = "") -> tuple[int, int]:
+    """Returns (token width, pooled width) of an encoder; `width` is the frozen table's.
+
+    Those of T5 and CLIP are said by their folders, where these are named.
+    """
+    published = WIDTHS.get(name, (width, width))
+    if name != "t5+clip" or not (t5 and clip):
+        return published
+    from paris_jax.weights.reading import described
+
+    found = described(clip)
+    return described(t5, "d_model")["d_model"], found.get("text_config", found)["hidden_size"]
+
+
+def described_widths(description: dict[str, Any]) -> tuple[int, int]:
+    """Returns (token width, pooled width) of the encoder that data were made with, without its weights."""
+    width = description.get("width", 0)
+    pooled = description.get("pooled_width")
+    return (width, pooled) if pooled else widths(description["name"], width)
 
 
 def text_encoder(name: str, **settings: Any) -> Any:
@@ -143,10 +160,20 @@ def text_encoder(name: str, **settings: Any) -> Any:
 
         return MiniLM(**settings)
     if name == "t5+clip":
-        raise not_yet(f"The text encoder {name!r}", "text.name", "words")
-    raise Refused(f"text encoder {name!r}: must be one of words, minilm{nearest(name, ('words', 'minilm'))}")
+        from paris_jax.encoders.published import T5Clip
+
+        return T5Clip(**settings)
+    raise Refused(f"text encoder {name!r}: must be one of {', '.join(NAMES)}{nearest(name, NAMES)}")
 
 
-def from_description(description: dict[str, Any]) -> Any:
-    """Rebuilds a text encoder from its `describe()`."""
-    return text_encoder(**description)
+def from_description(description: dict[str, Any], folders: Mapping[str, str] | None = None) -> Any:
+    """Rebuilds a text encoder from its `describe()`.
+
+    Published ones are looked for in `folders` ("t5", "clip"), or else where the environment says (PARIS_JAX_T5,
+    PARIS_JAX_CLIP).
+    """
+    if description["name"] != "t5+clip":
+        return text_encoder(**description)
+    description = {k: v for k, v in description.items() if k not in ("width", "pooled_width")}
+    named = {name: os.environ.get(f"PARIS_JAX_{name.upper()}", "") for name in ("t5", "clip")}
+    return text_encoder(**description, **(named | dict(folders or {})))

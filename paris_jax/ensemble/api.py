@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 class Ensemble:
     """Experts and their router, ready to sample."""
 
-    def __init__(self, parts: bundle.Bundle, keeping: placement.Keeping | None = None):
+    def __init__(
+        self,
+        parts: bundle.Bundle,
+        keeping: placement.Keeping | None = None,
+        encoders: Mapping[str, str] | None = None,
+    ):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
         self.codec = codecs.from_description(shared["codec"])
-        self.text = text.from_description(shared["text"])
+        self.text = text.from_description(shared["text"], encoders)
         self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
         self.fps: float = shared["fps"]
         self.shift: float = shared["shift"]
@@ -66,6 +71,7 @@ class Ensemble:
         mesh: Mapping[str, int] | None = None,
         weights: str = "auto",
         offload: bool = False,
+        encoders: Mapping[str, str] | None = None,
     ) -> "Ensemble":
         """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes".
 
@@ -73,9 +79,11 @@ class Ensemble:
           mesh: spreads it over several devices, as {"expert": 3, "fsdp": 2}: see `ensemble/placement.py`.
           weights: "auto" keeps the experts as they compute, "int8" the matrices of their blocks as 8-bit integers.
           offload: keeps the experts' blocks in the host's memory; a layer at a time comes to the device.
+          encoders: folders of published text encoders, {"t5": ..., "clip": ...}, where it was trained with them; by
+            default those that PARIS_JAX_T5 and PARIS_JAX_CLIP name.
         """
         parts = bundle.read(path)
-        return cls(parts, placement.keeping(mesh, weights, offload))
+        return cls(parts, placement.keeping(mesh, weights, offload), encoders)
 
     @classmethod
     def single(cls, part: epath.PathLike, **sampling: Any) -> "Ensemble":

@@ -203,7 +203,11 @@ def _encode_caption(experiment: Experiment, clip: Clip) -> text.TextEncoding:
 def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
     """The experiment's text encoder; `words` with this vocabulary."""
     settings = experiment.text
-    own = {"vocabulary": vocabulary, "width": settings.width} if settings.name == "words" else {}
+    own: dict[str, Any] = {}
+    if settings.name == "words":
+        own = {"vocabulary": vocabulary, "width": settings.width}
+    elif settings.name == "t5+clip":
+        own = {"t5": settings.t5, "clip": settings.clip}
     return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
 
 

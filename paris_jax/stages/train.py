@@ -146,10 +146,9 @@ def batches_of(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, int], 
 
 def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
     """The job of a role on prepared data, described by a cluster's manifest."""
-    encoder = texts.from_description(data["text"])
     T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
-    widths = encoder.width, encoder.pooled_width
+    widths = texts.described_widths(data["text"])
     return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
 
 

@@ -58,7 +58,7 @@ def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120,
     records.write_shard(run.data / names[0], clips[:half])
     records.write_shard(run.data / names[1], clips[half:])
     contract = dict.fromkeys(records.CONTRACT, "as prepared")
-    manifest.write(run.data, "data", names, made_for.hash, clips=num_clips, **contract)
+    manifest.write(run.data, "data", names, made_for.data_hash, clips=num_clips, **contract)
     return run
 
 

@@ -23,6 +23,8 @@ from paris_jax.stages.prepare import prepare
 from paris_jax.stages.train import train
 from tests.evaluation.browser import browse, needs_browser
 
+KEPT = ["kept_first", "kept_prefix"]  # rows of the kinds of frames that are given in training
+
 
 @pytest.fixture(scope="module")
 def larger(micro, tmp_path_factory):
@@ -45,7 +47,7 @@ def test_with_enough_clips_every_row_is_there(larger):
     experiment, run = larger
     found = json.loads((run.evaluation / "results.json").read_text())
     assert found["complete"] is True and found["left_out"] == []
-    assert [c["id"] for c in found["comparisons"]] == ["agreement", "frechet", "loss", "error", "motion"]
+    assert [c["id"] for c in found["comparisons"]] == ["agreement", "frechet", "loss", "error", "motion", *KEPT]
     frechet = found["comparisons"][1]
     assert all(0 < frechet[who]["value"] < np.inf and frechet[who]["stderr"] > 0 for who in ("ensemble", "monolith"))
     assert frechet["reference"]["value"] < min(frechet[arm]["value"] for arm in ("ensemble", "monolith"))
@@ -63,7 +65,7 @@ def test_a_browser_plays_every_video_of_the_report_it_wrote(larger):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was sampled with: the arm's number of experts, prompts, noise, and the settings that came of them."""
+    """What was sampled with: the arm's number of experts, prompts, noise, settings, and which frames were given."""
     counted = []
     original = Ensemble.sample
 
@@ -71,7 +73,8 @@ def calls(monkeypatch):
         asked = {name: how.get(name) for name in request.NAMES} | {"steps": how.get("num_steps")}
         settings = request.settings(self.defaults, asked)
         told = {"steps": settings.steps, "guidance": settings.guidance, "solver": settings.solver}
-        counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told))
+        mask = None if "kept" not in how else np.asarray(how["kept"])[:, :, 0, 0, 0].tolist()
+        counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told, mask))
         return original(self, *args, **how)
 
     monkeypatch.setattr(Ensemble, "sample", sample)
@@ -82,7 +85,7 @@ def test_writes_results_and_report(micro, finished, calls):
     evaluate(micro, finished)
     found = json.loads((finished.evaluation / "results.json").read_text())
     assert manifest.read(finished.evaluation, "evaluation", verify=True)["evaluation_hash"] == found["evaluation_hash"]
-    assert [c["id"] for c in found["comparisons"]] == ["agreement", "loss", "error", "motion"]
+    assert [c["id"] for c in found["comparisons"]] == ["agreement", "loss", "error", "motion", *KEPT]
     assert "Frechet" in found["left_out"][0]  # with four prompts
     assert found["compute"]["equal"] is True
     assert sum(e["steps"] for e in found["compute"]["experts"]) == found["compute"]["monolith"]["steps"]
@@ -97,23 +100,30 @@ def test_writes_results_and_report(micro, finished, calls):
     assert "data:video/mp4" in (finished.evaluation / "report.html").read_text()
     assert not (finished.evaluation / ".partial").exists()
     # Both arms get the same prompts, noise, steps, guidance and solver, and they are the config's.
-    (first, prompts1, noise1, told1), (second, prompts2, noise2, told2) = calls
-    assert (first, second) == (3, 1)
+    (first, prompts1, noise1, told1, none1), (second, prompts2, noise2, told2, none2) = calls[:2]
+    assert (first, second) == (3, 1) and none1 is none2 is None
     assert list(prompts1) == list(prompts2) and len(set(prompts1)) > 1
     np.testing.assert_array_equal(noise1, noise2)
     sampling = micro.sampling
     assert told1 == told2 == {"steps": sampling.steps, "guidance": sampling.guidance, "solver": sampling.solver}
+    # Then frames are given, each kind that was trained on, to both arms alike and from the same noise.
+    assert [(arm, mask) for arm, *_, mask in calls[2:]] == [(arm, [[1, 0]] * 4) for _ in KEPT for arm in (3, 1)]
+    for _, prompts, noise, told, _ in calls[2:]:
+        assert list(prompts) == list(prompts1) and told == told1
+        np.testing.assert_array_equal(noise, noise1)
+    rows = {row["id"]: row for row in found["comparisons"]}
+    assert all(0 < rows[kind][arm]["value"] < 2 for kind in KEPT for arm in ("ensemble", "monolith", "reference"))
 
 
 def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finished, calls):
     evaluate(micro, finished)
     before = (finished.evaluation / "report.html").read_bytes()
     evaluate(micro, finished)
-    assert len(calls) == 2
+    assert len(calls) == 6
     assert (finished.evaluation / "report.html").read_bytes() == before
     fewer = dataclasses.replace(micro, sampling=dataclasses.replace(micro.sampling, steps=2))
     evaluate(fewer, finished)
-    assert len(calls) == 4
+    assert len(calls) == 12
     assert len(json.loads((finished.evaluation / "results.json").read_text())["expert_use"]["by_step"]) == 2
 
 
@@ -126,9 +136,9 @@ def test_an_interrupted_evaluation_goes_on_behind_what_it_has(micro, finished, c
     monkeypatch.undo()
     counted = []
     original = Ensemble.sample
-    monkeypatch.setattr(Ensemble, "sample", lambda self, *a, **h: counted.append(1) or original(self, *a, **h))
+    monkeypatch.setattr(Ensemble, "sample", lambda self, *a, **h: counted.append(h) or original(self, *a, **h))
     evaluate(micro, finished)
-    assert not counted  # the videos were kept
+    assert len(counted) == 4 and all("kept" in how for how in counted)  # the other videos were kept
     assert manifest.exists(finished.evaluation)
 
 

@@ -73,7 +73,7 @@ def reclaimed(run, experiment):
     run.config.unlink()
     for folder in [run.data, run.partition, run.heldout, *(run.cluster(k) for k in range(3))]:
         path = folder / manifest.FILE_NAME
-        manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.hash})
+        manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.data_hash})
 
 
 @pytest.mark.parametrize("role", [EXPERT, Role("router")], ids=["expert", "router"])

@@ -1,0 +1,104 @@
+"""CLIP's text and vision encoders (Radford et al. 2021, arXiv 2103.00020)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from paris_jax.encoders.transformer import Blocks, Params, dense, norm, normalise, patches, run
+from paris_jax.errors import Refused
+from paris_jax.weights.files import Tensors
+from paris_jax.weights.reading import Reader, described, stacked
+
+COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # means and spreads it expects
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Sizes of CLIP's encoders that are not seen in their tensors; None for one that the files do not hold."""
+
+    text: Blocks | None
+    vision: Blocks | None
+    end: int  # the token that ends a text; 2 in old files, where it is the largest one
+
+
+def read(folder: epath.PathLike) -> tuple[Clip, Params]:
+    """CLIP from a folder as published by Hugging Face: both encoders, or the text's alone (as beside FLUX.1-dev)."""
+    found = described(folder)
+    reader, params, blocks = Reader(Tensors(folder)), {}, {}
+    given = {"text": found.get("text_config", found), "vision": found.get("vision_config", {})}
+    for kind, first in (("text", "token"), ("vision", "patch")):
+        # A text encoder on its own is published with and without this beginning.
+        there = [f"{kind}_model.", ""]
+        there = [root for root in there if reader.has(f"{root}embeddings.{first}_embedding.weight")]
+        if not there:
+            continue
+        root, sizes = there[0], given[kind]
+        D = (reader.shape(f"{root}embeddings.position_embedding.weight") or (0, 1))[1]
+        F = (reader.shape(f"{root}encoder.layers.0.mlp.fc1.weight") or (4 * D,))[0]
+        layers = range(max(reader.count(f"{root}encoder.layers."), 1))
+        params[kind] = {"blocks": stacked([_layer(reader, f"{root}encoder.layers.{i}", D, F) for i in layers])}
+        params[kind] |= {"places": reader.take(f"{root}embeddings.position_embedding.weight")}
+        if kind == "text":
+            params[kind]["tokens"] = reader.take(f"{root}embeddings.token_embedding.weight")
+            params[kind]["norm"] = reader.layer(f"{root}final_layer_norm", D)
+        else:
+            params[kind]["patches"] = {"weight": reader.take(f"{root}embeddings.patch_embedding.weight")}
+            params[kind]["cls"] = reader.take(f"{root}embeddings.class_embedding", (D,))
+            params[kind]["before"] = reader.layer(f"{root}pre_layrnorm", D)
+            params[kind]["norm"] = reader.layer(f"{root}post_layernorm", D)
+        projection = f"{'text' if kind == 'text' else 'visual'}_projection.weight"
+        if reader.has(projection):
+            params[kind]["projection"] = {"weight": reader.take(projection)}
+        activation = {"quick_gelu": "quick_gelu", "gelu": "gelu"}.get(sizes.get("hidden_act", "quick_gelu"))
+        if activation is None:
+            raise Refused(f"{folder}: hidden_act is {sizes['hidden_act']!r}; CLIP's is 'quick_gelu' or 'gelu'")
+        heads = sizes.get("num_attention_heads", D // 64)
+        blocks[kind] = Blocks(heads, activation, sizes.get("layer_norm_eps", 1e-5))
+    if not params:
+        raise Refused(f"{folder} holds no encoder of CLIP; name the folder that its weights were downloaded to")
+    reader.done(("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
+    return Clip(blocks.get("text"), blocks.get("vision"), given["text"].get("eos_token_id", 2)), params
+
+
+def _layer(reader: Reader, name: str, D: int, F: int) -> Params:
+    attention = {part: reader.layer(f"{name}.self_attn.{part}_proj", D, D) for part in ("q", "k", "v", "out")}
+    return {
+        "norm1": reader.layer(f"{name}.layer_norm1", D),
+        "attention": attention,
+        "norm2": reader.layer(f"{name}.layer_norm2", D),
+        "mlp": {"in": reader.layer(f"{name}.mlp.fc1", F, D), "out": reader.layer(f"{name}.mlp.fc2", D, F)},
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def encode_text(config: Clip, params: Params, ids_BL: jax.Array, dtype: str = "float32") -> dict[str, jax.Array]:
+    """CLIP of texts as token ids (B, L), padded at the end; all float32.
+
+    Returns:
+      "hidden" (B, L, D); "pooled" (B, D), that of the token that ends the text; and "embedding" (B, E), pooled and
+      projected, where the weights are there.
+    """
+    blocks, text, L = config.text, params["text"], ids_BL.shape[1]
+    assert blocks is not None
+    x = (jnp.take(text["tokens"], ids_BL, axis=0) + text["places"][:L]).astype(dtype)
+    causal = jnp.where(jnp.tril(jnp.ones((L, L), bool)), 0.0, -jnp.inf)
+    hidden = norm(blocks, text["norm"], run(blocks, text["blocks"], x, causal)).astype(jnp.float32)
+    end = ids_BL.argmax(-1) if config.end == 2 else (ids_BL == config.end).argmax(-1)
+    pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+    found = {"hidden": hidden, "pooled": pooled}
+    return found | ({"embedding": dense(text["projection"], pooled)} if "projection" in text else {})
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def encode_image(config: Clip, params: Params, image_BHW3: jax.Array, dtype: str = "float32") -> dict[str, jax.Array]:
+    """CLIP of images in [0, 1] of the size it was trained on: "pooled" (B, D) and "embedding" (B, E), float32."""
+    blocks, vision = config.vision, params["vision"]
+    assert blocks is not None
+    x = patches(vision["patches"], normalise(image_BHW3, *COLOURS), dtype)
+    x = jnp.concatenate([jnp.broadcast_to(vision["cls"], (len(x), 1, x.shape[-1])).astype(x.dtype), x], axis=1)
+    x = norm(blocks, vision["before"], x + vision["places"].astype(x.dtype))
+    pooled = norm(blocks, vision["norm"], run(blocks, vision["blocks"], x)[:, 0]).astype(jnp.float32)
+    return {"pooled": pooled} | ({"embedding": dense(vision["projection"], pooled)} if "projection" in vision else {})

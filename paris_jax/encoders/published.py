@@ -1,0 +1,157 @@
+"""Published encoders as the rest of the project uses them: T5 and CLIP for text, DINOv2 for what is clustered.
+
+Their weights lie in folders that the user names, as Hugging Face publishes them. Descriptions hold the weights' hashes,
+not the folders: what was encoded with them may be used on another machine, whose own folder is checked.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paris_jax import manifest
+from paris_jax.encoders import clip, dinov2, t5
+from paris_jax.encoders.text import TextEncoding, check_length, half
+from paris_jax.encoders.tokens import tokenizer
+from paris_jax.errors import Refused
+from paris_jax.weights.files import Tensors
+
+LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
+FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
+
+
+@functools.cache
+def _loaded(kind: str, folder: str) -> tuple[Any, Any]:
+    """An encoder and its weights on the device, once a process."""
+    config, params = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read}[kind](folder)
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+@functools.cache
+def _hash(folder: str) -> str:
+    """Of all files of the weights."""
+    return manifest.hash_text(" ".join(manifest.hash_file(file) for file in Tensors(folder).files))
+
+
+def check_folder(field: str, folder: str, promised: str) -> str:
+    """The hash of a folder's weights; refuses one that is not named, or not the promised one."""
+    if not folder:
+        raise Refused(f"{field} is empty; name the folder that its weights were downloaded to")
+    found = _hash(folder)
+    if promised and found != promised:
+        raise Refused(
+            f"{field}={folder}: its weights have the hash {found[:12]}..., these data were made with "
+            f"{promised[:12]}...; name the folder of those weights"
+        )
+    return found
+
+
+def drop() -> None:
+    """Forgets all weights, so that their memory is free for the experts."""
+    _loaded.cache_clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Clip:
+    """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, at their true number, and CLIP's pooled vector.
+
+    As FLUX.1, Open-Sora 2.0 and Paris 2.0 have it, with XXL and ViT-L/14; of any size here. A text longer than CLIP's
+    77 tokens is cut for CLIP alone.
+    """
+
+    t5: str = ""  # folders of weights and tokenizers
+    clip: str = ""
+    max_tokens: int = 512
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
+
+    def __post_init__(self):
+        found = {n: check_folder(f"text.{n}", getattr(self, n), self.weights.get(n, "")) for n in ("t5", "clip")}
+        object.__setattr__(self, "weights", found)
+        for name in found:
+            tokenizer(getattr(self, name))
+
+    @property
+    def width(self) -> int:
+        return _loaded("t5", self.t5)[1]["norm"]["weight"].shape[0]
+
+    @property
+    def pooled_width(self) -> int:
+        return _loaded("clip", self.clip)[1]["text"]["norm"]["weight"].shape[0]
+
+    def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
+        """Encodes texts as one batch; refuses an empty text, and one of more than `max_tokens` of T5's tokens."""
+        pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
+        for text, found in zip(texts, pieces, strict=True):
+            check_length(text, len(found), self.max_tokens, "tokens")
+        (config, params), (clips, of_clip) = _loaded("t5", self.t5), _loaded("clip", self.clip)
+        ids, length = _padded(pieces, LENGTHS)
+        tokens = np.asarray(t5.encode(config, params, ids, length, _dtype()))
+        ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
+        cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
+        ids, _ = _padded(cut, min(LENGTHS, places), fill=[found[-1] for found in cut])
+        pooled = np.asarray(clip.encode_text(clips, of_clip, ids[:, :places], _dtype())["pooled"])
+        return [TextEncoding(half(t[:n]), half(p)) for t, n, p in zip(tokens, length, pooled, strict=True)]
+
+    def null(self) -> TextEncoding:
+        """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
+        return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Every word is made of known pieces."""
+        del text
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        widths = {"width": self.width, "pooled_width": self.pooled_width}
+        return {"name": "t5+clip", "max_tokens": self.max_tokens, **widths, "weights": dict(self.weights)}
+
+
+def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:
+    """Ids (B, L) int32, padded at the end (by zeros, or each with its own), and their true lengths (B,)."""
+    length = np.asarray([len(found) for found in pieces], np.int32)
+    ids = np.zeros((len(pieces), -(-int(length.max()) // multiple) * multiple), np.int32)
+    for row, found in enumerate(pieces):
+        ids[row] = fill[row] if fill else 0
+        ids[row, : len(found)] = found
+    return ids, length
+
+
+def _dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dinov2:
+    """The features `dinov2`: the image token of frames spread evenly over a clip, averaged, of unit length."""
+
+    weights: str = ""  # folder
+    sha256: str = ""  # of the weights; "": those found
+
+    def __post_init__(self):
+        object.__setattr__(self, "sha256", check_folder("features.weights", self.weights, self.sha256))
+
+    def __call__(self, video: np.ndarray) -> np.ndarray:
+        """(T, H, W, 3) uint8 to (D,) float32."""
+        config, params = _loaded("dinov2", self.weights)
+        chosen = np.linspace(0, len(video) - 1, min(FRAMES, len(video))).round().astype(int)
+        patch = params["patches"]["weight"].shape[-1]
+        images = _square(video[chosen], SIDE // patch * patch)
+        feature = np.asarray(dinov2.encode(config, params, images, _dtype())[:, 0]).mean(0)
+        return (feature / np.linalg.norm(feature)).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "dinov2", "sha256": self.sha256}
+
+
+def _square(images: np.ndarray, side: int) -> jax.Array:
+    """The middle square of each image (N, H, W, 3) uint8, scaled to side x side, in [0, 1]."""
+    _, H, W, _ = images.shape
+    short = min(H, W)
+    top, left = (H - short) // 2, (W - short) // 2
+    square = jnp.asarray(images[:, top : top + short, left : left + short], jnp.float32) / 255
+    scaled = jax.image.resize(square, (len(images), side, side, 3), "cubic", antialias=True)
+    return jnp.clip(scaled, 0, 1)

@@ -1,0 +1,95 @@
+"""T5-v1.1's encoder (Raffel et al. 2020, arXiv 1910.10683; v1.1: gated GELU), of any size up to XXL."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from paris_jax.encoders.transformer import Blocks, Params, norm, run
+from paris_jax.errors import Refused
+from paris_jax.weights.files import Tensors
+from paris_jax.weights.reading import Reader, described, stacked
+
+UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is `shared` again
+
+
+@dataclasses.dataclass(frozen=True)
+class T5:
+    """Sizes of an encoder that are not seen in its tensors."""
+
+    blocks: Blocks
+    buckets: int  # of relative positions
+    longest: int  # distance, from which on all are alike
+
+
+def read(folder: epath.PathLike) -> tuple[T5, Params]:
+    """An encoder from a folder as published by Hugging Face: config.json and safetensors.
+
+    Raises:
+      Refused: an encoder of another kind, or tensors that are missing, extra, misshapen or not finite, by name.
+    """
+    found = described(folder, "num_heads", "d_kv", "d_ff", "d_model", "feed_forward_proj", "layer_norm_epsilon")
+    if found["feed_forward_proj"] != "gated-gelu":
+        raise Refused(f"{folder}: feed_forward_proj is {found['feed_forward_proj']!r}; T5-v1.1's is 'gated-gelu'")
+    D, inner, F = found["d_model"], found["num_heads"] * found["d_kv"], found["d_ff"]
+    buckets = found.get("relative_attention_num_buckets", 32)
+    reader = Reader(Tensors(folder))
+
+    def layer(i: int) -> Params:
+        first, second = (f"encoder.block.{i}.layer.{part}" for part in (0, 1))
+        names = {"q": "q", "k": "k", "v": "v"}
+        attention = {
+            ours: reader.layer(f"{first}.SelfAttention.{theirs}", inner, D, bias=False)
+            for ours, theirs in names.items()
+        }
+        attention["out"] = reader.layer(f"{first}.SelfAttention.o", D, inner, bias=False)
+        dense = f"{second}.DenseReluDense"
+        return {
+            "norm1": reader.layer(f"{first}.layer_norm", D, bias=False),
+            "attention": attention,
+            "norm2": reader.layer(f"{second}.layer_norm", D, bias=False),
+            "mlp": {
+                "gate": reader.layer(f"{dense}.wi_0", F, D, bias=False),
+                "in": reader.layer(f"{dense}.wi_1", F, D, bias=False),
+                "out": reader.layer(f"{dense}.wo", D, F, bias=False),
+            },
+        }
+
+    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    params = {
+        "tokens": reader.take("shared.weight"),
+        "distances": reader.take(first, (buckets, found["num_heads"])),
+        "blocks": stacked([layer(i) for i in range(max(reader.count("encoder.block."), 1))]),
+        "norm": reader.layer("encoder.final_layer_norm", D, bias=False),
+    }
+    reader.done(UNUSED)
+    blocks = Blocks(found["num_heads"], "gelu_tanh", found["layer_norm_epsilon"], rms=True, scaled=False)
+    return T5(blocks, buckets, found.get("relative_attention_max_distance", 128)), params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def encode(config: T5, params: Params, ids_BL: jax.Array, length_B: jax.Array, dtype: str = "float32") -> jax.Array:
+    """The last layer's outputs, (B, L, D) float32, of token ids padded at the end; padding is not attended to."""
+    L = ids_BL.shape[1]
+    x = jnp.take(params["tokens"], ids_BL, axis=0).astype(dtype)
+    near = jnp.take(params["distances"], jnp.asarray(bucket(L, config.buckets, config.longest)), axis=0)
+    there = jnp.arange(L) < length_B[:, None]
+    bias = near.transpose(2, 0, 1) + jnp.where(there, 0.0, -jnp.inf)[:, None, None, :]
+    return norm(config.blocks, params["norm"], run(config.blocks, params["blocks"], x, bias)).astype(jnp.float32)
+
+
+def bucket(length: int, buckets: int, longest: int) -> np.ndarray:
+    """The bucket of each pair's distance (query, key), (L, L) int.
+
+    Half of them are for keys behind the query. Of each half, the first half are single distances, the rest grow with
+    their logarithm up to `longest`.
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half, exact, far = buckets // 2, buckets // 4, np.abs(distance)
+    grown = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(longest / exact))
+    logarithmic = np.minimum(exact + (grown * (half - exact)).astype(np.int64), half - 1)
+    return np.where(distance > 0, half, 0) + np.where(far < exact, far, logarithmic)

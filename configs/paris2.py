@@ -1,8 +1,8 @@
 """Paris 2.0 (arXiv 2605.26064): three 11B experts, a router, and a monolith of the same compute.
 
 Cannot be run yet. `paris-jax prepare` refuses it, because the codec (HunyuanVideo's VAE) is not in this version. The
-text encoders (T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published experts
-start from [R] are read from files: config.text.t5, .clip, config.features.weights, and `paris-jax import`, then
+text encoders (T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published
+experts start from [R] are read from files: config.text.t5, .clip, config.features.weights, and `paris-jax import`, then
 --config.training.start. It is complete as a plan: tests/configs/test_configs.py builds its networks and its training
 step abstractly, without memory, and checks their sizes and that both arms cost the same.
 

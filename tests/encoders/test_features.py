@@ -24,7 +24,7 @@ def test_the_worlds_are_three_natural_clusters():
 
 
 def test_features_are_finite_of_one_width_and_like_weight():
-    describe = features.from_description(features.features("statistics").describe())
+    describe = features.features("statistics")
     rng = np.random.default_rng(0)
     for shape in ((8, 20, 20, 3), (1, 4, 4, 3), (16, 33, 47, 3)):
         for video in (rng.integers(0, 256, shape), np.zeros(shape), np.full(shape, 255)):

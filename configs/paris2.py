@@ -1,14 +1,14 @@
 """Paris 2.0 (arXiv 2605.26064): three 11B experts, a router, and a monolith of the same compute.
 
-Cannot be run yet. `paris-jax prepare` refuses it, because the codec (HunyuanVideo's VAE) is not in this version. The
-text encoders (T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published
-experts start from [R] are read from files: config.text.t5, .clip, config.features.weights, and `paris-jax import`, then
---config.training.start. It is complete as a plan: tests/configs/test_configs.py builds its networks and its training
-step abstractly, without memory, and checks their sizes and that both arms cost the same.
+Not run yet: nobody here has its weights, data or accelerators. The codec (HunyuanVideo's VAE), the text encoders
+(T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published experts start from
+[R] are read from files: config.codec.weights, config.text.t5 and .clip, config.features.weights, and, after
+`paris-jax import`, config.training.start. tests/configs/test_configs.py builds its networks and its training step
+abstractly, without memory, and checks their sizes and that both arms cost the same.
 
 Expected:  latent 9 x 32 x 32 x 16, 2304 video tokens and 512 text tokens a clip; experts 11.89B parameters, router
            130.7M; one clip costs 0.126 PFLOP a training step; the experts together 28.4 ZFLOP, and so the monolith.
-Command:   paris-jax prepare --config=configs/paris2.py --workdir=RUN      (and so on, as soon as the codec is here)
+Command:   paris-jax prepare --config=configs/paris2.py --workdir=RUN --config.codec.weights=... (and so on)
 
 Marks: [S] stated by a primary source, [R] reported by a reader of the paper, [O] our own choice, because nothing is
 published. "OS2" is Open-Sora 2.0 (arXiv 2503.09642), whose recipe the paper follows [R]: an [O] that names OS2 takes

@@ -16,11 +16,6 @@ class Lost(Preempted):
     """A device or another process of the job is gone: what was saved is kept, and nobody may be waited for."""
 
 
-def not_yet(what: str, field: str, instead: str) -> Refused:
-    """The refusal of something published whose sizes are known here, but which cannot be run yet."""
-    return Refused(f"{what} is not in this version yet: it can be planned with, not run; use {field}={instead!r}")
-
-
 def first_line(error: BaseException) -> str:
     """What an error says first; its type's name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

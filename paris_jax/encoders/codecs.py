@@ -4,11 +4,17 @@ A codec has `encode`, `decode`, `latent_shape` and `describe`, whose JSON rebuil
 """
 
 import dataclasses
+import os
 from typing import Any, ClassVar
 
 import numpy as np
+from etils import epath
 
-from paris_jax.errors import Refused, nearest, not_yet
+from paris_jax.encoders import hunyuan, published
+from paris_jax.errors import Refused, nearest
+from paris_jax.weights.reading import described
+
+TILING = hunyuan.Tiling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Pixels:
     height: int = 2
     width: int = 2
 
+    scaled: ClassVar[bool] = False
     one_scale: ClassVar[bool] = True  # the channels are alike: one mean and spread normalises all
     first: ClassVar[int] = 0  # frames at the start that stand outside the blocks of `time`
 
@@ -59,27 +66,60 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class HunyuanVideo:
-    """The sizes of HunyuanVideo's causal VAE, the codec of Paris 2.0; its weights are not read yet."""
+    """HunyuanVideo's causal VAE, the codec of Paris 2.0, from the folder `weights`; without it, its sizes alone.
+
+    Larger videos are worked on in overlapping pieces (`hunyuan.Tiling`).
+    """
 
     time: int = 4
     height: int = 8
     width: int = 8
+    weights: str = ""
+    sha256: str = ""  # of the weights; "": those found
 
-    channels: ClassVar[int] = 16
+    scaled: ClassVar[bool] = True  # latents have about unit spread already, as published networks expect them
+    one_scale: ClassVar[bool] = True
     first: ClassVar[int] = 1  # causal: the first frame is a latent frame of its own
+
+    @property
+    def channels(self) -> int:
+        """Of the latent: 16, or what the weights' config.json says."""
+        folder = self.weights and epath.Path(self.weights).is_dir()
+        return described(self.weights, "latent_channels")["latent_channels"] if folder else 16
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Returns (T, H, W, C), T = 1 + (frames - 1) / 4; refuses sizes that the blocks do not divide."""
         check_divisible(self, frames, height, width)
-        return (
-            self.first + (frames - self.first) // self.time,
-            height // self.height,
-            width // self.width,
-            self.channels,
+        T = self.first + (frames - self.first) // self.time
+        return T, height // self.height, width // self.width, self.channels
+
+    def encode(self, video: Any) -> np.ndarray:
+        """(..., T', H', W', 3) uint8, or float in [-1, 1], to (..., T, H, W, C) float32 of about unit spread."""
+        x = np.asarray(to_float(video) if video.dtype == np.uint8 else video, np.float32)
+        self.latent_shape(*x.shape[-4:-1])
+        return hunyuan.SCALE * self._run(hunyuan.encode_tiled, hunyuan.encode, x)
+
+    def decode(self, latent: Any) -> np.ndarray:
+        """(..., T, H, W, C) to video (..., T', H', W', 3) float32, not clipped."""
+        return self._run(hunyuan.decode_tiled, hunyuan.decode, np.asarray(latent, np.float32) / hunyuan.SCALE)
+
+    def _run(self, tiled: Any, function: Any, x: np.ndarray) -> np.ndarray:
+        vae, params = published.loaded("hunyuan", self.weights)
+        made = tiled(
+            lambda piece: function(vae, params, piece, published.dtype()), x.reshape(-1, *x.shape[-4:]), TILING
         )
+        return made.reshape(*x.shape[:-4], *made.shape[1:])
+
+    def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
+        """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
+        return np.concatenate([mask_T[..., :1], mask_T[..., 1:].repeat(self.time, axis=-1)], axis=-1)
+
+    def describe(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("time", "height", "width")}
+        return {"name": "hunyuan", **sizes, "sha256": self.sha256}
 
 
-def check_divisible(blocks: "Pixels | HunyuanVideo", frames: int, height: int, width: int) -> None:
+def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> None:
     """Refuses a video's size that a codec's blocks do not divide."""
     for axis, size, first, block in (
         ("frames", frames, blocks.first, blocks.time),
@@ -91,27 +131,32 @@ def check_divisible(blocks: "Pixels | HunyuanVideo", frames: int, height: int, w
             raise Refused(f"{axis}={size}: must be {more}a multiple of the codec's {block}")
 
 
-CODECS = {"pixels": Pixels}  # can encode and decode
-SIZES = {**CODECS, "hunyuan": HunyuanVideo}  # the size of whose latent is known
+SIZES = {"pixels": Pixels, "hunyuan": HunyuanVideo}
+Codec = Pixels | HunyuanVideo
 
 
-def codec(name: str, **settings: Any) -> Pixels:
-    """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2)."""
-    if name in SIZES and name not in CODECS:
-        raise not_yet(f"The codec {name!r}", "codec.name", "pixels")
-    if name not in CODECS:
-        raise Refused(f"codec {name!r}: must be one of {', '.join(CODECS)}{nearest(name, CODECS)}")
-    return CODECS[name](**settings)
+def codec(name: str, weights: str = "", sha256: str = "", **blocks: Any) -> Codec:
+    """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2), ready to run.
+
+    Raises:
+      Refused: an unknown name, or weights that are not named, or not those promised by `sha256`.
+    """
+    if name not in SIZES:
+        raise Refused(f"codec {name!r}: must be one of {', '.join(SIZES)}{nearest(name, SIZES)}")
+    if name == "pixels":
+        return Pixels(**blocks)
+    return HunyuanVideo(**blocks, weights=weights, sha256=published.check_folder("codec.weights", weights, sha256))
 
 
-def sizes(name: str, **settings: Any) -> Pixels | HunyuanVideo:
-    """Returns a codec as far as `latent_shape` goes, also where it cannot be run yet."""
-    return SIZES[name](**settings)
+def sizes(name: str, weights: str = "", **blocks: Any) -> Codec:
+    """Returns a codec as far as `latent_shape` goes, also where it cannot be run."""
+    return Pixels(**blocks) if name == "pixels" else HunyuanVideo(**blocks, weights=weights)
 
 
-def from_description(description: dict[str, Any]) -> Pixels:
-    """Rebuilds a codec from its `describe()`."""
-    return codec(**description)
+def from_description(description: dict[str, Any], folder: str = "") -> Codec:
+    """Rebuilds a codec from its `describe()`; published weights lie in `folder`, or where PARIS_JAX_VAE says."""
+    there = folder or os.environ.get("PARIS_JAX_VAE", "")
+    return codec(**description, **({} if description["name"] == "pixels" else {"weights": there}))
 
 
 def to_float(video: Any) -> Any:

@@ -14,20 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from paris_jax import manifest
-from paris_jax.encoders import clip, dinov2, t5
+from paris_jax.encoders import clip, dinov2, hunyuan, t5
 from paris_jax.encoders.text import TextEncoding, check_length, half
 from paris_jax.encoders.tokens import tokenizer
 from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
 
 LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
+READ = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
 FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
 
 
 @functools.cache
-def _loaded(kind: str, folder: str) -> tuple[Any, Any]:
+def loaded(kind: str, folder: str) -> tuple[Any, Any]:
     """An encoder and its weights on the device, once a process."""
-    config, params = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read}[kind](folder)
+    config, params = READ[kind](folder)
     return config, jax.tree.map(jnp.asarray, params)
 
 
@@ -52,7 +53,7 @@ def check_folder(field: str, folder: str, promised: str) -> str:
 
 def drop() -> None:
     """Forgets all weights, so that their memory is free for the experts."""
-    _loaded.cache_clear()
+    loaded.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +77,24 @@ class T5Clip:
 
     @property
     def width(self) -> int:
-        return _loaded("t5", self.t5)[1]["norm"]["weight"].shape[0]
+        return loaded("t5", self.t5)[1]["norm"]["weight"].shape[0]
 
     @property
     def pooled_width(self) -> int:
-        return _loaded("clip", self.clip)[1]["text"]["norm"]["weight"].shape[0]
+        return loaded("clip", self.clip)[1]["text"]["norm"]["weight"].shape[0]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts as one batch; refuses an empty text, and one of more than `max_tokens` of T5's tokens."""
         pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
         for text, found in zip(texts, pieces, strict=True):
             check_length(text, len(found), self.max_tokens, "tokens")
-        (config, params), (clips, of_clip) = _loaded("t5", self.t5), _loaded("clip", self.clip)
+        (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
         ids, length = _padded(pieces, LENGTHS)
-        tokens = np.asarray(t5.encode(config, params, ids, length, _dtype()))
+        tokens = np.asarray(t5.encode(config, params, ids, length, dtype()))
         ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
         cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
         ids, _ = _padded(cut, min(LENGTHS, places), fill=[found[-1] for found in cut])
-        pooled = np.asarray(clip.encode_text(clips, of_clip, ids[:, :places], _dtype())["pooled"])
+        pooled = np.asarray(clip.encode_text(clips, of_clip, ids[:, :places], dtype())["pooled"])
         return [TextEncoding(half(t[:n]), half(p)) for t, n, p in zip(tokens, length, pooled, strict=True)]
 
     def null(self) -> TextEncoding:
@@ -120,7 +121,8 @@ def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] 
     return ids, length
 
 
-def _dtype() -> str:
+def dtype() -> str:
+    """What encoders compute in: bfloat16, but on CPUs float32."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -136,11 +138,11 @@ class Dinov2:
 
     def __call__(self, video: np.ndarray) -> np.ndarray:
         """(T, H, W, 3) uint8 to (D,) float32."""
-        config, params = _loaded("dinov2", self.weights)
+        config, params = loaded("dinov2", self.weights)
         chosen = np.linspace(0, len(video) - 1, min(FRAMES, len(video))).round().astype(int)
         patch = params["patches"]["weight"].shape[-1]
         images = _square(video[chosen], SIDE // patch * patch)
-        feature = np.asarray(dinov2.encode(config, params, images, _dtype())[:, 0]).mean(0)
+        feature = np.asarray(dinov2.encode(config, params, images, dtype())[:, 0]).mean(0)
         return (feature / np.linalg.norm(feature)).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:

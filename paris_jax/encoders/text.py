@@ -176,4 +176,5 @@ def from_description(description: dict[str, Any], folders: Mapping[str, str] | N
         return text_encoder(**description)
     description = {k: v for k, v in description.items() if k not in ("width", "pooled_width")}
     named = {name: os.environ.get(f"PARIS_JAX_{name.upper()}", "") for name in ("t5", "clip")}
-    return text_encoder(**description, **(named | dict(folders or {})))
+    given = {name: folder for name, folder in (folders or {}).items() if name in named}
+    return text_encoder(**description, **(named | given))

@@ -40,7 +40,7 @@ class Ensemble:
     ):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
-        self.codec = codecs.from_description(shared["codec"])
+        self.codec = codecs.from_description(shared["codec"], (encoders or {}).get("vae", ""))
         self.text = text.from_description(shared["text"], encoders)
         self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
         self.fps: float = shared["fps"]
@@ -79,8 +79,8 @@ class Ensemble:
           mesh: spreads it over several devices, as {"expert": 3, "fsdp": 2}: see `ensemble/placement.py`.
           weights: "auto" keeps the experts as they compute, "int8" the matrices of their blocks as 8-bit integers.
           offload: keeps the experts' blocks in the host's memory; a layer at a time comes to the device.
-          encoders: folders of published text encoders, {"t5": ..., "clip": ...}, where it was trained with them; by
-            default those that PARIS_JAX_T5 and PARIS_JAX_CLIP name.
+          encoders: folders of published encoders, {"vae": ..., "t5": ..., "clip": ...}, where it was trained with them;
+            by default those that PARIS_JAX_VAE, PARIS_JAX_T5 and PARIS_JAX_CLIP name.
         """
         parts = bundle.read(path)
         return cls(parts, placement.keeping(mesh, weights, offload), encoders)

@@ -57,7 +57,7 @@ class Given:
             raise Refused(problem)
 
     def kept(
-        self, codec: codecs.Pixels, scale: codecs.LatentScale, shape: tuple[int, ...], count: int, fps: float
+        self, codec: codecs.Codec, scale: codecs.LatentScale, shape: tuple[int, ...], count: int, fps: float
     ) -> jax.Array:
         """What the networks are told of these frames, (count, T, H, W, 1 + C), for latents of `shape` (T, H, W, C).
 
@@ -82,7 +82,7 @@ class Given:
             mask[row, : len(encoded)] = True
         return masks.kept(jnp.asarray(latent), jnp.asarray(mask))
 
-    def _beginning(self, given: Picture, codec: codecs.Pixels, T: int, fps: float) -> np.ndarray:
+    def _beginning(self, given: Picture, codec: codecs.Codec, T: int, fps: float) -> np.ndarray:
         """The frames of a video that are kept, (F, h, w, 3) uint8: as many as make whole latent frames."""
         frames = np.stack([*video_io.at_rate(given, fps)]) if _is_path(given) else _pixels("video", given, 4)
         count = len(frames) if self.video_frames is None else self.video_frames

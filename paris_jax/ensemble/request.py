@@ -149,7 +149,7 @@ def keys(seed: int | Sequence[int], count: int) -> jax.Array:
 
 
 def latent_shape(
-    trained: tuple[int, int, int, int], codec: codecs.Pixels, frames: int | None, height: int | None, width: int | None
+    trained: tuple[int, int, int, int], codec: codecs.Codec, frames: int | None, height: int | None, width: int | None
 ) -> tuple[int, int, int, int]:
     """The latent (T, H, W, C) of videos of this size, by default of the size trained on.
 
@@ -158,13 +158,19 @@ def latent_shape(
     """
     T, H, W, C = trained
     blocks = {"frames": codec.time, "height": codec.height * PATCH, "width": codec.width * PATCH}
-    sizes = {"frames": T * codec.time, "height": H * codec.height, "width": W * codec.width}
+    sizes = {
+        "frames": codec.first + (T - codec.first) * codec.time,
+        "height": H * codec.height,
+        "width": W * codec.width,
+    }
     sizes |= {k: v for k, v in {"frames": frames, "height": height, "width": width}.items() if v is not None}
     for name, size in sizes.items():
-        block = blocks[name]
-        if size < 1 or size % block:
-            low = max(size // block * block, block)
-            near = f"{low} or {low + block}" if size > block else f"{block}"
-            raise Refused(f"{name}={size}: must be a multiple of {block}; the nearest is {near}")
+        block, first = blocks[name], codec.first if name == "frames" else 0
+        least = first or block
+        if size < least or (size - first) % block:
+            low = max((size - first) // block * block + first, least)
+            near = f"{low} or {low + block}" if size > least else f"{least}"
+            more = f"{first} more than " if first else ""
+            raise Refused(f"{name}={size}: must be {more}a multiple of {block}; the nearest is {near}")
     T, H, W, _ = codec.latent_shape(**sizes)
     return T, H, W, C

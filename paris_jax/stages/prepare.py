@@ -24,6 +24,7 @@ from paris_jax.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 STEM = "data"
+UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
 
 
 def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_size: int = records.SHARD_SIZE) -> None:
@@ -225,7 +226,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         codec=codec.describe(),
         text=text_encoder(experiment, sorted(total.words)).describe(),
         features=features.features(**dataclasses.asdict(experiment.features)).describe(),
-        latent=total.latent(shared=codec.one_scale),
+        latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
         text_length=total.text_length,
         clips=total.clips,
         fps=experiment.data.fps,

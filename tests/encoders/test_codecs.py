@@ -61,11 +61,11 @@ def test_latents_are_normalised_and_back(mean, spread):
     np.testing.assert_allclose(scale.denormalise(normal), latent, rtol=1e-5, atol=1e-6)
 
 
-def test_the_published_codec_is_known_by_its_sizes_and_cannot_be_run():
+def test_the_published_codec_is_known_by_its_sizes_and_needs_its_weights():
     hunyuan = codecs.sizes("hunyuan", time=4, height=8, width=8)
     assert hunyuan.latent_shape(33, 256, 256) == (9, 32, 32, 16)
     assert hunyuan.latent_shape(1, 64, 96) == (1, 8, 12, 16)
     with pytest.raises(Refused, match="frames=32: must be 1 more than a multiple of the codec's 4"):
         hunyuan.latent_shape(32, 256, 256)
-    with pytest.raises(Refused, match=r"not in this version yet.*use codec\.name='pixels'"):
+    with pytest.raises(Refused, match=r"codec\.weights is empty; name the folder"):
         codecs.codec("hunyuan", time=4, height=8, width=8)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from paris_jax.encoders import clip, dinov2, t5
+from paris_jax.encoders import clip, dinov2, hunyuan, t5
 
 FOLDER = Path(__file__).parents[1] / "encoders" / "published"
 T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -43,7 +43,8 @@ MERGES = [
     "t h",
 ]
 CLIP_END = 2 * 256 + len(MERGES) + 1  # the id of <|endoftext|>
-NAMES = ("t5", "clip", "clip-text", "dinov2", "dinov2-giant")
+NAMES = ("t5", "clip", "clip-text", "dinov2", "dinov2-giant", "hunyuan")
+VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 
 
 def inputs(name: str) -> dict[str, np.ndarray]:
@@ -52,7 +53,10 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     if name == "t5":
         return {"ids": ids, "length": np.array([21, 9], np.int32)}
     made: dict[str, np.ndarray] = {}
-    if name.startswith("clip"):
+    if name == "hunyuan":
+        made["video"] = rng.uniform(-1, 1, (2, 9, 24, 16, 3)).astype(np.float32)
+        made |= {"image": made["video"][:1, :1], "latent": rng.standard_normal((1, 3, 2, 3, 4), np.float32)}
+    elif name.startswith("clip"):
         ids[0, 11], ids[0, 12:], ids[1, -1] = CLIP_END, 1, CLIP_END  # each ends with the end token; the first is padded
         made |= {"ids": ids, "image": rng.random((2, 12, 12, 3), np.float32)}
     else:
@@ -76,10 +80,14 @@ def theirs(name: str) -> tuple[Any, dict[str, np.ndarray]]:
         vision = {**TOWER, "image_size": 12, "patch_size": 4, "hidden_size": 48}
         both = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
         model = hf.CLIPModel(both) if name == "clip" else hf.CLIPTextModel(hf.CLIPTextConfig(**text))
+    elif name == "hunyuan":
+        import diffusers
+
+        model = diffusers.AutoencoderKLHunyuanVideo(**VAE)
     else:
         model = hf.Dinov2Model(hf.Dinov2Config(**DINO, image_size=12, use_swiglu_ffn=name.endswith("giant")))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.3)
+        torch.nn.init.normal_(parameter, 0.0, 0.3 if name != "hunyuan" or parameter.ndim < 5 else 0.06)
         parameter.data = parameter.data.to(torch.bfloat16).float()
     model.eval()
     with torch.no_grad():
@@ -92,6 +100,11 @@ def _ask(name: str, model: Any, made: dict[str, Any]) -> dict[str, Any]:
     if name == "t5":
         mask = torch.arange(made["ids"].shape[1]) < made["length"][:, None]
         return {"hidden": model(input_ids=made["ids"].long(), attention_mask=mask).last_hidden_state}
+    if name == "hunyuan":
+        last = lambda x: x.permute(0, 2, 3, 4, 1)  # noqa: E731
+        ask = {k: v.permute(0, 4, 1, 2, 3) for k, v in made.items()}
+        found = {k: last(model.encode(ask[k]).latent_dist.mode()) for k in ("video", "image")}
+        return found | {"latent": last(model.decode(ask["latent"]).sample)}
     if name == "clip-text":
         out = model(input_ids=made["ids"].long())
         return {"hidden": out.last_hidden_state, "pooled": out.pooler_output}
@@ -123,7 +136,7 @@ def write(name: str) -> None:
     if name.startswith("dinov2"):
         weights = _published(weights)
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
-    described = json.loads(model.config.to_json_string(use_diff=False))
+    described = dict(model.config) if name == "hunyuan" else json.loads(model.config.to_json_string(use_diff=False))
     (folder / "config.json").write_text(json.dumps(_plain(described), indent=1, sort_keys=True) + "\n")
     (folder / "expected").mkdir(exist_ok=True)
     if name in ("t5", "clip"):
@@ -187,10 +200,16 @@ def _plain(described: Any) -> Any:
 def ours(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Our encoder, read from the folder, on the inputs."""
     made = inputs(name)
-    read: Callable[..., Any] = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read}[name.split("-")[0]]
+    read: Callable[..., Any] = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}[
+        name.split("-")[0]
+    ]
     config, params = read(FOLDER / name)
     if name == "t5":
         return {"hidden": np.asarray(t5.encode(config, params, made["ids"], made["length"], dtype))}
+    if name == "hunyuan":
+        found = {k: hunyuan.encode(config, params, made[k], dtype) for k in ("video", "image")}
+        found |= {"latent": hunyuan.decode(config, params, made["latent"], dtype)}
+        return {k: np.asarray(v) for k, v in found.items()}
     if name.startswith("clip"):
         found = clip.encode_text(config, params, made["ids"], dtype)
         if name == "clip":

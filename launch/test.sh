@@ -57,8 +57,8 @@ workers=$("$folder/bin/python" -c 'import os; print(min(os.cpu_count() or 1, 8))
 check "ruff check" "$folder/bin/ruff" check .
 check "ruff format" "$folder/bin/ruff" format --check .
 check "pyright" "$folder/bin/pyright" --pythonpath "$folder/bin/python"
-# A file of tests stays in one process, so that what its tests share is made once.
-check "pytest" "$folder/bin/python" -m pytest --numprocesses="$workers" --dist=loadfile ${arguments[@]+"${arguments[@]}"}
+# A file of tests stays in one process, so that what its tests share is made once; long files go first (conftest.py).
+check "pytest" "$folder/bin/python" -m pytest --numprocesses="$workers" --dist=loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}
 
 if [ ${#failed[@]} -gt 0 ]; then
   say "Failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"

@@ -152,6 +152,8 @@ def _sampling(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
     flags.DEFINE_enum("weights", "auto", ("auto", "int8"), "int8 takes half the memory, or less", flag_values=values)
+    for name, what in (("vae", "HunyuanVideo's VAE"), ("t5", "T5"), ("clip", "CLIP")):
+        flags.DEFINE_string(name, None, f"folder of {what}, where it was trained with that", flag_values=values)
     flags.DEFINE_bool("offload", False, "keep the experts in the host's memory", flag_values=values)
     flags.DEFINE_integer("preview_every", 0, "steps after which a preview is written; 0 is never", flag_values=values)
     for axis in ("frames", "height", "width"):
@@ -222,8 +224,10 @@ def _assemble(call: Call) -> None:
     elsewhere = {}
     for given in call["expert"]:
         cluster, _, folder = given.partition(":")
-        if not cluster.isdigit() or not folder:
+        if not (cluster.isascii() and cluster.isdigit()) or not folder:
             raise Refused(f"--expert={given}: must be a cluster and a folder, such as 1:runs/other/experts/1/export")
+        if int(cluster) in elsewhere:
+            raise Refused(f"--expert={given}: cluster {cluster} is given twice; name one expert for each")
         elsewhere[int(cluster)] = folder
     assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere)
 
@@ -243,6 +247,7 @@ def _sample(call: Call) -> None:
     for name in ("negative", *GIVEN_FLAGS):
         given[name] = call[name][0] if len(call[name]) == 1 else call[name] or None
     keeping = {"mesh": _mesh(call["mesh"]), "weights": call["weights"], "offload": call["offload"]}
+    keeping["encoders"] = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
     sample(call["ensemble"], call["prompt"], call["out"], keeping, **given)
 
 
@@ -282,7 +287,7 @@ def _exporting(values: flags.FlagValues) -> None:
 def _import(call: Call) -> None:
     from paris_jax.stages.import_weights import import_weights
 
-    experiment = call.experiment(None) if call["config"] else None
+    experiment = call.experiment(None) if call["config"] or call.changes else None
     import_weights(call["source"], call.files, call["out"], experiment, call["dtype"])
 
 

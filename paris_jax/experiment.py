@@ -130,7 +130,8 @@ class Evaluation:
 
 
 # Fields that do not decide what is learned: a job that goes on may change them.
-UNTRAINED = {"training": ENGINE, "router_training": ENGINE, "network": ("remat",)}
+# What training starts from is known by its hash, which parts carry.
+UNTRAINED = {"training": (*ENGINE, "start"), "router_training": ENGINE, "network": ("remat",)}
 
 
 # Fields that say where something lies on this machine; what lies there is known by its hash.
@@ -219,6 +220,12 @@ class Experiment:
     def text_widths(self) -> tuple[int, int]:
         """Widths of the text's tokens and of its pooled vector."""
         return text.widths(self.text.name, self.text.width, self.text.t5, self.text.clip)
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Folders of the published encoders that sampling needs, as `Ensemble.load` takes them."""
+        named = {"vae": self.codec.weights, "t5": self.text.t5, "clip": self.text.clip}
+        return {name: folder for name, folder in named.items() if folder}
 
     @property
     def data_hash(self) -> str:

@@ -25,7 +25,13 @@ LONG = (
     "test_train",
     "test_quickstart",
     "test_real_footage",
+    "test_placement",
     "test_evaluate",
+    "test_killed",
+    "test_kept_frames",
+    "test_objectives",
+    "test_hunyuan",
+    "test_published",
 )
 
 

@@ -19,6 +19,7 @@ from paris_jax.encoders.text import TextEncoding, check_length, half
 from paris_jax.encoders.tokens import tokenizer
 from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
+from paris_jax.weights.reading import described
 
 LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
 READ = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
@@ -29,7 +30,8 @@ FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels
 def loaded(kind: str, folder: str) -> tuple[Any, Any]:
     """An encoder and its weights on the device, once a process."""
     config, params = READ[kind](folder)
-    return config, jax.tree.map(jnp.asarray, params)
+    # Matrices are kept as they are computed with.
+    return config, jax.tree.map(lambda a: jnp.asarray(a, dtype() if a.ndim > 2 else a.dtype), params)
 
 
 @functools.cache
@@ -41,7 +43,9 @@ def _hash(folder: str) -> str:
 def check_folder(field: str, folder: str, promised: str) -> str:
     """The hash of a folder's weights; refuses one that is not named, or not the promised one."""
     if not folder:
-        raise Refused(f"{field} is empty; name the folder that its weights were downloaded to")
+        name = {"codec.weights": "vae", "text.t5": "t5", "text.clip": "clip"}.get(field)
+        sampling = f"; to sample, --{name}=DIR, encoders={{'{name}': ...}} or PARIS_JAX_{name.upper()}" if name else ""
+        raise Refused(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
     found = _hash(folder)
     if promised and found != promised:
         raise Refused(
@@ -77,11 +81,12 @@ class T5Clip:
 
     @property
     def width(self) -> int:
-        return loaded("t5", self.t5)[1]["norm"]["weight"].shape[0]
+        return described(self.t5, "d_model")["d_model"]
 
     @property
     def pooled_width(self) -> int:
-        return loaded("clip", self.clip)[1]["text"]["norm"]["weight"].shape[0]
+        found = described(self.clip)
+        return found.get("text_config", found)["hidden_size"]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts as one batch; refuses an empty text, and one of more than `max_tokens` of T5's tokens."""
@@ -89,6 +94,10 @@ class T5Clip:
         for text, found in zip(texts, pieces, strict=True):
             check_length(text, len(found), self.max_tokens, "tokens")
         (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
+        if clips.text is None:
+            raise Refused(
+                f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
+            )
         ids, length = _padded(pieces, LENGTHS)
         tokens = np.asarray(t5.encode(config, params, ids, length, dtype()))
         ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])

@@ -40,6 +40,7 @@ class Ensemble:
     ):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
+        request.check_encoders(encoders)
         self.codec = codecs.from_description(shared["codec"], (encoders or {}).get("vae", ""))
         self.text = text.from_description(shared["text"], encoders)
         self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
@@ -86,9 +87,9 @@ class Ensemble:
         return cls(parts, placement.keeping(mesh, weights, offload), encoders)
 
     @classmethod
-    def single(cls, part: epath.PathLike, **sampling: Any) -> "Ensemble":
-        """Loads one trained network on its own, such as the monolith's export folder."""
-        return cls(bundle.single(part, sampling))
+    def single(cls, part: epath.PathLike, encoders: Mapping[str, str] | None = None, **sampling: Any) -> "Ensemble":
+        """Loads one trained network on its own, such as the monolith's export folder; `encoders` as in `load`."""
+        return cls(bundle.single(part, sampling), encoders=encoders)
 
     def encode(self, prompts: Sequence[str]) -> sampler.Text:
         """Encodes prompts, padded to the longest caption trained on (longer ones to the most the encoder takes).
@@ -207,6 +208,10 @@ class Ensemble:
         else:
             start = jnp.asarray(noise, jnp.float32)
             self.check_latent(start, len(prompts))
+        if preview_every and self.codec.scaled and jax.default_backend() != "cpu":
+            raise Refused("preview_every: this codec needs the device, which is at work; leave previews out")
+        if kept is not None:
+            request.check_kept(kept, start.shape)
         if given:
             kept = given.kept(self.codec, self.scale, start.shape[1:], len(prompts), self.fps)
         preview = (lambda step, data: on_preview(step, self._videos(data))) if on_preview else None
@@ -264,7 +269,7 @@ class Ensemble:
         without guidance unless it is given.
         """
         request.check_names(how)
-        how, dropped = {"guidance": 1.0} | how, request.clusters_of(drop)
+        how, dropped = {"guidance": 1.0, "guidance_image": 1.0} | how, request.clusters_of(drop)
         plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1, kept)
         return self._run(sampler.velocity, plan, x, t, told, forced[0])[0]
 
@@ -279,7 +284,14 @@ class Ensemble:
             return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
 
     def disagreement(
-        self, x: jax.Array, t: jax.Array, encoded: sampler.Text, *, drop: int | Sequence[int] = (), **how: Any
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        encoded: sampler.Text,
+        *,
+        kept: jax.Array | None = None,
+        drop: int | Sequence[int] = (),
+        **how: Any,
     ) -> jax.Array:
         """How far the experts' answers lie apart, at every place of the latent, (N, T, H, W) float32.
 
@@ -287,9 +299,9 @@ class Ensemble:
         times t (N,), as a root mean square over the channels: in units of the data's spread, 0 where all agree.
         """
         used = np.flatnonzero(request.present(self.clusters, request.clusters_of(drop)))
-        weight_NE = self.route(x, t, encoded)[:, used]
+        weight_NE = self.route(x, t, encoded, kept)[:, used]
         weight_NE = weight_NE / weight_NE.sum(-1, keepdims=True)
-        v = [self.velocity(x, t, encoded, experts=self.clusters[e], **how) for e in used]
+        v = [self.velocity(x, t, encoded, kept=kept, experts=self.clusters[e], **how) for e in used]
         each = jnp.stack([path.data_from_velocity(x, of_expert, t) for of_expert in v])
         mean = jnp.einsum("ne,enthwc->nthwc", weight_NE, each)
         return jnp.sqrt(jnp.einsum("ne,enthwc->nthw", weight_NE, jnp.square(each - mean)) / x.shape[-1])

@@ -1,5 +1,6 @@
 """Frames that a caller gives, to be kept: the first image, the last, or the beginning of a video."""
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -80,20 +81,30 @@ class Given:
             encoded = codec.encode(np.stack([self._fitted(frame, size, "video") for frame in frames]))
             latent[row, : len(encoded)] = scale.normalise(encoded)
             mask[row, : len(encoded)] = True
+        if mask.all():
+            raise Refused(f"All {T} latent frames are given, so there is none to make; give fewer, or raise frames")
         return masks.kept(jnp.asarray(latent), jnp.asarray(mask))
 
     def _beginning(self, given: Picture, codec: codecs.Codec, T: int, fps: float) -> np.ndarray:
         """The frames of a video that are kept, (F, h, w, 3) uint8: as many as make whole latent frames."""
-        frames = np.stack([*video_io.at_rate(given, fps)]) if _is_path(given) else _pixels("video", given, 4)
-        count = len(frames) if self.video_frames is None else self.video_frames
         allowed = [codec.first + n * codec.time for n in range(not codec.first, T - codec.first)]
-        if count not in allowed or count > len(frames):
-            found = f"video has {len(frames)} frames"
+        most, length = max(allowed, default=0), 0
+        if _is_path(given):  # no more of it is held than could be kept
+            frames: Any = collections.deque(maxlen=most + 1)
+            for frame in video_io.at_rate(given, fps):
+                frames.append(frame)
+                length += 1
+        else:
+            frames = _pixels("video", given, 4)
+            length = len(frames)
+        count = length if self.video_frames is None else self.video_frames
+        if count not in allowed or count > length:
+            found = f"video has {length} frames"
             told = found if self.video_frames is None else f"video_frames={count} where the {found}"
-            there = [n for n in allowed if n <= len(frames)]
+            there = [n for n in allowed if n <= length]
             near = f"{', '.join(map(str, there[:8]))}{', ...' if len(there) > 8 else ''}" if there else "more frames"
             raise Refused(f"{told}: the number of its last frames to keep must be one of {near}; give video_frames")
-        return frames[len(frames) - count :]
+        return np.stack(list(frames)[len(frames) - count :])
 
     def _fitted(self, image: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
         """(h, w, 3) uint8 as (height, width, 3)."""

@@ -1,7 +1,7 @@
 """What a caller asks of an ensemble, checked before anything is computed: rules, times, seeds and sizes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused, nearest
 from paris_jax.models.dit import PATCH
 
+ENCODERS = ("vae", "t5", "clip")  # published ones, whose folders a caller names
 NAMES = sorted({field.name for field in dataclasses.fields(Sampling)} - {"steps"})  # of settings, as keywords
 
 
@@ -79,6 +80,24 @@ def check_watching(broken: str, preview_every: int, previewed: bool) -> None:
         raise Refused(problem)
     if previewed != (preview_every > 0):
         raise Refused("preview_every and on_preview go together: after how many steps, and what to call then")
+
+
+def check_encoders(folders: Mapping[str, str] | None) -> None:
+    """Refuses the folder of an encoder that there is not."""
+    for name in folders or {}:
+        for problem in checks.choice("encoders", name, ENCODERS):
+            raise Refused(problem)
+
+
+def check_kept(kept: jax.Array, start: tuple[int, ...]) -> None:
+    """Refuses what does not tell of given frames of latents (N, T, H, W, C)."""
+    expected = (*start[:-1], start[-1] + 1)
+    if kept.shape != expected:
+        raise Refused(
+            f"kept has shape {kept.shape}; must be {expected}: the mask, then the latent (diffusion.masks.kept)"
+        )
+    if not np.isfinite(kept).all():
+        raise Refused("kept holds values that are not finite")
 
 
 def clusters_of(drop: int | Sequence[int]) -> list[int]:

@@ -48,12 +48,28 @@ def assemble(
     for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
         if part.manifest["config_hash"] != experiment.hash:
             raise Refused(f"{part.folder} was trained with another config than {run.config}; train it again here")
+    _check_kinds(experiment, experts, {k: part for k, part in experts.items() if k not in elsewhere})
     before = _text(run)
     bundle.write(run.ensemble, experts, router, dataclasses.asdict(experiment.sampling), experiment.hash)
     missing = f", without expert {', '.join(map(str, absent))}" if absent else ""
     from_elsewhere = f", {len(elsewhere)} of them from elsewhere" if elsewhere else ""
     holds = "holds" if _text(run) != before else "was assembled already and holds"
     logger.info("%s %s %d experts and the router%s%s", run.ensemble, holds, len(experts), from_elsewhere, missing)
+
+
+def _check_kinds(experiment: Experiment, experts: Mapping[int, parts.Part], own: Mapping[int, parts.Part]) -> None:
+    """Refuses an expert that cannot be given frames in a run that gives some, and own ones of different beginnings."""
+    for part in experts.values():
+        if experiment.masks.kinds and not part.manifest["network"].get("kept_frames"):
+            raise Refused(
+                f"{part.folder} was trained without config.masks and cannot be given frames, as this run does"
+            )
+    starts = {k: part.manifest["training"].get("start") for k, part in own.items()}
+    if len({manifest.canonical_json(start) for start in starts.values()}) > 1:
+        raise Refused(
+            f"The experts {', '.join(map(str, starts))} did not start from the same weights (training.start); train "
+            "them again from the same"
+        )
 
 
 def _text(run: RunFolder) -> str:

@@ -114,8 +114,8 @@ class Evaluation:
         self.experiment, self.run, self.kept, self.progress = experiment, run, kept, progress
         settings = experiment.evaluation
         sampling = dataclasses.asdict(experiment.sampling)
-        self.ensemble = Ensemble.load(run.ensemble)
-        self.monolith = Ensemble.single(run.export(MONOLITH), **sampling)
+        self.ensemble = Ensemble.load(run.ensemble, encoders=experiment.encoders)
+        self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, **sampling)
         self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
         self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
         # As many real clips as prompts are set aside to measure distances to.

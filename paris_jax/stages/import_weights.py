@@ -75,6 +75,8 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
     config = parts.network(found, folder)
     if not isinstance(config, DiTConfig):
         raise Refused(f"{folder} is a router; only experts and monoliths have a layout that others read")
+    if config.predicts != "velocity":
+        raise Refused(f"{folder} predicts {config.predicts}; these layouts are of networks that predict the velocity")
     tensors = Tensors(folder / convert.WEIGHTS)
     with _bar("writing", convert.count(config, layout)) as advance:
         convert.export_network(tensors, config, layout, epath.Path(out), advance)
@@ -95,9 +97,9 @@ def _of_tensors(tensors: Tensors, layout: str) -> DiTConfig:
             f"{tensors.files[0]}: the network's sizes cannot be read, {error} is not there; give --config"
         ) from error
     published = presets.NETWORKS["11b"]
-    if sizes["hidden"] // sizes["heads"] != sum(published.rope_axes):
+    if not sizes["heads"] or sizes["hidden"] // sizes["heads"] != sum(published.rope_axes):
         raise Refused(
-            f"{tensors.files[0]} has heads of {sizes['hidden'] // sizes['heads']}, FLUX.1's have "
+            f"{tensors.files[0]} has {sizes['heads']} heads for {sizes['hidden']} features, FLUX.1's heads have "
             f"{sum(published.rope_axes)}: name the --config whose experts it is for"
         )
     return DiTConfig(**sizes, rope_axes=published.rope_axes, theta=published.theta)

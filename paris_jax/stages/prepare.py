@@ -42,12 +42,14 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
       Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
         another config.
     """
-    check_encoders(experiment)
+    encoders = weights_of(describe_encoders(experiment, ()))
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
         found = manifest.read(run.data, "data")
         if found["config_hash"] != experiment.data_hash:
             raise Refused(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
+        if weights_of(found) != encoders:
+            raise Refused(f"{run.data} was made with other weights of its encoders; name those, or use a new --workdir")
         logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
         return
     clips = source(experiment.data)
@@ -55,7 +57,7 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
         raise Refused("The data source has no clips; raise data.num_clips or add videos to data.path")
     run.claim(experiment.to_dict(), experiment.hash)  # not before the clips were looked at
     count = -(-len(clips) // shard_size)
-    jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size) for k in range(count)]
+    jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("clips", total=len(clips))
@@ -73,11 +75,19 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
     logger.info("%d clips are prepared: %s", len(clips), run.data)
 
 
-def check_encoders(experiment: Experiment) -> None:
-    """Refuses an encoder that cannot be run here, before anything is written."""
-    codecs.codec(**dataclasses.asdict(experiment.codec))
-    text_encoder(experiment, ())
-    features.features(**dataclasses.asdict(experiment.features))
+def describe_encoders(experiment: Experiment, vocabulary: Iterable[str]) -> dict[str, Any]:
+    """What the manifest says of codec, text encoder and features; refuses one that cannot be run here."""
+    return {
+        "codec": codecs.codec(**dataclasses.asdict(experiment.codec)).describe(),
+        "text": text_encoder(experiment, vocabulary).describe(),
+        "features": features.features(**dataclasses.asdict(experiment.features)).describe(),
+    }
+
+
+def weights_of(described: dict[str, Any]) -> dict[str, Any]:
+    """Hashes of the weights of described encoders; None for those that have none."""
+    fields = {"codec": "sha256", "text": "weights", "features": "sha256"}
+    return {name: described[name].get(field) for name, field in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,7 @@ class Shard:
     number: int
     count: int
     size: int
+    encoders: dict[str, Any]  # hashes of their weights
 
     @property
     def path(self) -> epath.Path:
@@ -106,7 +117,8 @@ class Shard:
     @property
     def origin(self) -> dict[str, Any]:
         """What the shard is made of: a mark of anything else does not count."""
-        return {"config_hash": self.experiment.data_hash, "source": self.clips.describe(), "indices": [*self.indices]}
+        made_of = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
+        return {**made_of, "source": self.clips.describe(), "indices": [*self.indices]}
 
     def is_done(self) -> bool:
         return self.path.exists() and self.mark.exists() and manifest.read_json(self.mark)["origin"] == self.origin
@@ -223,9 +235,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         "data",
         [job.path.name for job in jobs],
         experiment.data_hash,
-        codec=codec.describe(),
-        text=text_encoder(experiment, sorted(total.words)).describe(),
-        features=features.features(**dataclasses.asdict(experiment.features)).describe(),
+        **describe_encoders(experiment, sorted(total.words)),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
         text_length=total.text_length,
         clips=total.clips,

@@ -100,7 +100,8 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
     shown = run.samples / "quickstart.mp4"
     if experiment.data.source == "shapes" and (after or not shown.exists()):  # the prompts are about shapes
         prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-        after.append(Job("sample", ("sample", f"--ensemble={run.ensemble}", *prompts, f"--out={shown}")))
+        encoders = [f"--{name}={folder}" for name, folder in experiment.encoders.items()]
+        after.append(Job("sample", ("sample", f"--ensemble={run.ensemble}", *encoders, *prompts, f"--out={shown}")))
     if experiment.data.heldout_fraction:
         after.append(Job("evaluate", ("evaluate", *config, workdir)))
     left = {job.name for job in (*before, *todo.values(), *after)}

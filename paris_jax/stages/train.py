@@ -47,7 +47,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     data = [read_cluster(folder, experiment, run) for folder in folders]
     job = make_job(experiment, run, role, data[0])
     settings = job.settings
-    start = starting.check(settings.start, job.config) if settings.start else None
+    start = check_start(run, role, job)
     logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
 
     def ids(number: int) -> list[str]:
@@ -82,10 +82,23 @@ def _export(
             "clips": sum(d["clips"] for d in data),
             "flops_per_sample": job.flops_per_sample,
             "seed": job.settings.seed,
-            "start": start and {name: promise["sha256"] for name, promise in start["files"].items()},
+            "start": start,
         },
         **{name: data[0][name] for name in CARRIED},
     )
+
+
+def check_start(run: RunFolder, role: Role, job: Job) -> dict[str, str] | None:
+    """Hashes of the weights that a job starts from, kept beside its checkpoints; a job that goes on needs no more."""
+    if not job.settings.start:
+        return None
+    kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
+    if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
+        return manifest.read_json(kept)
+    found = starting.check(job.settings.start, job.config)
+    hashes = {name: promise["sha256"] for name, promise in found["files"].items()}
+    manifest.write_json(kept, hashes, shared=True)
+    return hashes
 
 
 def tracker(experiment: Experiment, job: Job) -> dict[str, Any] | None:

@@ -38,6 +38,14 @@ def check(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
         raise Refused(
             f"{folder} holds another network: {', '.join(differ)}; choose network.preset to fit, or other weights"
         )
+    tensors = Tensors(folder / WEIGHTS).shapes
+    problems = [
+        name
+        for name, leaf in functional.to_names(functional.abstract(config)).items()
+        if tensors.get(name, (leaf.shape,) if name.startswith(FRESH) else (None,))[0] != leaf.shape
+    ]
+    if problems:
+        raise Refused(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
     if network.get("kept_frames") and not config.kept_frames:
         raise Refused(f"{folder} has an input for frames that are given; set config.masks, so that it is used")
     return found
@@ -55,10 +63,15 @@ def load(folder: epath.PathLike, state: TrainState) -> TrainState:
         if name not in tensors.shapes and name.startswith(FRESH):
             return leaf
 
+        shape, dtype, sharding = leaf.shape, leaf.dtype, leaf.sharding
+
         def part(index: Any) -> np.ndarray:
-            return np.asarray(tensors.read(name, index), leaf.dtype)
+            return np.asarray(tensors.read(name, index), dtype)
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+        leaf.delete()
+        return jax.make_array_from_callback(shape, sharding, part)
 
+    for leaf in jax.tree.leaves(state.ema):  # what is replaced is not held beside what replaces it
+        leaf.delete()
     params = jax.tree_util.tree_map_with_path(read, state.params)
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -90,9 +90,11 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
             continue
         problems += [f"{name} is missing" for name in absent]
         for name, expected in zip(piece.theirs, piece.their_shapes, strict=True):
-            found = tensors.shapes.get(name, (expected,))[0]
+            found, kind = tensors.shapes.get(name, (expected, np.dtype(np.float32)))
             if found != expected:
                 problems.append(f"{name} has shape {found} instead of {expected}")
+            elif kind not in files.DTYPES.values():
+                problems.append(f"{name} has dtype {kind}")
         used.update(piece.theirs)
         if piece.layer in (None, 0):
             read.append(piece.ours)
@@ -105,8 +107,8 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
     return Report(layout, read, fresh, unused)
 
 
-def to_ours(tensors: Tensors, config: DiTConfig, report: Report) -> Iterator[tuple[str, np.ndarray]]:
-    """Our arrays by name, those of a stack layer by layer, in the dtype of the tensors.
+def to_ours(tensors: Tensors, config: DiTConfig, report: Report, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Our arrays by name, those of a stack layer by layer, in `dtype` or that of each tensor.
 
     Raises:
       Refused: values that are not finite, by the tensor's name.
@@ -115,12 +117,14 @@ def to_ours(tensors: Tensors, config: DiTConfig, report: Report) -> Iterator[tup
         if piece.ours in report.fresh:
             yield piece.ours, np.zeros(piece.shape, np.float32)
             continue
-        found = [_finite(tensors, name) for name in piece.theirs]
+        found = [_finite(tensors, name, dtype) for name in piece.theirs]
         yield piece.ours, piece.to_ours(found)
 
 
-def _finite(tensors: Tensors, name: str) -> np.ndarray:
+def _finite(tensors: Tensors, name: str, dtype: Any) -> np.ndarray:
     values = tensors.read(name)
+    with np.errstate(over="ignore"):
+        values = values.astype(dtype or values.dtype)
     if not np.isfinite(values.astype(np.float32)).all():
         raise Refused(f"{tensors.files[0].parent}: {name} holds values that are not finite; download it again")
     return values
@@ -134,15 +138,17 @@ def import_network(
     Args:
       report: of `check`.
       source: what it is called.
-      dtype: "float32" or "bfloat16"; that of the source where it is "".
+      dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
       advance: called after each of the pieces (`count`).
     """
-    first = tensors.shapes[next(iter(tensors.shapes))][1]
-    kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else first
+    used = {tensors.shapes[name][1] for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs
+            if name in tensors.shapes}  # fmt: skip
+    wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
+    kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
 
     def chunks() -> Iterator[tuple[str, np.ndarray]]:
-        for name, values in to_ours(tensors, config, report):
+        for name, values in to_ours(tensors, config, report, kind):
             yield name, values
             advance()
 

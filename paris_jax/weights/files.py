@@ -27,7 +27,7 @@ class Tensors:
     """Tensors of one or several safetensors files by name; only what is asked for is read.
 
     Attributes:
-      shapes: name -> (shape, dtype) of every tensor.
+      shapes: name -> (shape, dtype) of every tensor; of one that is not of floats, and cannot be read, what it says.
       files: the files, in the order in which they were found.
     """
 
@@ -40,21 +40,23 @@ class Tensors:
         given: Any = paths if isinstance(paths, list | tuple) else [paths]
         self.files = [file for path in given for file in _found(epath.Path(path))]
         self._handles: dict[str, Any] = {}
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
         for file in self.files:
             handle = _opened(file)
             for name in sorted(handle.keys()):
                 if name in shapes:
                     raise Refused(f"{file} and another file both hold {name}; give the files of one network")
                 piece = handle.get_slice(name)
-                if piece.get_dtype() not in DTYPES:
-                    raise Refused(f"{file}: {name} has dtype {piece.get_dtype()}; must be one of {', '.join(DTYPES)}")
-                shapes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
+                kind = piece.get_dtype()
+                shapes[name] = tuple(piece.get_shape()), DTYPES.get(kind, kind)
                 self._handles[name] = handle
         self.shapes: Shapes = shapes
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
         """A tensor, or a part of it: `index` as of an array, slices and whole numbers."""
+        kind = self.shapes[name][1]
+        if kind not in _CODES:
+            raise Refused(f"{self.files[0].parent}: {name} has dtype {kind}; must be one of {', '.join(DTYPES)}")
         if index is ...:
             return self._handles[name].get_tensor(name)
         return self._handles[name].get_slice(name)[index]
@@ -62,6 +64,8 @@ class Tensors:
 
 def _found(path: epath.Path) -> list[epath.Path]:
     """The safetensors files that a path stands for."""
+    if "://" in str(path):
+        raise Refused(f"{path}: weights are read from this machine's disks; copy them here first")
     if not path.exists():
         raise Refused(f"{path} does not exist; name a {ENDING} file, an index ({INDEX}), or a folder of them")
     if path.is_dir():
@@ -71,7 +75,8 @@ def _found(path: epath.Path) -> list[epath.Path]:
             raise Refused(f"{path} holds no {ENDING} file; name the folder that the weights were downloaded to")
         return [file for p in inside for file in _found(p)]
     if path.name.endswith(INDEX):
-        listed = manifest.read_json(path, "download it again").get("weight_map")
+        found = manifest.read_json(path, "download it again")
+        listed = found.get("weight_map") if isinstance(found, dict) else None
         if not isinstance(listed, dict) or not listed:
             raise Refused(f"{path} is not the index of a network: it has no weight_map; download it again")
         return [file for name in sorted(set(listed.values())) for file in _found(path.parent / name)]
@@ -83,7 +88,7 @@ def _found(path: epath.Path) -> list[epath.Path]:
 def _opened(path: epath.Path) -> Any:
     try:
         return safetensors.safe_open(str(path), "np")
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         reason = first_line(error)[:120]
         raise Refused(f"{path} is not a whole safetensors file ({reason}); download it again") from error
 

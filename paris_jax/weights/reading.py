@@ -76,7 +76,7 @@ def described(folder: epath.PathLike, *fields: str) -> dict[str, Any]:
             f"{path} does not exist; name the folder that the weights were downloaded to, config.json included"
         )
     found = manifest.read_json(path, "download it again")
-    absent = [name for name in fields if name not in found]
-    if absent:
-        raise Refused(f"{path} lacks {', '.join(absent)}; download it again")
+    absent = [name for name in fields if not isinstance(found, dict) or name not in found]
+    if absent or not isinstance(found, dict):
+        raise Refused(f"{path} lacks {', '.join(absent) or 'fields'}; download it again")
     return found

@@ -161,7 +161,8 @@ def test_folders_may_come_from_the_environment(monkeypatch):
     assert text.from_description(both().describe()).t5 == folder("t5")
 
 
-def test_dinov2_describes_a_clip_by_its_look():
+def test_dinov2_describes_a_clip_by_its_look(monkeypatch):
+    monkeypatch.setattr(published, "SIDE", 28)
     describe = features.features("dinov2", folder("dinov2"))
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (6, 20, 28, 3), np.uint8)
@@ -176,6 +177,7 @@ def test_dinov2_describes_a_clip_by_its_look():
 
 def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     """Every stage, with tiny networks of each kind; training needs none of their files."""
+    monkeypatch.setattr(published, "SIDE", 28)  # seven patches a side are enough here
     config = micro_config()
     config.data.num_clips = 40
     config.text.update(name="t5+clip", max_tokens=96, t5=folder("t5"), clip=folder("clip"))
@@ -194,6 +196,10 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
         if role != Role("monolith"):
             train(Experiment.from_config(elsewhere), run, role)
     assemble(experiment, run)
+    other = damaged(tmp_path, "t5", lambda w: w["shared.weight"].__setitem__((0, 0), 9.0))
+    config.text.t5 = str(other)
+    with pytest.raises(Refused, match="was made with other weights of its encoders"):
+        prepare(Experiment.from_config(config), run)
     ensemble = Ensemble.load(run.ensemble, encoders={"t5": folder("t5"), "clip": folder("clip")})
     assert np.isfinite(ensemble.sample(PROMPTS, num_steps=2).videos).all()
     published.drop()

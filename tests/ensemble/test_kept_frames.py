@@ -269,6 +269,22 @@ def test_videos_are_drawn_from_images_and_told_apart_from_those_without(ensemble
     assert np.abs(routes[0] - routes[1]).max() > 0
     with pytest.raises(Refused, match="kept and images or videos both say"):
         ensemble.sample(PROMPTS, image=picture, kept=told)
+    with pytest.raises(Refused, match=r"kept has shape .*; must be \(2, 2, 4, 4, 25\)"):
+        ensemble.sample(PROMPTS, kept=told[..., 1:])
+    with pytest.raises(Refused, match="kept holds values that are not finite"):
+        ensemble.sample(PROMPTS, kept=told.at[0, 0].set(jnp.nan))
+    with pytest.raises(Refused, match="All 1 latent frames are given"):
+        ensemble.sample(PROMPTS, image=picture, frames=2)
+
+
+def test_a_velocity_is_not_guided_unless_that_is_asked_for(ensemble):
+    x, text = ensemble.noise(2), ensemble.encode(PROMPTS)
+    told, t = masks.kept(x, jnp.array([[True, False]] * 2)), jnp.array([0.4, 0.9])
+    plain = ensemble.velocity(x, t, text, kept=told)
+    np.testing.assert_array_equal(ensemble.velocity(x, t, text, kept=told, guidance_image=1.0), plain)
+    assert np.abs(ensemble.velocity(x, t, text, kept=told, guidance_image=4.0) - plain).max() > 1e-5
+    apart = [ensemble.disagreement(x, t, text, kept=k) for k in (None, told)]
+    assert np.abs(apart[0] - apart[1]).max() > 0
 
 
 def test_an_ensemble_that_was_not_trained_for_it_says_so():

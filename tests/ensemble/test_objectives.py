@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax import Ensemble, manifest
+from paris_jax import Ensemble, cli, manifest
 from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.ensemble import bundle, parts, sampler
 from paris_jax.ensemble.routing import Routing
@@ -99,7 +99,7 @@ def test_an_expert_of_another_run_size_and_objective_is_admitted_and_sampled(mic
     ]
 
 
-def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path):
+def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path, capsys):
     shutil.copytree(noisy.export(Role("expert", 1)), tmp_path / "part")
     edit_manifest(tmp_path / "part", lambda m: m.update(partition="another"))
     with pytest.raises(Refused, match=r"its partition is 'another' instead of .* trained on one partition"):
@@ -110,6 +110,25 @@ def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path
         assemble(micro, finished, elsewhere={7: noisy.export(Role("expert", 1))})
     with pytest.raises(Refused, match="does not exist"):
         assemble(micro, finished, elsewhere={1: tmp_path / "nothing"})
+    workdir = f"--workdir={finished}"
+    for given, said in (
+        (["--expert=1:a", "--expert=1:b"], "cluster 1 is given twice"),
+        (["--expert=²:a"], "must be a cluster and a folder"),
+        (["--expert=1"], "must be a cluster and a folder"),
+    ):
+        assert cli.run(["assemble", workdir, *given]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_an_expert_that_cannot_be_given_frames_is_refused_where_the_run_gives_some(micro, finished, noisy, tmp_path):
+    shutil.copytree(noisy.export(Role("expert", 1)), tmp_path / "part")
+    part = parts.read(tmp_path / "part")
+    params = {name: leaf for name, leaf in part.params.items() if name != "kept_in"}
+    content = {k: part.manifest[k] for k in (*bundle.SHARED, "role", "cluster", "training") if k != "conventions"}
+    without = dataclasses.replace(part.config, kept_frames=False)
+    parts.write(tmp_path / "deaf", without, params, "", "float32", **content)
+    with pytest.raises(Refused, match=r"was trained without config\.masks and cannot be given frames"):
+        assemble(micro, finished, elsewhere={1: tmp_path / "deaf"})
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ def write(name: str) -> None:
         weights.pop("encoder.embed_tokens.weight", None)  # `shared` again, as the files leave it out
     if name.startswith("dinov2"):
         weights = _published(weights)
+    if name == "clip":  # as its published file has it, and nobody needs it
+        weights["text_model.embeddings.position_ids"] = np.arange(24)[None]
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
     described = dict(model.config) if name == "hunyuan" else json.loads(model.config.to_json_string(use_diff=False))
     (folder / "config.json").write_text(json.dumps(_plain(described), indent=1, sort_keys=True) + "\n")

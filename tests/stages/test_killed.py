@@ -147,11 +147,12 @@ class TestEvaluate:
         assert not left_unfinished(run.evaluation)
 
     def test_killed_twice(self, micro, finished, results):
-        # Files in their order: two of samples, two of losses, the router's hits, results, report, manifest.
+        # Files in their order: two of samples, two of losses, the router's hits, four of frames that are given (two
+        # kinds, two arms), results, report, manifest.
         killed_at(2, "evaluate", f"--workdir={finished}")
         kept = sorted(path.name.split("-")[1] for path in Path(finished.evaluation / ".partial").glob("*.safetensors"))
         assert kept == ["ensemble"]
-        killed_at(6, "evaluate", f"--workdir={finished}")  # the ensemble's samples are not made again: the report
+        killed_at(10, "evaluate", f"--workdir={finished}")  # the ensemble's samples are not made again: the report
         assert sorted(contents(finished.evaluation)) == ["results.json"]
         self.ends_whole(micro, finished, results)
 

@@ -120,7 +120,7 @@ def test_shards_of_another_source_are_made_again(whole, tmp_path):
     run = RunFolder(tmp_path)
     other = experiment(data={"num_clips": 20, "seed": 6})
     source = ShapesSource(6, 20, 8, 20, 20, 8.0)
-    stage.write(stage.Shard(other, source, str(run.data), 1, 4, 6))
+    stage.write(stage.Shard(other, source, str(run.data), 1, 4, 6, {}))
     assert (Path(run.data) / "data-00001-of-00004.array_record").exists()
     prepare(experiment(), run, shard_size=6)
     assert contents(run) == contents(whole)

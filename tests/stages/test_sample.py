@@ -37,23 +37,30 @@ def asked(monkeypatch):
 
 def test_what_is_not_said_is_left_to_the_ensemble(asked):
     found = asked()
-    assert found["keeping"] == {"mesh": None, "weights": "auto", "offload": False}
+    assert found["keeping"] == {"mesh": None, "weights": "auto", "offload": False, "encoders": {}}
     assert found["how"] == {"seed": 0, "drop": [], "broken": "refuse", "preview_every": 0, "progress": True}
 
 
 def test_every_flag_reaches_the_sampler(asked):
     found = asked(
         *("--negative=a", "--num_steps=7", "--seed=4,5", "--experts=0,1", "--times=1,0.5,0", "--drop=1,2"),
+        *("--vae=v", "--t5=t", "--image=a.png", "--last_image=b.png", "--fit=crop", "--guidance_image=2"),
+        *("--guidance_oscillation=both", "--guidance_ramp"),
         *("--mesh=expert:3,fsdp:2", "--weights=int8", "--offload", "--broken=drop", "--preview_every=3"),
         *("--frames=6", "--height=12", "--width=16", "--solver=ab2", "--guidance=2.5", "--guidance_method=projected"),
         *("--guidance_low=0.1", "--guidance_high=0.8", "--guidance_rescale=0.5", "--guidance_momentum=-0.2"),
         *("--guidance_radius=3", "--guidance_parallel=0.5", "--temperature=2", "--routed_by=branch", "--top_k=2"),
     )
-    assert found["keeping"] == {"mesh": {"expert": 3, "fsdp": 2}, "weights": "int8", "offload": True}
+    assert found["keeping"] == {
+        **{"mesh": {"expert": 3, "fsdp": 2}, "weights": "int8", "offload": True},
+        "encoders": {"vae": "v", "t5": "t"},
+    }
     how = {"negative": "a", "num_steps": 7, "seed": [4, 5], "experts": [0, 1], "times": [1, 0.5, 0], "drop": [1, 2]}
     how |= {"broken": "drop", "preview_every": 3, "frames": 6, "height": 12, "width": 16, "solver": "ab2"}
     how |= {"guidance": 2.5, "guidance_method": "projected", "guidance_low": 0.1, "guidance_high": 0.8}
     how |= {"guidance_rescale": 0.5, "guidance_momentum": -0.2, "guidance_radius": 3.0, "guidance_parallel": 0.5}
+    how |= {"image": "a.png", "last_image": "b.png", "fit": "crop", "guidance_image": 2.0}
+    how |= {"guidance_oscillation": "both", "guidance_ramp": True}
     how |= {"temperature": 2.0, "routed_by": "branch", "top_k": 2, "progress": True}
     assert {k: v for k, v in found["how"].items() if k != "on_preview"} == how
 

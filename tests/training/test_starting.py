@@ -13,7 +13,7 @@ from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional
 from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages.train import make_job, read_cluster, train
+from paris_jax.stages.train import check_start, make_job, read_cluster, train
 from paris_jax.training import starting
 from paris_jax.training.program import Program
 from paris_jax.weights import convert
@@ -56,6 +56,11 @@ def test_it_trains_on_from_there_and_says_so(micro, run, start):
     train(experiment, run, EXPERT)
     told = manifest.read(run.export(EXPERT), "part")["training"]["start"]
     assert told == {"model.safetensors": manifest.hash_file(start / "model.safetensors")}
+    # Begun, it needs them no more; where they lie is no part of what was trained.
+    shutil.rmtree(start)
+    job = job_of(experiment, run)
+    assert check_start(run, EXPERT, job) == told
+    assert changed(micro, start="elsewhere", steps=4, warmup=1).hash == experiment.hash
 
 
 def test_an_imported_network_without_an_input_for_frames_starts_it_at_nothing(micro, run, start):

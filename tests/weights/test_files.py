@@ -109,6 +109,23 @@ def test_every_tensor_that_does_not_fit_is_named_at_once_and_nothing_is_written(
     assert not (tmp_path / "in").exists()
 
 
+def test_mixed_dtypes_lose_nothing_and_what_overflows_is_named(tmp_path):
+    def mix(w):
+        w["img_in.weight"] = np.full(w["img_in.weight"].shape, 1e6, np.float32)
+        w["txt_in.bias"] = w["txt_in.bias"].astype(np.float16)
+
+    _, back = imported(exported(tmp_path, "bfl", change=mix), tmp_path / "in")
+    assert {dtype.name for _, dtype in back.shapes.values()} == {"float32"}
+    assert back.read("video_in.kernel").max() == 1e6
+
+    def whole(w):
+        w["img_in.bias"] = np.arange(len(w["img_in.bias"]))
+
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Refused, match=r"img_in\.bias has dtype I64"):
+        imported(exported(tmp_path / "b", "bfl", change=whole), tmp_path / "b" / "in")
+
+
 def test_what_is_not_finite_is_named_and_leaves_nothing_behind(tmp_path):
     path = exported(tmp_path, "diffusers", change=lambda w: w["proj_out.weight"].__setitem__((0, 0), np.nan))
     with pytest.raises(Refused, match=r"proj_out\.weight holds values that are not finite"):
@@ -199,13 +216,15 @@ def test_the_commands_say_what_they_did_and_what_is_wrong(tmp_path, capsys):
     assert all(np.array_equal(first.read(name), back.read(name)) for name in first.shapes)
     for arguments, said in (
         (["import", str(out), f"--out={weights}"], "holds weights already"),
-        (["import", str(out), f"--out={tmp_path}/a"], "has heads of 16, FLUX.1's have 128"),
+        (["import", str(out), f"--out={tmp_path}/a"], "has 7 heads for 112 features, FLUX.1's heads have 128"),
         (["import", f"--out={tmp_path}/a"], "There is no file"),
         (["import", str(out)], "--out is missing"),
         (["import", "--source=flux", str(out), f"--out={tmp_path}/a"], "did you mean 'flux1-dev'"),
         (["import", "--source=opensora2", str(tmp_path / "x.safetensors"), "--out=a"], "does not exist"),
         (["export", f"--part={part}", f"--out={out}"], "exists already"),
         (["export", f"--part={part}", "--layout=onnx", f"--out={out}x"], "--layout=onnx: must be one of bfl"),
+        (["import", str(out), f"--out={tmp_path}/a", "--config.network.preset=base"], "--config is missing"),
+        (["import", "gs://bucket/x.safetensors", f"--out={tmp_path}/a"], "copy them here first"),
         (["export", f"--part={part}/../../router", f"--out={out}x"], "is a router"),
         (["prepare", "videos"], "'videos' is not a flag"),
     ):

@@ -6,6 +6,8 @@ from typing import Any
 
 from absl import flags
 
+from paris_jax import command_flags
+from paris_jax.command_flags import GIVEN_FLAGS, SAMPLING_FLAGS
 from paris_jax.config_file import EXAMPLE, change, embedded, load
 from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
@@ -63,122 +65,6 @@ class Command:
     define: tuple[Callable[[flags.FlagValues], None], ...]
     run: Callable[[Call], Any]
     takes_files: bool = False
-
-
-# Fields of the ensemble's own settings (`ensemble.settings.Sampling`), which flags change.
-SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
-    "solver": (str, "euler, heun, ab2, dpm++2m or ancestral"),
-    "guidance": (float, "guidance scale; 1 is none"),
-    "guidance_method": (str, "classifier_free or projected"),
-    "guidance_low": (float, "guided at times from here ..."),
-    "guidance_high": (float, "... to here; the others cost half"),
-    "guidance_rescale": (float, "classifier_free: share brought back to the spread without guidance"),
-    "guidance_momentum": (float, "projected: of the earlier steps"),
-    "guidance_radius": (float, "projected: the longest change of one latent"),
-    "guidance_parallel": (float, "projected: share kept along the prediction"),
-    "guidance_image": (float, "by frames that are given; 1 is none"),
-    "guidance_oscillation": (str, "text, image or both: from step 10 on, guided at every other step"),
-    "guidance_ramp": (bool, "guidance by the image grows along the frames"),
-    "routing": (str, "top_k, full or threshold"),
-    "top_k": (int, "experts a step"),
-    "threshold": (float, "smallest set of experts with this weight"),
-    "temperature": (float, "of the router: above 1 more even, towards 0 one expert"),
-    "routed_by": (str, "what the router reads: prompt, branch or nothing"),
-}
-
-
-GIVEN_FLAGS = {
-    "image": "picture that is the first frame",
-    "last_image": "picture that is the last frame",
-    "video": "video to go on from",
-}
-DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
-
-
-def _config(values: flags.FlagValues) -> None:
-    text = "config file, with its argument after a colon; --config.a.b=value changes a field"
-    flags.DEFINE_string("config", None, text, flag_values=values)
-
-
-def _workdir(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "run folder, local or gs://", flag_values=values)
-
-
-def _role(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("role", None, KINDS, "which network to train", flag_values=values)
-    flags.DEFINE_integer("cluster", None, "the expert's cluster", flag_values=values)
-
-
-def _sweeping(values: flags.FlagValues) -> None:
-    text = "a field and its values, as training.learning_rate=1e-4,1e-3; may be repeated"
-    flags.DEFINE_multi_string("vary", [], text, flag_values=values)
-    flags.DEFINE_integer("steps", 200, "of each short training", flag_values=values)
-
-
-def _training(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of this job's process 0, where nothing tells", flag_values=values
-    )
-    flags.DEFINE_integer("num_processes", None, "how many processes this job has", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
-
-
-def _assembling(values: flags.FlagValues) -> None:
-    flags.DEFINE_bool("allow_missing", False, "admit the experts that are there", flag_values=values)
-    text = "cluster:folder, the export of an expert of another run on the same clusters; may be repeated"
-    flags.DEFINE_multi_string("expert", [], text, flag_values=values)
-
-
-def _sampling(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("ensemble", None, "RUN/ensemble, or bundled:shapes", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "what to show; may be repeated", flag_values=values)
-    flags.DEFINE_multi_string(
-        "negative", [], "what to lead away from: one for all prompts, or one each", flag_values=values
-    )
-    for name, text in GIVEN_FLAGS.items():
-        flags.DEFINE_multi_string(name, [], f"{text}; one for all prompts, or one each", flag_values=values)
-    flags.DEFINE_integer("video_frames", None, "how many of --video are kept, its last ones", flag_values=values)
-    flags.DEFINE_enum(
-        "fit", None, ("crop", "letterbox"), "where an image has another aspect than the video", flag_values=values
-    )
-    flags.DEFINE_integer("num_steps", None, "solver steps", flag_values=values)
-    flags.DEFINE_list("times", None, "the steps' times from 1 to 0 instead: 1,0.9,0.6,0", flag_values=values)
-    flags.DEFINE_list("experts", None, "forced cluster, or one for each step: 0,0,1,1", flag_values=values)
-    flags.DEFINE_list("seed", ["0"], "of the noise; several: one for each prompt", flag_values=values)
-    flags.DEFINE_list("drop", [], "clusters to do without", flag_values=values)
-    flags.DEFINE_string(
-        "broken", "refuse", "where an expert's values are not finite: refuse or drop", flag_values=values
-    )
-    flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
-    flags.DEFINE_enum("weights", "auto", ("auto", "int8"), "int8 takes half the memory, or less", flag_values=values)
-    for name, what in (("vae", "HunyuanVideo's VAE"), ("t5", "T5"), ("clip", "CLIP")):
-        flags.DEFINE_string(name, None, f"folder of {what}, where it was trained with that", flag_values=values)
-    flags.DEFINE_bool("offload", False, "keep the experts in the host's memory", flag_values=values)
-    flags.DEFINE_integer("preview_every", 0, "steps after which a preview is written; 0 is never", flag_values=values)
-    for axis in ("frames", "height", "width"):
-        flags.DEFINE_integer(axis, None, f"{axis} of the videos; by default as trained", flag_values=values)
-    for name, (kind, text) in SAMPLING_FLAGS.items():
-        define = DEFINE[kind]
-        define(name, None, text, flag_values=values)
-    flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
-
-
-def _target(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("target", None, "a slice: v4:2x2x2, v5e:4x4, v5p:2x2x4, v6e:4x8 or cpu:8", flag_values=values)
-    flags.DEFINE_enum("role", None, KINDS, "one role; by default all", flag_values=values)
-    flags.DEFINE_float("share", 0.4, "of the chips' peak that steps are expected to reach", flag_values=values)
-    flags.DEFINE_float("price", None, "of one chip for one hour, in your money", flag_values=values)
-    flags.DEFINE_bool("search", True, "find the largest batch and the smallest slice too", flag_values=values)
-
-
-def _placing(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("devices", "auto", "auto (all there are), cpu, gpu:0,1 or tpu:0,1,2,3", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "print the commands and their devices, run nothing", flag_values=values)
-
-
-def _processes(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer("processes", 1, "shards encoded at once, each by a process", flag_values=values)
 
 
 def _prepare(call: Call) -> None:
@@ -268,22 +154,6 @@ def _numbers(name: str, values: list[str] | None, kind: type, example: str) -> l
         raise Refused(f"--{name}={','.join(values or [])}: must be {what}, such as {example}") from None
 
 
-def _importing(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "source", "auto", "flux1-dev, opensora2, or auto: by the names of the tensors", flag_values=values
-    )
-    flags.DEFINE_string("out", None, "folder to write", flag_values=values)
-    flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "by default as published", flag_values=values)
-
-
-def _exporting(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "part", None, "RUN/experts/K/export, RUN/monolith/export or imported weights", flag_values=values
-    )
-    flags.DEFINE_string("layout", "diffusers", "diffusers, bfl or opensora2", flag_values=values)
-    flags.DEFINE_string("out", None, "safetensors file to write", flag_values=values)
-
-
 def _import(call: Call) -> None:
     from paris_jax.stages.import_weights import import_weights
 
@@ -340,22 +210,25 @@ COMMANDS = {
             "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled",
             "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/x --devices=gpu:0,1,2,3 --dry_run",
         ),
-        (_config, _workdir, _placing),
+        (command_flags.config, command_flags.workdir, command_flags.placing),
         _quickstart,
     ),
     "prepare": Command(
         "clips to latents, text and features",
         (f"paris-jax prepare {_STAGE}",),
-        (_config, _workdir, _processes),
+        (command_flags.config, command_flags.workdir, command_flags.processes),
         _prepare,
     ),
     "cluster": Command(
-        "features to K clusters, one data folder each", (f"paris-jax cluster {_STAGE}",), (_config, _workdir), _cluster
+        "features to K clusters, one data folder each",
+        (f"paris-jax cluster {_STAGE}",),
+        (command_flags.config, command_flags.workdir),
+        _cluster,
     ),
     "train": Command(
         "one expert, the monolith or the router",
         (f"paris-jax train {_STAGE} --role=expert --cluster=0", f"paris-jax train {_STAGE} --role=router"),
-        (_config, _workdir, _role, _training),
+        (command_flags.config, command_flags.workdir, command_flags.role, command_flags.training),
         _train,
     ),
     "sweep": Command(
@@ -364,7 +237,7 @@ COMMANDS = {
             "paris-jax sweep --workdir=runs/shapes --role=expert --cluster=0 --steps=200",
             "paris-jax sweep --workdir=runs/shapes --role=router --vary=router_training.optimizer=adamw,muon",
         ),
-        (_config, _workdir, _role, _sweeping),
+        (command_flags.config, command_flags.workdir, command_flags.role, command_flags.sweeping),
         _sweep,
     ),
     "assemble": Command(
@@ -373,7 +246,7 @@ COMMANDS = {
             "paris-jax assemble --workdir=runs/shapes",
             "paris-jax assemble --workdir=runs/shapes --expert=1:runs/noise/experts/1/export",
         ),
-        (_config, _workdir, _assembling),
+        (command_flags.config, command_flags.workdir, command_flags.assembling),
         _assemble,
     ),
     "sample": Command(
@@ -382,7 +255,7 @@ COMMANDS = {
             "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right on white'",
             "paris-jax sample --ensemble=bundled:shapes --prompt='...' --top_k=2 --num_steps=30 --out=two.gif",
         ),
-        (_sampling,),
+        (command_flags.sampling,),
         _sample,
     ),
     "evaluate": Command(
@@ -391,7 +264,7 @@ COMMANDS = {
             "paris-jax evaluate --workdir=runs/shapes",
             "paris-jax evaluate --workdir=runs/shapes --config.evaluation.clips=256",
         ),
-        (_config, _workdir),
+        (command_flags.config, command_flags.workdir),
         _evaluate,
     ),
     "plan": Command(
@@ -400,7 +273,7 @@ COMMANDS = {
             "paris-jax plan --config=configs/paris2.py --target=v5p:2x2x4 --role=expert",
             "paris-jax plan --config=configs/shapes.py:small --target=v6e:2x2 --price=2.70",
         ),
-        (_config, _workdir, _target),
+        (command_flags.config, command_flags.workdir, command_flags.target),
         _plan,
     ),
     "import": Command(
@@ -409,20 +282,20 @@ COMMANDS = {
             "paris-jax import --source=flux1-dev flux1-dev.safetensors --out=weights/flux1-dev",
             "paris-jax import --source=opensora2 Open_Sora_v2.safetensors --out=weights/opensora2",
         ),
-        (_config, _importing),
+        (command_flags.config, command_flags.importing),
         _import,
         takes_files=True,
     ),
     "export": Command(
         "a trained network under the names that others read",
         ("paris-jax export --part=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",),
-        (_exporting,),
+        (command_flags.exporting,),
         _export,
     ),
     "status": Command(
         "what is done, what is missing, the next command",
         ("paris-jax status --workdir=runs/shapes",),
-        (_workdir,),
+        (command_flags.workdir,),
         _status,
     ),
 }

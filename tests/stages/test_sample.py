@@ -66,7 +66,7 @@ def test_every_flag_reaches_the_sampler(asked):
 
 
 def test_every_setting_of_the_ensemble_has_its_flag():
-    from paris_jax.commands import SAMPLING_FLAGS
+    from paris_jax.command_flags import SAMPLING_FLAGS
     from paris_jax.ensemble import request
 
     assert set(SAMPLING_FLAGS) == set(request.NAMES)

@@ -70,9 +70,7 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
     if epath.Path(out).exists():
         raise Refused(f"{out} exists already; choose another --out")
     folder = epath.Path(part)
-    kind = manifest.read_json(folder / manifest.FILE_NAME).get("kind") if manifest.exists(folder) else "part"
-    found = manifest.read(folder, kind if kind == convert.KIND else "part", verify=True)
-    config = parts.network(found, folder)
+    config = parts.network(convert.read_manifest(folder, verify=True), folder)
     if not isinstance(config, DiTConfig):
         raise Refused(f"{folder} is a router; only experts and monoliths have a layout that others read")
     if config.predicts != "velocity":

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax import manifest
 from paris_jax.errors import Refused
 from paris_jax.models import functional
 from paris_jax.training.state import TrainState
-from paris_jax.weights.convert import FRESH, KIND, WEIGHTS
+from paris_jax.weights.convert import FRESH, WEIGHTS, read_manifest
 from paris_jax.weights.files import Tensors
 
 OWN = ("remat", "dtype", "kept_frames", "predicts")  # fields in which a network may differ from what it starts from
@@ -25,8 +24,7 @@ def check(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
       Refused: a folder without whole weights, or of another network, naming the fields.
     """
     folder = epath.Path(folder)
-    kind = manifest.read_json(folder / manifest.FILE_NAME).get("kind") if manifest.exists(folder) else KIND
-    found = manifest.read(folder, kind if kind in (KIND, "part") else KIND)
+    found = read_manifest(folder)
     network = found["network"]
     expected = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
     differ = [

@@ -32,6 +32,14 @@ class Report:
     unused: list[str]
 
 
+def read_manifest(folder: epath.PathLike, verify: bool = False) -> dict[str, Any]:
+    """The manifest of weights, imported ones or a part's; with `verify`, its files are hashed, too."""
+    path = epath.Path(folder) / manifest.FILE_NAME
+    found = manifest.read_json(path) if path.exists() else {}
+    is_part = isinstance(found, dict) and found.get("kind") == "part"
+    return manifest.read(folder, "part" if is_part else KIND, verify)
+
+
 def layout_of(tensors: Tensors) -> str:
     """The layout of these names.
 
@@ -141,8 +149,8 @@ def import_network(
       dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
       advance: called after each of the pieces (`count`).
     """
-    used = {tensors.shapes[name][1] for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs
-            if name in tensors.shapes}  # fmt: skip
+    names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
+    used = {tensors.shapes[name][1] for name in names}
     wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
     kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}

@@ -87,7 +87,7 @@ def write(
 
     def entry(part: Part) -> dict[str, str]:
         path, here = os.fspath(part.folder), os.fspath(folder)
-        if path.partition("://")[0] == here.partition("://")[0] or "://" not in path + here:
+        if path.rpartition("://")[0] == here.rpartition("://")[0]:  # both on this machine, or both in buckets
             path = os.path.relpath(path, here)
         return {"path": path, "manifest_sha256": manifest.hash_file(part.folder / manifest.FILE_NAME)}
 

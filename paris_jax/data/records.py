@@ -21,6 +21,7 @@ from etils import epath
 
 from paris_jax import manifest
 from paris_jax.errors import Refused
+from paris_jax.weights.files import loads
 
 KINDS = ("data", "cluster", "heldout")
 ENDING = ".array_record"
@@ -36,8 +37,8 @@ class Record:
     Attributes:
       id: the clip's, unique and the same on every machine.
       latent: (T, H, W, C) float16, the codec's, not normalised.
-      tokens: (L, Dt) float16, the caption at its true length.
-      pooled: (Dp,) float16.
+      tokens: (L, Dt) float16 or bfloat16, the caption at its true length.
+      pooled: (Dp,) likewise.
       feature: (F,) float32, what is clustered.
       caption: the text.
       attributes: what is truly in the clip, where the source knows; {} otherwise.
@@ -69,7 +70,7 @@ def decode_record(data: bytes) -> Record:
     """Reads what `encode_record` wrote."""
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["record"])
-    arrays: dict[str, Any] = safetensors.numpy.load(data)
+    arrays: dict[str, Any] = loads(data)
     return Record(**facts, **arrays)
 
 

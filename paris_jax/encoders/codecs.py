@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from etils import epath
 
-from paris_jax.encoders import hunyuan, published
+from paris_jax.encoders import hunyuan, placing, published
 from paris_jax.errors import Refused, nearest
 from paris_jax.weights.reading import described
 
@@ -104,10 +104,14 @@ class HunyuanVideo:
         return self._run(hunyuan.decode_tiled, hunyuan.decode, np.asarray(latent, np.float32) / hunyuan.SCALE)
 
     def _run(self, tiled: Any, function: Any, x: np.ndarray) -> np.ndarray:
+        """One video at a time on each device of this machine."""
         vae, params = published.loaded("hunyuan", self.weights)
-        made = tiled(
-            lambda piece: function(vae, params, piece, published.dtype()), x.reshape(-1, *x.shape[-4:]), TILING
-        )
+
+        def run(piece: np.ndarray) -> np.ndarray:
+            return np.asarray(function(vae, params, *placing.rows(piece), placing.dtype()))[: len(piece)]
+
+        flat, each = x.reshape(-1, *x.shape[-4:]), placing.mesh().size
+        made = np.concatenate([tiled(run, flat[i : i + each], TILING) for i in range(0, len(flat), each)])
         return made.reshape(*x.shape[:-4], *made.shape[1:])
 
     def frames_of(self, mask_T: np.ndarray) -> np.ndarray:

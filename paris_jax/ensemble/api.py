@@ -20,6 +20,7 @@ from paris_jax.diffusion import path, randomness
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, placement, request, sampler, watching
 from paris_jax.ensemble.frames import Given, Picture
+from paris_jax.ensemble.prompts import Prompts
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
@@ -37,6 +38,7 @@ class Ensemble:
         parts: bundle.Bundle,
         keeping: placement.Keeping | None = None,
         encoders: Mapping[str, str] | None = None,
+        drop_encoders: bool = False,
     ):
         shared = parts.shared
         self.clusters = sorted(parts.experts)
@@ -48,7 +50,6 @@ class Ensemble:
         self.shift: float = shared["shift"]
         self.defaults = Sampling(**parts.sampling)
         self.scale = codecs.LatentScale.from_manifest(shared["latent"])
-        self._text_length = shared["text_length"]
         experts = [parts.experts[k] for k in self.clusters]
         self._networks = tuple(dict.fromkeys(expert.config for expert in experts))  # each kind once
         members = [[e for e in experts if e.config == kind] for kind in self._networks]
@@ -60,10 +61,17 @@ class Ensemble:
         self._mesh = keeping.mesh
         if self._mesh:
             placement.check(self._networks, self._mesh, video_tokens(self.latent_shape))
-        stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
-        router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
-        clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
-        self._arrays = sampler.Weights(stacks, router, clusters)
+
+        def place() -> sampler.Weights:
+            stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
+            router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
+            clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
+            return sampler.Weights(stacks, router, clusters)
+
+        self._prompts = Prompts(self.text, shared["text_length"], drop_encoders)
+        self._place = place
+        if not drop_encoders:
+            _ = self._arrays
 
     @classmethod
     def load(
@@ -73,6 +81,7 @@ class Ensemble:
         weights: str = "auto",
         offload: bool = False,
         encoders: Mapping[str, str] | None = None,
+        drop_encoders: bool = False,
     ) -> "Ensemble":
         """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes".
 
@@ -82,14 +91,29 @@ class Ensemble:
           offload: keeps the experts' blocks in the host's memory; a layer at a time comes to the device.
           encoders: folders of published encoders, {"vae": ..., "t5": ..., "clip": ...}, where it was trained with them;
             by default those that PARIS_JAX_VAE, PARIS_JAX_T5 and PARIS_JAX_CLIP name.
+          drop_encoders: forgets published text encoders as soon as prompts are encoded, before the experts come to the
+            device, which then holds one or the other. Encoded prompts are remembered: `encode` all of them first.
         """
         parts = bundle.read(path)
-        return cls(parts, placement.keeping(mesh, weights, offload), encoders)
+        return cls(parts, placement.keeping(mesh, weights, offload), encoders, drop_encoders)
 
     @classmethod
-    def single(cls, part: epath.PathLike, encoders: Mapping[str, str] | None = None, **sampling: Any) -> "Ensemble":
-        """Loads one trained network on its own, such as the monolith's export folder; `encoders` as in `load`."""
-        return cls(bundle.single(part, sampling), encoders=encoders)
+    def single(
+        cls,
+        part: epath.PathLike,
+        encoders: Mapping[str, str] | None = None,
+        drop_encoders: bool = False,
+        **sampling: Any,
+    ) -> "Ensemble":
+        """Loads one trained network on its own, such as the monolith's export folder; the rest as in `load`."""
+        return cls(bundle.single(part, sampling), None, encoders, drop_encoders)
+
+    @functools.cached_property
+    def _arrays(self) -> sampler.Weights:
+        """The experts and the router, where they are used."""
+        arrays = self._place()
+        del self._place  # and with it what it was read into
+        return arrays
 
     def encode(self, prompts: Sequence[str]) -> sampler.Text:
         """Encodes prompts, padded to the longest caption trained on (longer ones to the most the encoder takes).
@@ -99,19 +123,7 @@ class Ensemble:
         Raises:
           Refused: an empty prompt, or one with more tokens than the text encoder takes.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        encodings = self.text.encode(list(prompts))
-        longest = max(len(e.tokens) for e in encodings)
-        length = self._text_length if longest <= self._text_length else self.text.max_tokens
-        tokens = np.zeros((len(encodings), length, encodings[0].tokens.shape[1]), np.float32)
-        for row, encoding in zip(tokens, encodings, strict=True):
-            row[: len(encoding.tokens)] = encoding.tokens
-        return sampler.Text(
-            jnp.asarray(tokens),
-            jnp.asarray([len(e.tokens) for e in encodings], jnp.int32),
-            jnp.asarray(np.stack([e.pooled for e in encodings]), jnp.float32),
-        )
+        return self._prompts([prompts] if isinstance(prompts, str) else prompts)
 
     def noise(
         self,
@@ -202,6 +214,7 @@ class Ensemble:
         request.check_watching(broken, preview_every, on_preview is not None)
         grid = request.grid(times, num_steps, self.defaults.steps, self.shift)
         steps = len(grid) - 1
+        self._prompts.expect([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
         encoded, keys = self.encode(prompts), jax.random.key_data(request.keys(seed, len(prompts)))
         if noise is None:
             start = self.noise(len(prompts), seed, frames=frames, height=height, width=width)
@@ -311,11 +324,11 @@ class Ensemble:
         return {f"expert {k}": self.sample(prompts, experts=k, **how) for k in self.clusters}
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
-        """A latent (T, H, W, C) in units of the training spread to video (T', H', W', 3) float32 in [-1, 1]."""
+        """Latents (..., T, H, W, C) in units of the training spread to videos (..., T', H', W', 3) in [-1, 1]."""
         return np.clip(self.codec.decode(self.scale.denormalise(latent)), -1.0, 1.0)
 
     def _videos(self, z: np.ndarray) -> np.ndarray:
-        return np.stack([self.decode(latent) for latent in z])
+        return self.decode(z)
 
     def check_latent(self, x: jax.Array, count: int) -> None:
         """Refuses noise that no video of so many prompts could start from."""

@@ -22,6 +22,7 @@ from paris_jax.errors import Refused, first_line
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
+from paris_jax.weights.files import loads
 
 WEIGHTS = "model.safetensors"
 DTYPES = ("float32", "bfloat16")
@@ -80,21 +81,12 @@ def read(folder: epath.PathLike) -> Part:
         raise Refused(f"{folder} holds {', '.join(extra)}, which its manifest does not promise; remove what is extra")
     config = network(found, folder)
     try:
-        arrays = _load((folder / WEIGHTS).read_bytes())
+        arrays = loads((folder / WEIGHTS).read_bytes())
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise Refused(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)
     params = functional.from_names({name: array.astype(np.float32) for name, array in arrays.items()})
     return Part(folder, config, params, found)
-
-
-def _load(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, bfloat16 included, which `safetensors.numpy` does not read."""
-    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return {
-        name: np.frombuffer(entry["data"], jnp.dtype(dtypes[entry["dtype"]])).reshape(entry["shape"])
-        for name, entry in safetensors.deserialize(data)
-    }
 
 
 def network(found: dict[str, Any], folder: epath.Path) -> functional.Config:

@@ -126,4 +126,4 @@ def route(arm: Ensemble, captions: list[str], num_clusters: int) -> Velocity:
 
 def decode(arm: Ensemble, latents: np.ndarray) -> np.ndarray:
     """Codec latents (N, T, H, W, C) to videos (N, T', H', W', 3) float32 in [-1, 1]."""
-    return np.stack([np.clip(arm.codec.decode(latent), -1, 1) for latent in latents]).astype(np.float32)
+    return np.clip(arm.codec.decode(latents), -1, 1).astype(np.float32)

@@ -1,10 +1,11 @@
-"""One attention for every block, dispatched to the fastest kernel at hand.
+"""One attention for every block, dispatched to the fastest kernel at hand; and who attends to whom in a video.
 
 Padding is at the end of the keys and given as lengths, which cuDNN's flash attention takes (a dense mask it does not).
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,30 +17,72 @@ from paris_jax.models.axes import constrain, fitting
 logger = logging.getLogger(__name__)
 
 Kernel = Literal["xla", "cudnn", "pallas"]
+PATTERNS = ("joint", "factorised")
 BLOCKS = (512, 256, 128)  # tokens that the TPU's kernel takes at once
 
 
-def attend(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
+def pattern(name: str, frames: int, places: int) -> Callable[..., jax.Array]:
+    """Who attends to whom, one of PATTERNS, in a video of so many frames and places a frame, and what follows it."""
+    return {"joint": attend, "factorised": functools.partial(factorised, frames=frames, places=places)}[name]
+
+
+def factorised(
+    q_BNHD: jax.Array,
+    k_BNHD: jax.Array,
+    v_BNHD: jax.Array,
+    length_B: jax.Array | None = None,
+    *,
+    frames: int,
+    places: int,
+) -> jax.Array:
+    """Attention in two steps, whose products grow with the frames where those of `attend` grow with their square.
+
+    Each place attends to its own frame and the text, then to what the same place of every frame found:
+    p(frame, place' | frame', place) stands for one softmax over all frames and places. The queries and keys of both
+    steps are the same, so that there is nothing more to learn than in joint attention, whose weights fit; for a
+    single frame it is joint attention. The text, which follows the video, attends to everything.
+    """
+    (B, S, H, D), N = q_BNHD.shape, frames * places
+
+    def by_frame(x_BSHD: jax.Array) -> jax.Array:
+        """Each frame with the text behind it, (B * T, P + L, H, D)."""
+        video = x_BSHD[:, :N].reshape(B, frames, places, H, D)
+        text = jnp.broadcast_to(x_BSHD[:, None, N:], (B, frames, S - N, H, D))
+        return jnp.concatenate([video, text], axis=2).reshape(B * frames, places + S - N, H, D)
+
+    def by_place(x: jax.Array) -> jax.Array:
+        return x.reshape(B, frames, places, H, D).swapaxes(1, 2).reshape(B * places, frames, H, D)
+
+    length = None if length_B is None else jnp.repeat(length_B - (N - places), frames)
+    video = attend(q_BNHD[:, :N].reshape(B * frames, places, H, D), by_frame(k_BNHD), by_frame(v_BNHD), length)
+    if frames > 1:
+        video = attend(by_place(q_BNHD[:, :N]), by_place(k_BNHD[:, :N]), by_place(video))
+        video = video.reshape(B, places, frames, H, D).swapaxes(1, 2)
+    text = attend(q_BNHD[:, N:], k_BNHD, v_BNHD, length_B)
+    return jnp.concatenate([video.reshape(B, N, H, D), text], axis=1)
+
+
+def attend(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the first `length` keys of each sample; returns (B, N, H, D).
 
-    What queries beyond `length` get is not defined.
+    Where queries are the tokens that are attended to, what those beyond `length` get is not defined.
     """
     # Heads are independent: a device that holds some of the tokens gives them away for all tokens of some heads.
-    q_BNHD, k_BNHD, v_BNHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BNHD, v_BNHD))
-    kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], q_BNHD.shape[1])
+    q_BNHD, k_BSHD, v_BSHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BSHD, v_BSHD))
+    kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], k_BSHD.shape[1])
     if kernel == "pallas":
-        attended_BNHD = _on_every_device(_flash, q_BNHD, k_BNHD, v_BNHD, _lengths(q_BNHD, length_B))
+        attended_BNHD = _on_every_device(_flash, q_BNHD, k_BSHD, v_BSHD, _lengths(k_BSHD, length_B))
     elif kernel == "cudnn":
         attended_BNHD = jax.nn.dot_product_attention(
             q_BNHD,
-            k_BNHD,
-            v_BNHD,
+            k_BSHD,
+            v_BSHD,
             query_seq_lengths=None if length_B is None else _lengths(q_BNHD, None),
             key_value_seq_lengths=length_B,
             implementation="cudnn",
         )
     else:
-        attended_BNHD = _plain(q_BNHD, k_BNHD, v_BNHD, length_B)
+        attended_BNHD = _plain(q_BNHD, k_BSHD, v_BSHD, length_B)
     return checkpoint_name(constrain(attended_BNHD, "batch", None, "attending", None), "attended")
 
 
@@ -54,11 +97,13 @@ def _platform() -> str:
 
 
 @functools.cache
-def implementation(platform: str, dtype: str, head_width: int, tokens: int) -> Kernel:
+def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Kernel:
     """Chooses a kernel, and logs the choice once, with the reason where it is not the fast one."""
     choice: Kernel = "xla"
-    if platform == "tpu" and tokens < BLOCKS[-1]:
-        reason = f"the TPU's flash kernel works on {BLOCKS[-1]} tokens at once, and here are {tokens}"
+    if keys <= head_width:
+        reason = f"the weights of {keys} keys take no more memory than a query"
+    elif platform == "tpu" and keys < BLOCKS[-1]:
+        reason = f"the TPU's flash kernel works on {BLOCKS[-1]} tokens at once, and here are {keys}"
     elif platform == "tpu":
         choice, reason = "pallas", "flash attention"
     elif platform not in ("gpu", "cuda"):
@@ -73,40 +118,42 @@ def implementation(platform: str, dtype: str, head_width: int, tokens: int) -> K
     return choice
 
 
-def _on_every_device(kernel, q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array):
+def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array):
     """A kernel that XLA cannot split, called by each device of the mesh on its own samples and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(q_BNHD, k_BNHD, v_BNHD, length_B)
+        return kernel(q_BNHD, k_BSHD, v_BSHD, length_B)
     heads = fitting(mesh, q_BNHD.shape, "batch", None, "attending", None)
     specs = (heads, heads, heads, fitting(mesh, length_B.shape, "batch"))
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     split = jax.shard_map(kernel, axis_names=free, in_specs=specs, out_specs=heads, check_vma=False)
-    return split(q_BNHD, k_BNHD, v_BNHD, length_B)
+    return split(q_BNHD, k_BSHD, v_BSHD, length_B)
 
 
-def _flash(q_BNHD: jax.Array, k_BNHD: jax.Array, v_BNHD: jax.Array, length_B: jax.Array) -> jax.Array:
+def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array) -> jax.Array:
     """JAX's Pallas flash attention for TPU, forward and backward (Dao et al. 2022), on padded tokens."""
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
-    tokens = q_BNHD.shape[1]
-    padding = -tokens % BLOCKS[-1]
-    block = next(b for b in BLOCKS if (tokens + padding) % b == 0)
+    (B, N), S = q_BNHD.shape[:2], k_BSHD.shape[1]
+    queries, keys = (-(-n // BLOCKS[-1]) * BLOCKS[-1] for n in (N, S))
+    block_q, block_k = (next(b for b in BLOCKS if n % b == 0) for n in (queries, keys))
     names = [name for name in kernel.BlockSizes.__dataclass_fields__ if name != "block_b"]
-    sizes = kernel.BlockSizes(block_b=1, **dict.fromkeys(names, block))
-    # Padding is a segment of its own, which nobody else looks at.
-    is_padding = (jnp.arange(tokens + padding) >= length_B[:, None]).astype(jnp.int32)
+    sizes = kernel.BlockSizes(block_b=1, **{n: block_q if n.startswith("block_q") else block_k for n in names})
+    # Keys that are padding are a segment of their own, which nobody looks at.
+    is_padding = (jnp.arange(keys) >= length_B[:, None]).astype(jnp.int32)
 
-    def by_head(x_BNHD: jax.Array) -> jax.Array:
-        return jnp.pad(x_BNHD, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    def by_head(x: jax.Array, padded: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     attended_BHND = kernel.flash_attention(
-        *(by_head(x) for x in (q_BNHD, k_BNHD, v_BNHD)),
-        segment_ids=kernel.SegmentIds(is_padding, is_padding),
+        by_head(q_BNHD, queries),
+        by_head(k_BSHD, keys),
+        by_head(v_BSHD, keys),
+        segment_ids=kernel.SegmentIds(jnp.zeros((B, queries), jnp.int32), is_padding),
         sm_scale=q_BNHD.shape[-1] ** -0.5,
         block_sizes=sizes,
     )
-    return attended_BHND[:, :, :tokens].transpose(0, 2, 1, 3)
+    return attended_BHND[:, :, :N].transpose(0, 2, 1, 3)
 
 
 @jax.custom_vjp

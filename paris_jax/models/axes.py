@@ -43,6 +43,15 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "text_in.kernel": (None, "width"),
     "final_modulation.out.kernel": ("width", None),
     "velocity_out.kernel": ("width", None),
+    # Of published encoders, whose matrices are (outputs, inputs).
+    "attention.q.weight": ("heads", "width"),
+    "attention.k.weight": ("heads", "width"),
+    "attention.v.weight": ("heads", "width"),
+    "attention.out.weight": ("width", "heads"),
+    "mlp.gate.weight": ("heads", "width"),
+    "mlp.in.weight": ("heads", "width"),
+    "mlp.out.weight": ("width", "heads"),
+    "tokens": (None, "width"),
 }
 SMALLEST_SPLIT = 2**14  # elements; below it, splitting costs more than it saves
 

@@ -1,8 +1,8 @@
 """The spatiotemporal DiT: a FLUX-style MM-DiT over packed video latents (Paris 2.0; Open-Sora 2.0, arXiv 2503.09642).
 
 Video and text tokens have their own weights in the double-stream blocks and share them in the single-stream ones; they
-attend jointly in both. Positions are rotary over (t, h, w); text stands at position zero. Time and pooled text
-modulate every block.
+attend jointly in both, or frame by frame and then along time (`attention.factorised`). Positions are rotary over
+(t, h, w); text stands at position zero. Time and pooled text modulate every block.
 
 Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, N video tokens, L text tokens,
 D width.
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from paris_jax.models import positions
-from paris_jax.models.attention import attend
+from paris_jax.models.attention import pattern
 from paris_jax.models.axes import constrain
 from paris_jax.models.blocks import (
     Conditioning,
@@ -55,6 +55,7 @@ class DiTConfig:
     dtype: str = "float32"  # of the computation; parameters are float32
     kept_frames: bool = False  # whether there is an input for frames that are given: image to video
     predicts: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
+    attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
 
 
 def video_tokens(latent_shape: tuple[int, ...]) -> int:
@@ -93,13 +94,13 @@ def embed_video(video_in: nnx.Linear, kept_in: nnx.Linear | None, x_BTHWC: jax.A
 
 
 class DoubleBlock(nnx.Module):
-    """Video and text streams with weights of their own and one joint attention."""
+    """Video and text streams with weights of their own and one attention."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         self.video = Stream(config, rngs)
         self.text = Stream(config, rngs)
 
-    def __call__(self, video, text, condition, rope, length):  # arrays in, (video, text) out
+    def __call__(self, video, text, condition, rope, length, attend):  # arrays in, (video, text) out
         shift_v, scale_v, *gates_v = self.video.modulation(condition)
         shift_t, scale_t, *gates_t = self.text.modulation(condition)
         parts = zip(
@@ -125,7 +126,7 @@ class SingleBlock(nnx.Module):
         self.out = linear(D + M, D, dtype, rngs)
         self.heads, self.head_width = config.heads, D // config.heads
 
-    def __call__(self, x, condition, rope, length):  # arrays in, (x,) out
+    def __call__(self, x, condition, rope, length, attend):  # arrays in, (x,) out
         shift, scale, gate = self.modulation(condition)
         fused = to_heads(self.qkv_mlp, modulate(x, shift, scale))
         q, k, v, hidden = split_heads(fused, self.heads, self.head_width)
@@ -184,7 +185,7 @@ class SpatiotemporalDiT(nnx.Module):
         # Video first: padding is then at the end of the joint sequence, where attention kernels want it.
         N, length = video.shape[1], length_B + video.shape[1]
         rope = _rope(T, H // PATCH, W // PATCH, text.shape[1], config.rope_axes, config.theta)
-        shared = condition, rope, length
+        shared = condition, rope, length, pattern(config.attention, T, N // T)
         video, text = scan_blocks(self.double_blocks, (video, text), config.remat, *shared, member=member)
         joint = constrain(jnp.concatenate([video, text], axis=1), "batch", "tokens", None)
         (joint,) = scan_blocks(self.single_blocks, (joint,), config.remat, *shared, member=member)

@@ -9,6 +9,7 @@ from typing import Any
 
 from paris_jax import checks
 from paris_jax.checks import Problems
+from paris_jax.models.attention import PATTERNS
 from paris_jax.models.blocks import REMAT
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
@@ -63,10 +64,12 @@ class Network:
     double_blocks: int = -1  # -1: the preset's
     single_blocks: int = -1  # -1: the preset's
     remat: str = "none"  # what the backward pass computes again: "none", "named", "full", "offload" (blocks.REMAT)
+    attention: str = "joint"  # or "factorised": in space with the text, then in time, for long videos
 
     def problems(self) -> Problems:
         yield from checks.choice("preset", self.preset, NETWORKS)
         yield from checks.choice("remat", self.remat, REMAT)
+        yield from checks.choice("attention", self.attention, PATTERNS)
         yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
         yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
         if self.preset in NETWORKS:
@@ -95,16 +98,18 @@ class Router:
     """The router's network, as a config names it."""
 
     preset: str = "tiny"
+    attention: str = "joint"  # or "factorised", as the network's
 
     def problems(self) -> Problems:
         yield from checks.choice("preset", self.preset, ROUTERS)
+        yield from checks.choice("attention", self.attention, PATTERNS)
 
 
 def network_config(chosen: Network, **given: Any) -> DiTConfig:
     """A preset with its overrides, for a latent and text encoder given as `channels`, `text_width`, `pooled_width`."""
-    return DiTConfig(**dataclasses.asdict(chosen.resolve()), **given)
+    return DiTConfig(**dataclasses.asdict(chosen.resolve()), attention=chosen.attention, **given)
 
 
-def router_config(name: str, **given: Any) -> RouterConfig:
+def router_config(chosen: Router, **given: Any) -> RouterConfig:
     """A router preset for a latent, text encoder and number of clusters."""
-    return RouterConfig(**dataclasses.asdict(ROUTERS[name]), **given)
+    return RouterConfig(**dataclasses.asdict(ROUTERS[chosen.preset]), attention=chosen.attention, **given)

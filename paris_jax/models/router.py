@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from paris_jax.models import positions
-from paris_jax.models.attention import attend
+from paris_jax.models.attention import pattern
 from paris_jax.models.axes import constrain
 from paris_jax.models.blocks import (
     Conditioning,
@@ -43,12 +43,13 @@ class RouterConfig:
     remat: str = "none"
     dtype: str = "float32"
     kept_frames: bool = False  # whether there is an input for frames that are given
+    attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
 
 
 class RouterBlock(Stream):
     """Self-attention, then MLP, both modulated (AdaLN-Zero)."""
 
-    def __call__(self, x, condition, rope):  # arrays in, (x,) out
+    def __call__(self, x, condition, rope, attend):  # arrays in, (x,) out
         shift, scale, *gates = self.modulation(condition)
         q, k, v = self.heads_of(x, shift, scale)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v)
@@ -82,9 +83,10 @@ class Router(nnx.Module):
         cls = jnp.broadcast_to(self.cls[...].astype(dtype), (B, 1, config.hidden))
         condition = self.conditioning(t_B, pooled_BP)
         rope = _rope(T, H // PATCH, W // PATCH, config.rope_axes, config.theta)
-        (x,) = scan_blocks(self.blocks, (jnp.concatenate([cls, video], axis=1),), config.remat, condition, rope)
+        shared = condition, rope, pattern(config.attention, T, video.shape[1] // T)
+        (x,) = scan_blocks(self.blocks, (jnp.concatenate([video, cls], axis=1),), config.remat, *shared)
         shift, scale = self.final_modulation(condition)
-        return self.logits_out(modulate(x[:, :1], shift, scale)[:, 0].astype(jnp.float32))
+        return self.logits_out(modulate(x[:, -1:], shift, scale)[:, 0].astype(jnp.float32))
 
 
 def _build(config: RouterConfig, rngs: nnx.Rngs) -> RouterBlock:
@@ -93,6 +95,6 @@ def _build(config: RouterConfig, rngs: nnx.Rngs) -> RouterBlock:
 
 @functools.lru_cache(maxsize=64)
 def _rope(frames: int, rows: int, columns: int, axes: tuple[int, int, int], theta: float):
-    """Rotary tables: the CLS token at position zero, then the video's tokens by place and time."""
-    ids = np.concatenate([np.zeros((1, 3), np.float32), positions.video_positions(frames, rows, columns)])
+    """Rotary tables: the video's tokens by place and time, then the CLS token at position zero."""
+    ids = np.concatenate([positions.video_positions(frames, rows, columns), np.zeros((1, 3), np.float32)])
     return positions.rotary_table(ids, axes, theta)

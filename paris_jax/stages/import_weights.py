@@ -75,6 +75,8 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
         raise Refused(f"{folder} is a router; only experts and monoliths have a layout that others read")
     if config.predicts != "velocity":
         raise Refused(f"{folder} predicts {config.predicts}; these layouts are of networks that predict the velocity")
+    if config.attention != "joint":
+        raise Refused(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
     tensors = Tensors(folder / convert.WEIGHTS)
     with _bar("writing", convert.count(config, layout)) as advance:
         convert.export_network(tensors, config, layout, epath.Path(out), advance)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,14 +10,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
 
 from paris_jax import manifest
 from paris_jax.data import records
 from paris_jax.data.clip import Clip
 from paris_jax.data.records import Record
 from paris_jax.data.sources import Source, source
-from paris_jax.encoders import codecs, features, text
+from paris_jax.encoders import codecs, features, published, text
 from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import RunFolder
@@ -24,6 +26,7 @@ from paris_jax.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 STEM = "data"
+BATCH = 16  # clips that the encoders see at once; other batches may round otherwise
 UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
 
 
@@ -59,7 +62,9 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
     count = -(-len(clips) // shard_size)
     jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]
-    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+    with Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), Speed(), TimeRemainingColumn()
+    ) as progress:
         task = progress.add_task("clips", total=len(clips))
         progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
         if processes == 1:
@@ -72,7 +77,15 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
                 for done in concurrent.futures.as_completed([pool.submit(write, job) for job in missing]):
                     progress.advance(task, done.result())
     finish(experiment, run, clips, jobs)
+    published.drop()
     logger.info("%d clips are prepared: %s", len(clips), run.data)
+
+
+class Speed(ProgressColumn):
+    """Clips a second, of the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g} clips/s" if task.speed else "", style="progress.data.speed")
 
 
 def describe_encoders(experiment: Experiment, vocabulary: Iterable[str]) -> dict[str, Any]:
@@ -187,30 +200,36 @@ def write(job: Shard, advance: Callable[[], object] = lambda: None) -> int:
 
 
 def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
-    """Turns clips into records, in order."""
+    """Turns clips into records, in order; the encoders see BATCH of them at a time."""
     codec = codecs.codec(**dataclasses.asdict(experiment.codec))
     describe = features.features(**dataclasses.asdict(experiment.features))
-    encodings: dict[str, text.TextEncoding] = {}  # captions repeat, and some encoders are slow
-    for clip in clips:
-        if clip.caption not in encodings:
-            encodings[clip.caption] = _encode_caption(experiment, clip)
-        encoding = encodings[clip.caption]
-        yield Record(
-            clip.id,
-            codec.encode(clip.video).astype(np.float16),
-            encoding.tokens.astype(np.float16),
-            encoding.pooled.astype(np.float16),
-            describe(clip.video),
-            clip.caption,
-            clip.attributes,
-        )
+    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # captions repeat, and some encoders are slow
+    clips = iter(clips)
+    while batch := list(itertools.islice(clips, BATCH)):
+        words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words])
+        videos = np.stack([clip.video for clip in batch])
+        for clip, latent, feature in zip(batch, codec.encode(videos), describe(videos), strict=True):
+            latent, (tokens, pooled) = latent.astype(np.float16), words[clip.caption]
+            yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes)
 
 
-def _encode_caption(experiment: Experiment, clip: Clip) -> text.TextEncoding:
+def _encode_captions(experiment: Experiment, clips: Sequence[Clip]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Tokens and pooled vector of each caption, as they are stored; a refusal names its clip."""
+    captions = list(dict.fromkeys(clip.caption for clip in clips))
+    if not captions:
+        return {}
+    encoder = text_encoder(experiment, text.words_of(captions))
     try:
-        return text_encoder(experiment, text.words_of([clip.caption])).encode([clip.caption])[0]
-    except Refused as refused:
-        raise Refused(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
+        made = encoder.encode(captions)
+    except Refused:
+        for clip in clips:
+            try:
+                encoder.encode([clip.caption])
+            except Refused as refused:
+                raise Refused(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
+        raise
+    stored = ((one.tokens.astype(encoder.stored), one.pooled.astype(encoder.stored)) for one in made)
+    return dict(zip(captions, stored, strict=True))
 
 
 def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:

@@ -28,7 +28,7 @@ def sample(
       ensemble: folder of the ensemble, or "bundled:NAME".
       out: file to write (.mp4, .webm, .gif or .png); by default an mp4, a gif and a PNG contact sheet named after the
         first prompt and the seed, in the run's samples/ folder or the current one.
-      keeping: how the experts are kept: `mesh`, `weights` and `offload` of `Ensemble.load`.
+      keeping: how the experts are kept: `mesh`, `weights`, `offload` and `encoders` of `Ensemble.load`.
       **how: see `Ensemble.sample`. With `preview_every`, a contact sheet of what is predicted so far stands beside the
         videos until they are there.
 
@@ -42,7 +42,7 @@ def sample(
         )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
-    loaded = Ensemble.load(ensemble, **keeping or {})
+    loaded = Ensemble.load(ensemble, **keeping or {}, drop_encoders=True)  # all prompts are known
     unknown = sorted({word for prompt in prompts for word in loaded.text.unknown_words(prompt)})
     if unknown:
         logger.warning("the text encoder does not know %s; it was trained without", ", ".join(map(repr, unknown)))

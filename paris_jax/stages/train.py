@@ -184,7 +184,7 @@ def job_of(
         "kept_frames": bool(experiment.masks.kinds),
     }
     if role.kind == "router":
-        config = presets.router_config(experiment.router.preset, clusters=experiment.partition.num_clusters, **given)
+        config = presets.router_config(experiment.router, clusters=experiment.partition.num_clusters, **given)
     else:
         given |= {"text_width": text_widths[0], "predicts": settings.objective}
         config = presets.network_config(experiment.network, **given)

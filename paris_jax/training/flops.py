@@ -20,13 +20,17 @@ def forward(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], tex
     read = patch + (latent_shape[-1] + 1) * PATCH * PATCH * config.kept_frames
     conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
     final = 2 * D * 2 * D  # modulation
+    L = 1 if isinstance(config, RouterConfig) else text_length
+    S, T = N + L, latent_shape[0]
+    pairs = S * S  # of queries and keys
+    if config.attention == "factorised":
+        pairs = N * (N // T + L) + (N * T if T > 1 else 0) + L * S
+    layers = 2 * S * D * D * (4 + 2 * M) + 4 * pairs * D
     if isinstance(config, RouterConfig):
-        S = N + 1
-        block = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * D * 6 * D
+        block = layers + 2 * D * 6 * D
         return 2 * N * read * D + conditioning + config.blocks * block + final + 2 * D * config.clusters
-    L, S = text_length, N + text_length
-    double = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * 2 * D * 6 * D
-    single = 2 * S * D * D * (4 + 2 * M) + 4 * S * S * D + 2 * D * 3 * D
+    double = layers + 2 * 2 * D * 6 * D
+    single = layers + 2 * D * 3 * D
     embed = 2 * N * read * D + 2 * L * config.text_width * D
     return (
         embed + conditioning + config.double_blocks * double + config.single_blocks * single + final + 2 * N * D * patch

@@ -14,7 +14,8 @@ from paris_jax.training.state import TrainState
 from paris_jax.weights.convert import FRESH, WEIGHTS, read_manifest
 from paris_jax.weights.files import Tensors
 
-OWN = ("remat", "dtype", "kept_frames", "predicts")  # fields in which a network may differ from what it starts from
+# Fields in which a network may differ from what it starts from.
+OWN = ("remat", "dtype", "kept_frames", "predicts", "attention")
 
 
 def check(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:

@@ -62,6 +62,15 @@ class Tensors:
         return self._handles[name].get_slice(name)[index]
 
 
+def loads(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file in memory, bfloat16 included, which `safetensors.numpy` does not read."""
+    dtypes = DTYPES | {"F64": np.dtype(np.float64)}
+    return {
+        name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(data)
+    }
+
+
 def _found(path: epath.Path) -> list[epath.Path]:
     """The safetensors files that a path stands for."""
     if "://" in str(path):

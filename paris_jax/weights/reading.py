@@ -1,8 +1,13 @@
-"""Reading an encoder's tensors by name: what is missing, extra or of another shape is told all at once."""
+"""Reading an encoder's tensors by name: what is missing, extra or of another shape is told all at once.
 
-from collections.abc import Sequence
+Values are read later, one array at a time (`Later`), so that no encoder ever lies in the host's memory whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -11,11 +16,39 @@ from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
 
 
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """An array whose shape is known, and whose values are read when they are wanted: `read(dtype)`."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Any], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def then(self, change: Callable[[np.ndarray], np.ndarray]) -> "Later":
+        """This array with its places changed, as `change` says."""
+        return Later(change(np.broadcast_to(0, self.shape)).shape, lambda dtype: change(self.read(dtype)))
+
+    def __getitem__(self, index: Any) -> "Later":
+        return self.then(lambda values: values[index])
+
+    def transpose(self, *axes: int) -> "Later":
+        return self.then(lambda values: values.transpose(axes))
+
+
+def whole(params: Any, dtype: Any = np.float32) -> Any:
+    """All arrays of a tree of `Later`, read."""
+    return jax.tree.map(lambda later: later.read(dtype), params)
+
+
 class Reader:
     """Takes tensors from files, notes what it took, and says at the end what does not fit."""
 
     def __init__(self, tensors: Tensors):
         self._tensors, self._taken, self._problems = tensors, set(), []
+        self._where = tensors.files[0].parent
 
     def has(self, name: str) -> bool:
         return name in self._tensors.shapes
@@ -29,21 +62,24 @@ class Reader:
         names = [name.removeprefix(prefix) for name in self._tensors.shapes if name.startswith(prefix)]
         return len({name.split(".")[0] for name in names})
 
-    def take(self, name: str, shape: Sequence[int] | None = None) -> np.ndarray:
-        """One tensor as float32."""
+    def take(self, name: str, shape: Sequence[int] | None = None) -> Later:
+        """One tensor."""
         self._taken.add(name)
         if not self.has(name):
             self._problems.append(f"{name} is missing")
-            return np.zeros(shape or (1,), np.float32)
-        if shape is not None and self.shape(name) != tuple(shape):
+        elif shape is not None and self.shape(name) != tuple(shape):
             self._problems.append(f"{name} has shape {self.shape(name)} instead of {tuple(shape)}")
-            return np.zeros(shape, np.float32)
-        values = self._tensors.read(name).astype(np.float32)
-        if not np.isfinite(values).all():
-            self._problems.append(f"{name} holds values that are not finite")
-        return values
+        else:
+            shape = self.shape(name)
+        return Later(tuple(shape or (1,)), lambda dtype: self._read(name, dtype))
 
-    def layer(self, name: str, outputs: int, *inputs: int, bias: bool = True) -> dict[str, np.ndarray]:
+    def _read(self, name: str, dtype: Any) -> np.ndarray:
+        values = self._tensors.read(name)
+        if not np.isfinite(values).all():
+            raise Refused(f"{self._where} is refused: {name} holds values that are not finite; download it again")
+        return values.astype(dtype)
+
+    def layer(self, name: str, outputs: int, *inputs: int, bias: bool = True) -> dict[str, Later]:
         """Weight (outputs, *inputs), and bias (outputs,) where it has one."""
         found = {"weight": self.take(f"{name}.weight", (outputs, *inputs))}
         return found | ({"bias": self.take(f"{name}.bias", (outputs,))} if bias else {})
@@ -53,19 +89,23 @@ class Reader:
         left = sorted(self._tensors.shapes.keys() - self._taken)
         self._problems += [f"{name} is extra" for name in left if not name.startswith(tuple(unused))]
         if self._problems:
-            where, count = self._tensors.files[0].parent, len(self._problems)
-            raise Refused(f"{where} is refused, {count} of its tensors do not fit: {'; '.join(self._problems)}")
+            count, told = len(self._problems), "; ".join(self._problems)
+            raise Refused(f"{self._where} is refused, {count} of its tensors do not fit: {told}")
 
 
 def stacked(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Layers of nested weights as one, every array with a leading layer axis."""
-    first = layers[0]
-    return {
-        name: stacked([layer[name] for layer in layers])
-        if isinstance(first[name], dict)
-        else np.stack([layer[name] for layer in layers])
-        for name in first
-    }
+    return jax.tree.map(lambda *each: _stack(each), *layers)
+
+
+def _stack(layers: Sequence[Later]) -> Later:
+    def read(dtype: Any) -> np.ndarray:
+        made = np.empty((len(layers), *layers[0].shape), dtype)
+        for row, layer in zip(made, layers, strict=True):
+            row[...] = layer.read(dtype)
+        return made
+
+    return Later((len(layers), *layers[0].shape), read)
 
 
 def described(folder: epath.PathLike, *fields: str) -> dict[str, Any]:

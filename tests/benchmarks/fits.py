@@ -60,7 +60,7 @@ def main() -> None:
     T, H, W, C = experiment.latent_shape
     sizes = {"channels": C, "pooled_width": 768, "dtype": "bfloat16"}
     network = presets.network_config(experiment.network, text_width=4096, **sizes)
-    router = presets.router_config(experiment.router.preset, clusters=given.experts, **sizes)
+    router = presets.router_config(experiment.router, clusters=given.experts, **sizes)
     here = SingleDeviceSharding(device)
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
     B = given.batch

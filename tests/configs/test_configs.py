@@ -86,7 +86,7 @@ def network(paris2):
 @pytest.fixture(scope="module")
 def router(paris2):
     return presets.router_config(
-        paris2.router.preset,
+        paris2.router,
         channels=paris2.latent_shape[-1],
         pooled_width=paris2.text_widths[1],
         clusters=paris2.partition.num_clusters,

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from paris_jax import Ensemble
+from paris_jax.data.records import read_records
 from paris_jax.encoders import clip, dinov2, features, published, t5, text
 from paris_jax.encoders.tokens import tokenizer
 from paris_jax.errors import Refused
@@ -166,11 +167,12 @@ def test_dinov2_describes_a_clip_by_its_look(monkeypatch):
     describe = features.features("dinov2", folder("dinov2"))
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (6, 20, 28, 3), np.uint8)
-    found = describe(video)
+    found, same, other = describe(np.stack([video, video[[0, 0, 2, 3, 3, 5]], 255 - video]))
     assert found.shape == (32,) and found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(found), 1, rtol=1e-5)
-    np.testing.assert_allclose(describe(video[[0, 0, 2, 3, 3, 5]]), found, atol=1e-5)  # frames 0, 2, 3 and 5 are seen
-    assert np.abs(describe(255 - video) - found).max() > 1e-3
+    np.testing.assert_allclose(same, found, atol=1e-5)  # frames 0, 2, 3 and 5 are seen
+    assert np.abs(other - found).max() > 1e-3
+    np.testing.assert_allclose(describe(video[None])[0], found, atol=1e-5)  # whatever stands beside it
     with pytest.raises(Refused, match=r"features\.weights is empty"):
         features.features("dinov2")
 
@@ -200,9 +202,19 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     config.text.t5 = str(other)
     with pytest.raises(Refused, match="was made with other weights of its encoders"):
         prepare(Experiment.from_config(config), run)
-    ensemble = Ensemble.load(run.ensemble, encoders={"t5": folder("t5"), "clip": folder("clip")})
+    ensemble_encoders, loaded = {"t5": folder("t5"), "clip": folder("clip")}, published.loaded
+    ensemble = Ensemble.load(run.ensemble, encoders=ensemble_encoders)
     assert np.isfinite(ensemble.sample(PROMPTS, num_steps=2).videos).all()
-    published.drop()
-    assert np.isfinite(ensemble.sample(PROMPTS, num_steps=2).videos).all()
+    apart = Ensemble.load(run.ensemble, encoders=ensemble_encoders, drop_encoders=True)
+    made, read = ensemble.sample(PROMPTS, num_steps=2, negative="a ball"), []
+    monkeypatch.setattr(
+        published, "loaded", lambda *which: (read.append((which, "_arrays" in vars(apart))), loaded(*which))[1]
+    )
+    again = apart.sample(PROMPTS, num_steps=2, negative="a ball")
+    np.testing.assert_array_equal(again.videos, made.videos)
+    assert [(which[0], there) for which, there in read] == [("t5", False), ("clip", False)]  # once, before the experts
+    assert not published._loaded
+    (record, *_) = read_records(run.data)
+    assert record.tokens.dtype == record.pooled.dtype == published.T5Clip.stored
     with pytest.raises(Refused, match=r"text\.t5 is empty"):
         Ensemble.load(run.ensemble)

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from paris_jax.encoders import clip, dinov2, hunyuan, t5
+from paris_jax.weights.reading import whole
 
 FOLDER = Path(__file__).parents[1] / "encoders" / "published"
 T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -206,6 +207,7 @@ def ours(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
         name.split("-")[0]
     ]
     config, params = read(FOLDER / name)
+    params = whole(params)
     if name == "t5":
         return {"hidden": np.asarray(t5.encode(config, params, made["ids"], made["length"], dtype))}
     if name == "hunyuan":

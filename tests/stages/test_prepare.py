@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +63,25 @@ def test_every_clip_is_there_with_all_that_training_needs(whole):
     normal = np.stack([codecs.LatentScale.from_manifest(found["latent"]).normalise(r.latent) for r in stored])
     assert abs(normal.mean()) < 1e-4
     assert normal.std() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_bar_tells_clips_a_second_once_it_knows():
+    task: Any = types.SimpleNamespace(speed=None)
+    assert str(stage.Speed().render(task)) == ""
+    task.speed = 12.345
+    assert str(stage.Speed().render(task)) == "12.3 clips/s"
+
+
+def test_clips_are_encoded_in_batches_and_alike_in_any(monkeypatch):
+    """Captions and clips of a batch go to the encoders together; what comes out does not depend on who is beside."""
+    clips, seen, of = list(ShapesSource(5, 20, 8, 20, 20, 8.0)), [], text.Words.encode
+    monkeypatch.setattr(text.Words, "encode", lambda self, texts: seen.append(len(texts)) or of(self, texts))
+    together = list(stage.encode(experiment(), clips))
+    assert len(seen) == 2 and sum(seen) == len({clip.caption for clip in clips})  # 16 clips, then 4
+    for record, clip in zip(together, clips, strict=True):
+        (alone,) = stage.encode(experiment(), [clip])
+        for name in records.ARRAYS:
+            np.testing.assert_array_equal(getattr(record, name), getattr(alone, name))
 
 
 def test_a_finished_run_is_left_as_it_is(whole, caplog):

@@ -37,7 +37,8 @@ def asked(monkeypatch):
 
 def test_what_is_not_said_is_left_to_the_ensemble(asked):
     found = asked()
-    assert found["keeping"] == {"mesh": None, "weights": "auto", "offload": False, "encoders": {}}
+    kept = {"mesh": None, "weights": "auto", "offload": False, "encoders": {}}
+    assert found["keeping"] == kept | {"drop_encoders": True}  # all prompts are known
     assert found["how"] == {"seed": 0, "drop": [], "broken": "refuse", "preview_every": 0, "progress": True}
 
 
@@ -54,6 +55,7 @@ def test_every_flag_reaches_the_sampler(asked):
     assert found["keeping"] == {
         **{"mesh": {"expert": 3, "fsdp": 2}, "weights": "int8", "offload": True},
         "encoders": {"vae": "v", "t5": "t"},
+        "drop_encoders": True,
     }
     how = {"negative": "a", "num_steps": 7, "seed": [4, 5], "experts": [0, 1], "times": [1, 0.5, 0], "drop": [1, 2]}
     how |= {"broken": "drop", "preview_every": 3, "frames": 6, "height": 12, "width": 16, "solver": "ab2"}

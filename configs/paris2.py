@@ -9,6 +9,8 @@ abstractly, without memory, and checks their sizes and that both arms cost the s
 Expected:  latent 9 x 32 x 32 x 16, 2304 video tokens and 512 text tokens a clip; experts 11.89B parameters, router
            130.7M; one clip costs 0.126 PFLOP a training step; the experts together 28.4 ZFLOP, and so the monolith.
 Command:   paris-jax prepare --config=configs/paris2.py --workdir=RUN --config.codec.weights=... (and so on)
+Variants:  11b, and opensora2: Open-Sora 2.0's network with texts as it knows them, to be sampled from as it is
+           paris-jax import --source=opensora2 FILE --config=configs/paris2.py:opensora2 --out=weights/opensora2
 
 Marks: [S] stated by a primary source, [R] reported by a reader of the paper, [O] our own choice, because nothing is
 published. "OS2" is Open-Sora 2.0 (arXiv 2503.09642), whose recipe the paper follows [R]: an [O] that names OS2 takes
@@ -126,4 +128,14 @@ def _sampling(config: Any) -> None:
     )
 
 
-VARIANTS = {"11b": _11b}
+def _opensora2(config: Any) -> None:
+    """Open-Sora 2.0's own network, to be sampled from with its published weights, or to go on from."""
+    _11b(config)
+    config.text.padded = True  # [S] its code attends to all 512 tokens, and encodes an empty text for none
+    config.masks.update(
+        none=0.75, first=0.1, last=0.05, both=0.05, prefix=0.05
+    )  # [O] it has the input; shares are ours
+    config.sampling.guidance_image = 3.0  # [S]
+
+
+VARIANTS = {"11b": _11b, "opensora2": _opensora2}

@@ -74,6 +74,7 @@ class Text:
     name: str = "words"  # "words" (frozen table), "minilm" (optional package), "t5+clip" (published, from folders)
     width: int = 64  # of the frozen table; the others have their own
     max_tokens: int = 24
+    padded: bool = False  # t5+clip: texts are filled up to max_tokens, and that is attended to, as FLUX.1 has it
     t5: str = ""  # t5+clip: folders of their weights and tokenizers, as Hugging Face publishes them
     clip: str = ""
 
@@ -81,6 +82,8 @@ class Text:
         yield from checks.choice("name", self.name, text.NAMES)
         yield from checks.at_least(8, width=self.width)
         yield from checks.at_least(1, max_tokens=self.max_tokens)
+        if self.padded and self.name != "t5+clip":
+            yield f"padded=True: text.name={self.name!r} has its texts at their true length; leave it out"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

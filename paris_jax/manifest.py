@@ -140,6 +140,13 @@ def exists(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / FILE_NAME).exists()
 
 
+def read_kind(folder: epath.PathLike) -> str:
+    """What kind of folder a manifest describes; "" where there is none, or it is no manifest."""
+    path = epath.Path(folder) / FILE_NAME
+    found = read_json(path) if path.exists() else {}
+    return found.get("kind", "") if isinstance(found, dict) else ""
+
+
 def read(folder: epath.PathLike, kind: str, verify: bool = False) -> dict[str, Any]:
     """Reads a manifest and checks its schema and kind; with `verify`, sizes and hashes of every promised file too."""
     folder = epath.Path(folder)

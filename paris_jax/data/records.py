@@ -25,6 +25,7 @@ from paris_jax.weights.files import loads
 
 KINDS = ("data", "cluster", "heldout")
 ENDING = ".array_record"
+NULL = "null.safetensors"  # the encoding of no text, where it is not zeros
 SHARD_SIZE = 512  # records
 # What a manifest of records must say, so that a job can run from its folder alone.
 CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source")
@@ -203,6 +204,25 @@ def copy_records(
         pairs = zip(indices[chosen], clusters[chosen], strict=True)
         write_shard(out / name, (dataclasses.replace(records[int(i)], cluster=int(k)) for i, k in pairs))
     return names
+
+
+def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -> list[str]:
+    """Writes the encoding of no text, tokens (L, Dt) and pooled (Dp,), if it is not one token of zeros.
+
+    Returns:
+      The file's name, if there is one.
+    """
+    if len(tokens) == 1 and not tokens.any() and not pooled.any():
+        return []
+    data = safetensors.numpy.save({"tokens": tokens, "pooled": pooled})
+    manifest.write_atomically(epath.Path(folder) / NULL, data)
+    return [NULL]
+
+
+def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
+    """What `write_null` wrote, as tokens and pooled; {} where it wrote nothing."""
+    path = epath.Path(folder) / NULL
+    return loads(path.read_bytes()) if NULL in read_manifest(folder)["files"] else {}
 
 
 def _shards(folder: epath.Path) -> list[str]:

@@ -72,12 +72,14 @@ class T5Clip:
     """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, at their true number, and CLIP's pooled vector.
 
     As FLUX.1, Open-Sora 2.0 and Paris 2.0 have it, with XXL and ViT-L/14; of any size here. A text longer than CLIP's
-    77 tokens is cut for CLIP alone.
+    77 tokens is cut for CLIP alone. FLUX.1 and Open-Sora 2.0 were trained `padded`, with an empty text for none; at its
+    true length, a text takes a tenth of the room, and none is nothing.
     """
 
     t5: str = ""  # folders of weights and tokenizers
     clip: str = ""
     max_tokens: int = 512
+    padded: bool = False  # every text is filled up to max_tokens, as T5 fills it, and all of it is attended to
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
 
     stored: ClassVar[Any] = np.dtype(ml_dtypes.bfloat16)  # as the experts compute
@@ -99,15 +101,20 @@ class T5Clip:
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts as one batch; refuses an empty text, and one of more than `max_tokens` of T5's tokens."""
-        pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
-        for text, found in zip(texts, pieces, strict=True):
-            check_length(text, len(found), self.max_tokens, "tokens")
+        for text in texts:
+            count = len(tokenizer(self.t5)(text)) if text.strip() else 0
+            check_length(text, count, self.max_tokens, "tokens")
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
         if clips.text is None:
             raise Refused(
                 f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
             )
-        ids, length = _padded(pieces, LENGTHS)
+        pieces = [tokenizer(self.t5)(text) for text in texts]
+        ids, length = _padded(pieces, self.max_tokens if self.padded else LENGTHS)
+        length = np.full_like(length, self.max_tokens) if self.padded else length
         tokens = np.asarray(t5.encode(config, params, *placing.rows(ids, length), placing.dtype()))
         ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
         cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
@@ -117,7 +124,9 @@ class T5Clip:
         return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 
     def null(self) -> TextEncoding:
-        """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
+        """No text, for dropout and guidance: one token of zeros and pooled zeros; if padded, the encoding of ""."""
+        if self.padded:
+            return self._encode([""])[0]
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
     def unknown_words(self, text: str) -> list[str]:
@@ -127,7 +136,8 @@ class T5Clip:
 
     def describe(self) -> dict[str, Any]:
         widths = {"width": self.width, "pooled_width": self.pooled_width}
-        return {"name": "t5+clip", "max_tokens": self.max_tokens, **widths, "weights": dict(self.weights)}
+        said = {"name": "t5+clip", "max_tokens": self.max_tokens, "padded": self.padded}
+        return said | widths | {"weights": dict(self.weights)}
 
 
 def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:

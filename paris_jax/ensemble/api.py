@@ -380,7 +380,7 @@ class Ensemble:
         kept: jax.Array | None,
     ) -> sampler.Condition:
         """Prompts and frames with what guidance leads away from, and with the strength of it."""
-        away, count = encoded.null(), len(encoded.length)
+        away, count = self._prompts.null(encoded), len(encoded.length)
         if negative is not None:
             if settings.guidance == 1.0:
                 raise Refused("negative: a negative prompt needs guidance; guidance=1 is none")

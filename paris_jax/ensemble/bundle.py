@@ -105,13 +105,15 @@ def write(
 
 
 def read(path: epath.PathLike) -> Bundle:
-    """Reads an ensemble and every part it names, checked as at admission."""
+    """Reads an ensemble and every part it names, checked as at admission; a part on its own is an ensemble of one."""
     folder = resolve(path)
     if not manifest.exists(folder):
         raise Refused(
             f"There is no ensemble at {folder}; make it with 'paris-jax assemble --workdir=RUN', or name one that "
             "ships, such as bundled:shapes"
         )
+    if manifest.read_kind(folder) == "part":
+        return single(folder, manifest.read(folder, "part").get("sampling", {}))
     found = manifest.read(folder, "ensemble")
 
     def part(entry: dict[str, str]) -> Part:

@@ -85,7 +85,8 @@ def read(folder: epath.PathLike) -> Part:
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise Refused(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)
-    params = functional.from_names({name: array.astype(np.float32) for name, array in arrays.items()})
+    # What only enters products stays as it is stored: of a large network that is nearly everything.
+    params = functional.from_names({n: a if n.endswith("kernel") else a.astype(np.float32) for n, a in arrays.items()})
     return Part(folder, config, params, found)
 
 

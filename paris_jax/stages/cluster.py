@@ -215,6 +215,8 @@ def _write(
             shards = records.copy_records(
                 run.data, [clips.numbers[i] for i in indices], labels[indices].tolist(), folder
             )
+            if null := records.read_null(run.data):
+                shards += records.write_null(folder, **null)
             content |= records.data_contract(data)
             content |= {"clips": len(indices), "partition": identity}
             manifest.write(folder, kind, shards, experiment.data_hash, **content)

@@ -3,17 +3,21 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from paris_jax import manifest
+from paris_jax.encoders import codecs
 from paris_jax.ensemble import parts
 from paris_jax.errors import Refused, nearest
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import DiTConfig
+from paris_jax.stages.prepare import UNIT, text_encoder
+from paris_jax.stages.train import sampling_shift
 from paris_jax.weights import convert
 from paris_jax.weights.files import Tensors
 from paris_jax.weights.layouts import LAYOUTS
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 # What is published, and in which layouts.
 SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
 DTYPES = ("", "float32", "bfloat16")
+VIDEO = ("opensora2",)  # layouts of networks that work in HunyuanVideo's latents, and can be sampled from as they are
 
 
 def import_weights(
@@ -34,6 +39,8 @@ def import_weights(
       source: one of SOURCES.
       paths: safetensors files, folders of them, or an index.
       experiment: whose experts the network is for; by default the sizes are the tensors' own, with FLUX.1's positions.
+        Where it says what a video network needs to be sampled from, its codec, text, size of videos and shift, that is
+        written, too: the folder is then an ensemble of one.
       dtype: "float32" or "bfloat16"; by default as published.
 
     Raises:
@@ -57,8 +64,11 @@ def import_weights(
     config = _of_experiment(experiment) if experiment else _of_tensors(tensors, layout)
     report = convert.check(tensors, config, layout)
     with _bar("reading", convert.count(config, layout)) as advance:
-        convert.import_network(tensors, config, report, folder, source, dtype, advance)
+        use = _use(experiment) if experiment and layout in VIDEO else None
+        convert.import_network(tensors, config, report, folder, source, dtype, advance, use)
     _tell(config, report, folder)
+    if use:
+        Console(highlight=False).print(f"To sample from it: paris-jax sample --ensemble={folder}", soft_wrap=True)
 
 
 def export_weights(part: str | None, layout: str, out: str | None) -> None:
@@ -87,6 +97,30 @@ def _of_experiment(experiment: Experiment) -> DiTConfig:
     width, pooled = experiment.text_widths
     sizes = {"channels": experiment.latent_shape[-1], "text_width": width, "pooled_width": pooled}
     return presets.network_config(experiment.network, **sizes, kept_frames=bool(experiment.masks.kinds))
+
+
+def _use(experiment: Experiment) -> dict[str, Any] | None:
+    """What a published video network needs to be sampled from; None where its codec or text is not the experiment's."""
+    settings = experiment.text
+    if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
+        return None
+    codec, (width, pooled) = dataclasses.asdict(experiment.codec), experiment.text_widths
+    text = {"name": settings.name, "max_tokens": settings.max_tokens, "padded": settings.padded, "weights": {}}
+    shape = experiment.latent_shape
+    return {
+        "role": "monolith",
+        "cluster": None,
+        "clusters": 1,
+        "latent": {"shape": list(shape), **UNIT},
+        "codec": (codecs.codec if codec["weights"] else codecs.sizes)(**codec).describe(),
+        "text": text_encoder(experiment, ()).describe()
+        if settings.t5 and settings.clip
+        else text | {"width": width, "pooled_width": pooled},
+        "text_length": settings.max_tokens,
+        "fps": experiment.data.fps,
+        "shift": sampling_shift(experiment, shape),
+        "sampling": dataclasses.asdict(experiment.sampling),
+    }
 
 
 def _of_tensors(tensors: Tensors, layout: str) -> DiTConfig:

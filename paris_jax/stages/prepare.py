@@ -228,8 +228,12 @@ def _encode_captions(experiment: Experiment, clips: Sequence[Clip]) -> dict[str,
             except Refused as refused:
                 raise Refused(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
         raise
-    stored = ((one.tokens.astype(encoder.stored), one.pooled.astype(encoder.stored)) for one in made)
-    return dict(zip(captions, stored, strict=True))
+    return {caption: _stored(one, encoder.stored) for caption, one in zip(captions, made, strict=True)}
+
+
+def _stored(encoding: text.TextEncoding, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and pooled vector as they are stored."""
+    return encoding.tokens.astype(dtype), encoding.pooled.astype(dtype)
 
 
 def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
@@ -239,7 +243,7 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
     if settings.name == "words":
         own = {"vocabulary": vocabulary, "width": settings.width}
     elif settings.name == "t5+clip":
-        own = {"t5": settings.t5, "clip": settings.clip}
+        own = {"t5": settings.t5, "clip": settings.clip, "padded": settings.padded}
     return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
 
 
@@ -249,10 +253,12 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     for job in jobs:
         total.merge(manifest.read_json(job.mark)["tally"])
     codec = codecs.codec(**dataclasses.asdict(experiment.codec))
+    encoder = text_encoder(experiment, total.words)
+    none = _stored(encoder.null(), encoder.stored)
     manifest.write(
         run.data,
         "data",
-        [job.path.name for job in jobs],
+        [*(job.path.name for job in jobs), *records.write_null(run.data, *none)],
         experiment.data_hash,
         **describe_encoders(experiment, sorted(total.words)),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),

@@ -1,6 +1,7 @@
 """`paris-jax train`: one expert, the monolith or the router, on its own data, to a part that can be admitted."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from etils import epath
 
 from paris_jax import manifest
 from paris_jax.data.pipeline import clip_ids, training_batches
+from paris_jax.data.records import read_null
 from paris_jax.diffusion import times
 from paris_jax.encoders import text as texts
 from paris_jax.ensemble import parts
@@ -162,7 +164,8 @@ def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str,
     T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
     widths = texts.described_widths(data["text"])
-    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+    job = job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+    return dataclasses.replace(job, null=read_null(cluster_folders(experiment, run, role)[0]))
 
 
 def job_of(

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
@@ -31,6 +33,7 @@ class Job:
     latent_shape: tuple[int, int, int, int]  # (T, H, W, C) of one sample
     text_length: int  # tokens of the longest caption; shorter ones are padded
     masks: Masks = Masks()  # which frames are given
+    null: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # no text, where it is not zeros
 
     @property
     def flops_per_sample(self) -> int:
@@ -58,7 +61,7 @@ class Program:
         )
         self._make_state = jax.jit(make_state, out_shardings=self.shardings)
         # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
-        step = make_step(job.config, job.settings, job.steps, job.time_law, job.masks)
+        step = make_step(job.config, job.settings, job.steps, job.time_law, job.masks, job.null)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def first_state(self) -> TrainState:

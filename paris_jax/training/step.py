@@ -1,11 +1,12 @@
 """One training step as a pure function: (state, batch) -> (state, metrics)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from paris_jax.diffusion import masks, objectives, path, randomness, times
@@ -37,14 +38,24 @@ class TimeLaw:
         return times.logit_normal(randomness.normal(keys_B, ()), self.mean, self.std, self.shift)
 
 
-def drop_text(batch: Batch, keys_B: jax.Array, settings: Training) -> Batch:
-    """Replaces the token sequence and, independently, the pooled vector of some samples by "no text" (zeros)."""
+def drop_text(
+    batch: Batch, keys_B: jax.Array, settings: Training, null: Mapping[str, np.ndarray] | None = None
+) -> Batch:
+    """Replaces the token sequence and, independently, the pooled vector of some samples by "no text".
+
+    That is zeros, or what `null` holds: tokens (L, X) and pooled (P,).
+    """
     chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     keep_tokens, keep_pooled = chance[:, 0] >= settings.drop_tokens, chance[:, 1] >= settings.drop_pooled
+    tokens, pooled, length = jnp.zeros(()), jnp.zeros(()), 1
+    if null:
+        length, more = len(null["tokens"]), batch["tokens"].shape[1] - len(null["tokens"])
+        tokens = jnp.pad(jnp.asarray(null["tokens"], jnp.float32), ((0, more), (0, 0)))
+        pooled = jnp.asarray(null["pooled"], jnp.float32)
     return batch | {
-        "tokens": batch["tokens"] * keep_tokens[:, None, None],
-        "length": jnp.where(keep_tokens, batch["length"], 1),
-        "pooled": batch["pooled"] * keep_pooled[:, None],
+        "tokens": jnp.where(keep_tokens[:, None, None], batch["tokens"], tokens),
+        "length": jnp.where(keep_tokens, batch["length"], length),
+        "pooled": jnp.where(keep_pooled[:, None], batch["pooled"], pooled),
     }
 
 
@@ -69,9 +80,17 @@ def give_frames(batch: Batch, keys_B: jax.Array, drawn: Masks) -> Batch:
 
 
 def make_step(
-    config: functional.Config, settings: Training, steps: int, time_law: TimeLaw, drawn: Masks
+    config: functional.Config,
+    settings: Training,
+    steps: int,
+    time_law: TimeLaw,
+    drawn: Masks,
+    null: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """Builds the step of an expert, a monolith or a router (told by its config), not yet jitted."""
+    """Builds the step of an expert, a monolith or a router (told by its config), not yet jitted.
+
+    `null` is what is said where no text is said, `drop_text`.
+    """
     losses_of = router_losses if isinstance(config, RouterConfig) else expert_losses
     transform, schedule = states.optimizer(settings, steps), states.learning_rate(settings, steps)
 
@@ -81,7 +100,7 @@ def make_step(
         noise_keys, time_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
         x_0 = batch["latent"]
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
-        inputs = drop_text(batch, drop_keys, settings)
+        inputs = drop_text(batch, drop_keys, settings, null)
         if config.kept_frames:
             inputs = give_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASKS))(keys), drawn)
 

@@ -1,7 +1,7 @@
 """From published tensors to ours and back, a layer at a time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,7 @@ class Report:
 
 def read_manifest(folder: epath.PathLike, verify: bool = False) -> dict[str, Any]:
     """The manifest of weights, imported ones or a part's; with `verify`, its files are hashed, too."""
-    path = epath.Path(folder) / manifest.FILE_NAME
-    found = manifest.read_json(path) if path.exists() else {}
-    is_part = isinstance(found, dict) and found.get("kind") == "part"
-    return manifest.read(folder, "part" if is_part else KIND, verify)
+    return manifest.read(folder, "part" if manifest.read_kind(folder) == "part" else KIND, verify)
 
 
 def layout_of(tensors: Tensors) -> str:
@@ -139,7 +136,14 @@ def _finite(tensors: Tensors, name: str, dtype: Any) -> np.ndarray:
 
 
 def import_network(
-    tensors: Tensors, config: DiTConfig, report: Report, folder: epath.Path, source: str, dtype: str, advance: Advance
+    tensors: Tensors,
+    config: DiTConfig,
+    report: Report,
+    folder: epath.Path,
+    source: str,
+    dtype: str,
+    advance: Advance,
+    use: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a published network as ours to `folder`: model.safetensors, and a manifest written last.
 
@@ -148,6 +152,7 @@ def import_network(
       source: what it is called.
       dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
       advance: called after each of the pieces (`count`).
+      use: what sampling needs to know besides the network, where that is known: what is written is then a part.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
@@ -161,11 +166,12 @@ def import_network(
             advance()
 
     files.write(folder / WEIGHTS, shapes, chunks())
-    network = dataclasses.asdict(config)
-    del network["remat"], network["dtype"]
+    network = dataclasses.asdict(config) | ({"kind": "dit", "dtype": kind.name} if use else {})
+    for name in ("remat", *(() if use else ("dtype",))):
+        del network[name]
     manifest.write(
         folder,
-        KIND,
+        "part" if use else KIND,
         [WEIGHTS],
         "",
         source=source,
@@ -173,6 +179,7 @@ def import_network(
         parameters=functional.count(config),
         report=dataclasses.asdict(report),
         origin={file.name: file.stat().length for file in tensors.files},
+        **use or {},
     )
 
 

@@ -37,6 +37,17 @@ def test_tokens_and_pooled_text_are_dropped_independently_at_their_own_rates():
     np.testing.assert_array_equal(made["latent"], batch["latent"])
 
 
+def test_what_is_said_instead_of_a_text_may_be_an_encoding():
+    batch = {"tokens": jnp.ones((3, 4, 2)), "length": jnp.array([4, 2, 3], jnp.int32), "pooled": jnp.ones((3, 2))}
+    null = {"tokens": np.array([[5.0, 6], [7, 8]], np.float16), "pooled": np.array([9.0, 10], np.float16)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    made = drop_text(batch, keys, Training(drop_tokens=1.0, drop_pooled=0.0), null)
+    np.testing.assert_array_equal(made["tokens"], [[[5, 6], [7, 8], [0, 0], [0, 0]]] * 3)
+    assert made["length"].tolist() == [2, 2, 2] and (made["pooled"] == 1).all()
+    made = drop_text(batch, keys, Training(drop_tokens=0.0, drop_pooled=1.0), null)
+    assert made["pooled"].tolist() == [[9, 10]] * 3 and made["length"].tolist() == [4, 2, 3]
+
+
 @pytest.fixture
 def batch():
     keys = jax.random.split(jax.random.key(3), 3)

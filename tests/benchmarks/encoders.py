@@ -1,0 +1,156 @@
+"""Memory of the published encoders at full size, by compiling them for a chip that is not here. Needs libtpu.
+
+    python -m tests.benchmarks.encoders [--chip=v5p:2x2x1] [--only=t5,clip,dinov2-l,dinov2-g,piece]
+    python -m tests.benchmarks.encoders --only=vae --videos=33x256x256,33x512x512
+
+For each: weights on the chip (matrices in bfloat16), and the most memory of the chip while it works on a batch. `piece`
+is the largest piece that the VAE works on at a time (`hunyuan.Tiling`), whatever the video's size; `vae` are whole
+videos, without pieces.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from paris_jax.encoders import clip, dinov2, hunyuan, t5
+from paris_jax.encoders.codecs import TILING
+from paris_jax.encoders.transformer import Blocks
+from paris_jax.training.slices import Slice
+
+GIB = 2**30
+BATCH = 16  # clips that prepare encodes at once (stages/prepare.py)
+STAGES = (128, 256, 512, 512)  # widths of the VAE, and blocks a stage: two to encode, three to decode
+DINOV2 = {"dinov2-l": (24, 1024, 4096, 16, False), "dinov2-g": (40, 1536, 4096, 24, True)}
+
+
+def dense(*shape: int, bias: bool = True) -> dict[str, Any]:
+    return {"weight": shape} | ({"bias": (*shape[:-2], shape[-2])} if bias else {})
+
+
+def normed(*shape: int, bias: bool = True) -> dict[str, Any]:
+    return {"weight": shape} | ({"bias": shape} if bias else {})
+
+
+def blocks(layers: int, D: int, F: int, *, bias: bool = True, gated: bool = False) -> dict[str, Any]:
+    mlp = {"in": dense(layers, F, D, bias=bias), "out": dense(layers, D, F, bias=bias)}
+    return {
+        "norm1": normed(layers, D, bias=bias),
+        "attention": {name: dense(layers, D, D, bias=bias) for name in ("q", "k", "v", "out")},
+        "norm2": normed(layers, D, bias=bias),
+        "mlp": mlp | ({"gate": dense(layers, F, D, bias=bias)} if gated else {}),
+    }
+
+
+def t5_xxl() -> dict[str, Any]:
+    stack = blocks(24, 4096, 10240, bias=False, gated=True)
+    return {"tokens": (32128, 4096), "distances": (32, 64), "blocks": stack, "norm": normed(4096, bias=False)}
+
+
+def clip_l() -> dict[str, Any]:
+    text = {"blocks": blocks(12, 768, 3072), "places": (77, 768), "tokens": (49408, 768), "norm": normed(768)}
+    return {"text": text}
+
+
+def dino(layers: int, D: int, F: int, gated: bool) -> dict[str, Any]:
+    stack = blocks(layers, D, F, gated=gated) | {"scale1": (layers, D), "scale2": (layers, D)}
+    patches = {"weight": (D, 3, 14, 14), "bias": (D,)}
+    return {"cls": (D,), "places": (1 + 37**2, D), "patches": patches, "blocks": stack, "norm": normed(D)}
+
+
+def conv(outputs: int, inputs: int, size: int = 3) -> dict[str, Any]:
+    return {"weight": (size, size, size, inputs, outputs), "bias": (outputs,)}
+
+
+def resnet(inputs: int, outputs: int) -> dict[str, Any]:
+    block = {"norm1": normed(inputs), "conv1": conv(outputs, inputs), "norm2": normed(outputs)}
+    block["conv2"] = conv(outputs, outputs)
+    return block | ({"shortcut": conv(outputs, inputs, 1)} if inputs != outputs else {})
+
+
+def half(widths: tuple[int, ...], count: int, inputs: int, outputs: int) -> dict[str, Any]:
+    """The VAE's encoder, or with its widths turned around its decoder."""
+    stages, before = [], widths[0]
+    for i, width in enumerate(widths):
+        stage = {"resnets": [resnet(before if j == 0 else width, width) for j in range(count)]}
+        stages.append(stage | ({"sample": conv(width, width)} if i < 3 else {}))
+        before = width
+    middle = widths[-1] if count == 2 else widths[0]
+    return {
+        "in": conv(widths[0], inputs),
+        "stages": stages,
+        "middle": [resnet(middle, middle)] * 2,
+        "attention": {name: dense(middle, middle) for name in ("q", "k", "v", "out")} | {"norm": normed(middle)},
+        "norm": normed(widths[-1]),
+        "out": conv(outputs, widths[-1]),
+    }
+
+
+def vae() -> dict[str, Any]:
+    ends = {"quant": conv(32, 32, 1), "post_quant": conv(16, 16, 1)}
+    return ends | {"encoder": half(STAGES, 2, 3, 32), "decoder": half(STAGES[::-1], 3, 16, 3)}
+
+
+def jobs(only: list[str], videos: list[tuple[int, int, int]]) -> Iterator[tuple[str, Any, Any, Any, list[Any]]]:
+    """Name, jitted function, config, shapes of the weights, and the inputs' (shape, dtype)."""
+    xxl = t5.T5(Blocks(64, "gelu_tanh", 1e-6, rms=True, scaled=False), 32, 128)
+    if "t5" in only:
+        for count, length in ((1, 512), (BATCH, 512)):
+            given = [((count, length), jnp.int32), ((count,), jnp.int32)]
+            yield f"T5-v1.1-XXL, {count} x {length} tokens", t5.encode, xxl, t5_xxl(), given
+    if "clip" in only:
+        large = clip.Clip(Blocks(12, "quick_gelu", 1e-5), None, 49407)
+        given = [((BATCH, 77), jnp.int32)]
+        yield f"CLIP ViT-L/14's text, {BATCH} x 77 tokens", clip.encode_text, large, clip_l(), given
+    for name in (n for n in DINOV2 if n in only):
+        layers, D, F, heads, gated = DINOV2[name]
+        config = dinov2.Dino(Blocks(heads, "silu" if gated else "gelu", 1e-6))
+        given = [((4 * BATCH, 224, 224, 3), jnp.float32)]
+        yield f"{name}, {4 * BATCH} frames", dinov2.encode, config, dino(layers, D, F, gated), given
+    whole = [("", size) for size in videos] if "vae" in only else []
+    piece = [("piece of ", (4 * TILING.frames + 1, 8 * TILING.side, 8 * TILING.side))] if "piece" in only else []
+    for kind, (T, H, W) in piece + whole:
+        given = [((1, T, H, W, 3), jnp.float32)]
+        yield f"VAE, encoding {kind}{T} x {H} x {W}", hunyuan.encode, hunyuan.VAE(32), vae(), given
+        given = [((1, 1 + (T - 1) // 4, H // 8, W // 8, 16), jnp.float32)]
+        yield f"VAE, decoding {kind}{T} x {H} x {W}", hunyuan.decode, hunyuan.VAE(32), vae(), given
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", default="v5p:2x2x1")
+    parser.add_argument("--only", default="t5,clip,dinov2-l,dinov2-g,piece")
+    parser.add_argument("--videos", default="33x256x256,33x512x512")
+    given = parser.parse_args()
+    here = SingleDeviceSharding(Slice.parse(given.chip).devices()[0])
+    sizes: Any = [tuple(map(int, video.split("x"))) for video in given.videos.split(",")]
+
+    def weight(path: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        matrix = len(shape) > 2 or name.endswith("tokens")  # as `placing.put`
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if matrix else jnp.float32, sharding=here)
+
+    for name, function, config, shapes, inputs in jobs(given.only.split(","), sizes):
+        params = jax.tree_util.tree_map_with_path(weight, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in inputs]
+        bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        begun = time.perf_counter()
+        try:
+            found = function.lower(config, params, *arrays, "bfloat16").compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{name:44s} does not fit: {' '.join(str(error).split())[:300]}", flush=True)
+            continue
+        most = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        print(
+            f"{name:44s} weights {bytes_ / GIB:5.2f} GiB, at work {most / GIB:6.2f} GiB "
+            f"(temporary {found.temp_size_in_bytes / GIB:.2f}); compiled in {time.perf_counter() - begun:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

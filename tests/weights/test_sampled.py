@@ -1,0 +1,128 @@
+"""A published video network, imported with the config that says how it is used, is an ensemble of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from paris_jax import Ensemble, cli
+from paris_jax.data import records
+from paris_jax.encoders import published, t5
+from paris_jax.encoders.tokens import tokenizer
+from paris_jax.errors import Refused
+from paris_jax.experiment import Experiment
+from paris_jax.models import functional, presets
+from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages.cluster import cluster
+from paris_jax.stages.prepare import prepare
+from paris_jax.stages.train import cluster_folders, make_job, read_cluster, train
+from paris_jax.weights import convert
+from paris_jax.weights.files import Tensors
+from tests.conftest import micro_config
+from tests.oracles import encoders as oracle
+
+FOLDERS = {name: str(oracle.FOLDER / name) for name in ("t5", "clip", "hunyuan")}
+ENCODERS = {"vae": FOLDERS["hunyuan"], "t5": FOLDERS["t5"], "clip": FOLDERS["clip"]}
+PROMPTS = ["a large red circle", "a striped ball moving"]
+TOKENS = 96
+
+
+def config():
+    """Tiny networks of the published kinds, texts filled up to 96 tokens."""
+    made = micro_config()
+    made.data.update(num_clips=30, frames=9, height=16, width=16)
+    made.codec.update(name="hunyuan", time=4, height=8, width=8, weights=FOLDERS["hunyuan"])
+    made.text.update(name="t5+clip", max_tokens=TOKENS, padded=True, t5=FOLDERS["t5"], clip=FOLDERS["clip"])
+    made.partition.num_clusters = 2
+    made.training.update(steps=4)
+    made.sampling.update(steps=3, guidance=2.0)
+    return made
+
+
+def network(experiment):
+    width, pooled = experiment.text_widths
+    sizes = {"channels": experiment.latent_shape[-1], "text_width": width, "pooled_width": pooled}
+    return presets.network_config(experiment.network, **sizes, kept_frames=True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A random network under Open-Sora 2.0's names, imported by the command, and its parameters."""
+    folder = tmp_path_factory.mktemp("opensora")
+    of = network(Experiment.from_config(config()))
+    leaves, structure = jax.tree.flatten(functional.abstract(of))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(structure, drawn)
+    safetensors.numpy.save_file({n: np.asarray(a) for n, a in functional.to_names(params).items()}, folder / "ours")
+    (folder / "ours").rename(folder / "ours.safetensors")
+    theirs = folder / "Open_Sora_v2.safetensors"
+    convert.export_network(Tensors(folder / "ours.safetensors"), of, "opensora2", theirs, lambda: None)
+    (folder / "config.py").write_text(
+        "from tests.weights import test_sampled\n\n\ndef get_config():\n    return test_sampled.config()\n"
+    )
+    given = ["import", "--source=opensora2", str(theirs), f"--config={folder / 'config.py'}", f"--out={folder / 'w'}"]
+    assert cli.run(given) in (None, 0)
+    return folder / "w", of, params
+
+
+def test_what_is_imported_can_be_sampled_from_as_it_is(weights):
+    folder, of, params = weights
+    ensemble = Ensemble.load(folder, encoders=ENCODERS)
+    assert ensemble.latent_shape == (3, 2, 2, 4) and ensemble.defaults.guidance == 2.0
+    samples = ensemble.sample(PROMPTS)
+    assert samples.videos.shape == (2, 9, 16, 16, 3) and samples.routing.shape == (3, 2, 1)
+    x, t, told = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS)
+    expected = functional.apply(of, params, x, t, told.tokens, told.length, told.pooled)
+    np.testing.assert_allclose(ensemble.velocity(x, t, told), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_leads_away_from_an_empty_text_that_is_encoded(weights):
+    """Scale 0 is the other branch alone: the network told what T5 and CLIP make of ""."""
+    folder, of, params = weights
+    ensemble = Ensemble.load(folder, encoders=ENCODERS)
+    x, t, told, none = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS), ensemble.text.null()
+    assert none.tokens.shape == (TOKENS, 32) and np.abs(none.tokens).min(1).max() > 0 and np.abs(none.pooled).max() > 0
+    tokens, pooled = (jnp.asarray(np.stack([a, a])) for a in (none.tokens, none.pooled))
+    expected = functional.apply(of, params, x, t, tokens, jnp.full(2, TOKENS, jnp.int32), pooled)
+    np.testing.assert_allclose(ensemble.velocity(x, t, told, guidance=0.0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_texts_are_attended_to_as_a_whole():
+    encoder = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, padded=True)
+    ids = np.zeros((1, TOKENS), np.int32)
+    found = tokenizer(FOLDERS["t5"])(PROMPTS[0])
+    ids[0, : len(found)] = found
+    whole = t5.encode(*published.loaded("t5", FOLDERS["t5"]), ids, np.array([TOKENS]))[0]
+    made = encoder.encode(PROMPTS[:1])[0].tokens
+    np.testing.assert_allclose(made, whole, rtol=0.01, atol=0.01)
+    short = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS).encode(PROMPTS[:1])[0].tokens
+    assert len(made) == TOKENS > len(short) and np.abs(made[: len(short)] - short).max() > 0.05
+    with pytest.raises(Refused, match="is empty"):
+        encoder.encode([""])
+
+
+def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path):
+    """Experts that always lose their text learn the same whatever the captions were, and it is the encoding of ""."""
+    made = config()
+    made.training.update(drop_tokens=1.0, drop_pooled=1.0)
+    experiment, run, role = Experiment.from_config(made), RunFolder(tmp_path / "run"), Role("expert", 0)
+    prepare(experiment, run)
+    cluster(experiment, run)
+    (folder,) = cluster_folders(experiment, run, role)
+    none = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, padded=True).null()
+    for place in (run.data, run.heldout, folder):
+        for name, values in records.read_null(place).items():
+            np.testing.assert_array_equal(np.float32(values), getattr(none, name))
+    job = make_job(experiment, run, role, read_cluster(folder, experiment, run))
+    assert set(job.null) == {"tokens", "pooled"} and job.text_length == TOKENS
+    train(experiment, run, role)
+    assert (run.export(role) / "manifest.json").exists()
+
+
+def test_only_published_texts_are_padded():
+    made = micro_config()
+    made.text.padded = True
+    with pytest.raises(Refused, match=r"text\.padded=True: text\.name='words' has its texts at their true length"):
+        Experiment.from_config(made)

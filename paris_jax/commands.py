@@ -280,7 +280,7 @@ COMMANDS = {
         "published weights of FLUX.1-dev, Open-Sora 2.0 or of our own layouts, to start training from",
         (
             "paris-jax import --source=flux1-dev flux1-dev.safetensors --out=weights/flux1-dev",
-            "paris-jax import --source=opensora2 Open_Sora_v2.safetensors --out=weights/opensora2",
+            "paris-jax import --source=opensora2 FILE --config=configs/paris2.py:opensora2 --out=weights/opensora2",
         ),
         (command_flags.config, command_flags.importing),
         _import,

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -140,6 +141,10 @@ UNTRAINED = {"training": (*ENGINE, "start"), "router_training": ENGINE, "network
 # Fields that say where something lies on this machine; what lies there is known by its hash.
 ELSEWHERE = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("weights",)}
 
+# Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
+# So those folders are still those of their configs.
+YOUNGER = {"network": {"attention": "joint"}, "router": {"attention": "joint"}, "text": {"padded": False}}
+
 # The sections that decide the clips and their clusters.
 DATA = ("data", "codec", "text", "features", "partition")
 
@@ -233,10 +238,7 @@ class Experiment:
     @property
     def data_hash(self) -> str:
         """Hash of what decides the clips and their clusters: what experts of one ensemble have in common."""
-        kept = {section: dataclasses.asdict(getattr(self, section)) for section in DATA}
-        for section, fields in ELSEWHERE.items():
-            kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
-        return manifest.hash_text(manifest.canonical_json(kept))
+        return self._hash(DATA, ELSEWHERE)
 
     @property
     def hash(self) -> str:
@@ -244,9 +246,16 @@ class Experiment:
 
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """
-        kept = {k: v for k, v in self.to_dict().items() if k not in ("name", "wandb", "sampling", "evaluation")}
-        for section, fields in (UNTRAINED | ELSEWHERE).items():
-            kept[section] = {k: v for k, v in kept[section].items() if k not in fields}
+        sections = [name for name in self.to_dict() if name not in ("name", "wandb", "sampling", "evaluation")]
+        return self._hash(sections, UNTRAINED | ELSEWHERE)
+
+    def _hash(self, sections: Iterable[str], without: Mapping[str, Iterable[str]]) -> str:
+        """Hash of sections but for some fields of theirs."""
+        kept = {section: dataclasses.asdict(getattr(self, section)) for section in sections}
+        for section, fields in kept.items():
+            left_out, before = without.get(section, ()), YOUNGER.get(section, {})
+            same = [name for name, value in before.items() if fields[name] == value]
+            kept[section] = {k: v for k, v in fields.items() if k not in (*left_out, *same)}
         return manifest.hash_text(manifest.canonical_json(kept))
 
     def settings_of(self, kind: str) -> Training:

@@ -56,6 +56,11 @@ def micro_config():
     return config
 
 
+def no_text(text):
+    """As many prompts that say nothing, as training drops them: one token of zeros."""
+    return type(text)(0 * text.tokens, 0 * text.length + 1, 0 * text.pooled)
+
+
 @pytest.fixture
 def usual_interrupt():
     """Python's own SIGINT handler, which a process that was started in the background does not have."""

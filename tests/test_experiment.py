@@ -196,3 +196,17 @@ def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
         *("data", "codec", "text", "features", "partition", "network", "router"),
         *("diffusion", "masks", "training", "router_training"),
     }
+
+
+def test_run_folders_from_before_a_field_was_there_are_still_those_of_their_configs():
+    """Hashes as they were written before attention had patterns and texts were padded."""
+    assert Experiment().hash.startswith("e9cea875f3ccbfca")
+    assert Experiment().data_hash.startswith("555f06d5993cee80")
+    for field, value in {"network__attention": "factorised", "router__attention": "factorised"}.items():
+        found = Experiment.from_config(changed(**{field: value}))
+        assert found.hash != Experiment().hash and found.data_hash == Experiment().data_hash
+    padded = dataclasses.replace(Experiment().text, name="t5+clip", padded=True)
+    both = [
+        dataclasses.replace(Experiment(), text=dataclasses.replace(padded, padded=p)).data_hash for p in (True, False)
+    ]
+    assert both[0] != both[1]

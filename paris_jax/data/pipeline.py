@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from paris_jax.data.records import Record, Records, read_manifest
+from paris_jax.data.records import Record, Records, read_manifest, read_records
 from paris_jax.encoders.codecs import LatentScale
 from paris_jax.errors import Refused
 
@@ -93,7 +93,9 @@ def training_batches(
         .batch(batch // process_count, drop_remainder=True, batch_fn=collate)
     )
     mine = rows[process_index::process_count]
-    each = 4 * (math.prod(shared["latent"]["shape"]) * batch // process_count)  # float32; text is small beside it
+    width = read_records(found[0][1])[0].tokens.shape[-1]
+    numbers = math.prod(shared["latent"]["shape"]) + collate.text_length * width
+    each = 4 * numbers * batch // process_count  # float32
     logger.info("the data keep up to %d batches ready, about %.0f MB", read_ahead, read_ahead * each / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     return iter(mine.to_iter_dataset(options))

@@ -95,9 +95,8 @@ class HunyuanVideo:
 
     def encode(self, video: Any) -> np.ndarray:
         """(..., T', H', W', 3) uint8, or float in [-1, 1], to (..., T, H, W, C) float32 of about unit spread."""
-        x = np.asarray(to_float(video) if video.dtype == np.uint8 else video, np.float32)
-        self.latent_shape(*x.shape[-4:-1])
-        return hunyuan.SCALE * self._run(hunyuan.encode_tiled, hunyuan.encode, x)
+        self.latent_shape(*video.shape[-4:-1])
+        return hunyuan.SCALE * self._run(hunyuan.encode_tiled, hunyuan.encode, np.asarray(video))
 
     def decode(self, latent: Any) -> np.ndarray:
         """(..., T, H, W, C) to video (..., T', H', W', 3) float32, not clipped."""
@@ -111,7 +110,7 @@ class HunyuanVideo:
             return np.asarray(function(vae, params, *placing.rows(piece), placing.dtype()))[: len(piece)]
 
         flat, each = x.reshape(-1, *x.shape[-4:]), placing.mesh().size
-        made = np.concatenate([tiled(run, flat[i : i + each], TILING) for i in range(0, len(flat), each)])
+        made = np.concatenate([tiled(run, _floats(flat[i : i + each]), TILING) for i in range(0, len(flat), each)])
         return made.reshape(*x.shape[:-4], *made.shape[1:])
 
     def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
@@ -121,6 +120,11 @@ class HunyuanVideo:
     def describe(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("time", "height", "width")}
         return {"name": "hunyuan", **sizes, "sha256": self.sha256}
+
+
+def _floats(x: np.ndarray) -> np.ndarray:
+    """float32; uint8 as [-1, 1]."""
+    return np.asarray(to_float(x) if x.dtype == np.uint8 else x, np.float32)
 
 
 def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> None:

@@ -23,6 +23,7 @@ from paris_jax.weights.files import Tensors
 from paris_jax.weights.reading import described
 
 LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
+AT_ONCE = 16  # texts
 READ = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
 FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
 
@@ -100,19 +101,19 @@ class T5Clip:
         return found.get("text_config", found)["hidden_size"]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
-        """Encodes texts as one batch; refuses an empty text, and one of more than `max_tokens` of T5's tokens."""
-        for text in texts:
-            count = len(tokenizer(self.t5)(text)) if text.strip() else 0
-            check_length(text, count, self.max_tokens, "tokens")
-        return self._encode(texts)
+        """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
+        pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
+        for text, found in zip(texts, pieces, strict=True):
+            check_length(text, len(found), self.max_tokens, "tokens")
+        cuts = range(0, len(texts), AT_ONCE)
+        return [one for i in cuts for one in self._encode(texts[i : i + AT_ONCE], pieces[i : i + AT_ONCE])]
 
-    def _encode(self, texts: Sequence[str]) -> list[TextEncoding]:
+    def _encode(self, texts: Sequence[str], pieces: Sequence[Sequence[int]]) -> list[TextEncoding]:
         (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
         if clips.text is None:
             raise Refused(
                 f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
             )
-        pieces = [tokenizer(self.t5)(text) for text in texts]
         ids, length = _padded(pieces, self.max_tokens if self.padded else LENGTHS)
         length = np.full_like(length, self.max_tokens) if self.padded else length
         tokens = np.asarray(t5.encode(config, params, *placing.rows(ids, length), placing.dtype()))
@@ -126,7 +127,7 @@ class T5Clip:
     def null(self) -> TextEncoding:
         """No text, for dropout and guidance: one token of zeros and pooled zeros; if padded, the encoding of ""."""
         if self.padded:
-            return self._encode([""])[0]
+            return self._encode([""], [tokenizer(self.t5)("")])[0]
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
     def unknown_words(self, text: str) -> list[str]:
@@ -136,8 +137,8 @@ class T5Clip:
 
     def describe(self) -> dict[str, Any]:
         widths = {"width": self.width, "pooled_width": self.pooled_width}
-        said = {"name": "t5+clip", "max_tokens": self.max_tokens, "padded": self.padded}
-        return said | widths | {"weights": dict(self.weights)}
+        padded = {"padded": True} if self.padded else {}
+        return {"name": "t5+clip", "max_tokens": self.max_tokens, **padded, **widths, "weights": dict(self.weights)}
 
 
 def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:

@@ -46,6 +46,7 @@ class Ensemble:
         self.codec = codecs.from_description(shared["codec"], (encoders or {}).get("vae", ""))
         self.text = text.from_description(shared["text"], encoders)
         self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
+        request.check_sizes(self.codec, self.text, shared)
         self.fps: float = shared["fps"]
         self.shift: float = shared["shift"]
         self.defaults = Sampling(**parts.sampling)
@@ -227,10 +228,10 @@ class Ensemble:
             request.check_kept(kept, start.shape)
         if given:
             kept = given.kept(self.codec, self.scale, start.shape[1:], len(prompts), self.fps)
-        preview = (lambda step, data: on_preview(step, self._videos(data))) if on_preview else None
+        preview = (lambda step, data: on_preview(step, self.decode(data))) if on_preview else None
 
         def made(z: np.ndarray, trace: Any, steps: int = steps) -> Samples:
-            return Samples(self._videos(z), prompts, self.fps, trace.weight[:steps], self.clusters)
+            return Samples(self.decode(z), prompts, self.fps, trace.weight[:steps], self.clusters)
 
         how, dropped = how | {"steps": steps}, request.clusters_of(drop)
         while True:
@@ -327,9 +328,6 @@ class Ensemble:
         """Latents (..., T, H, W, C) in units of the training spread to videos (..., T', H', W', 3) in [-1, 1]."""
         return np.clip(self.codec.decode(self.scale.denormalise(latent)), -1.0, 1.0)
 
-    def _videos(self, z: np.ndarray) -> np.ndarray:
-        return self.decode(z)
-
     def check_latent(self, x: jax.Array, count: int) -> None:
         """Refuses noise that no video of so many prompts could start from."""
         C = self.latent_shape[-1]
@@ -380,7 +378,8 @@ class Ensemble:
         kept: jax.Array | None,
     ) -> sampler.Condition:
         """Prompts and frames with what guidance leads away from, and with the strength of it."""
-        away, count = self._prompts.null(encoded), len(encoded.length)
+        nothing, count = self._prompts.null(encoded), len(encoded.length)
+        away = nothing
         if negative is not None:
             if settings.guidance == 1.0:
                 raise Refused("negative: a negative prompt needs guidance; guidance=1 is none")
@@ -390,9 +389,8 @@ class Ensemble:
             away = self.encode(negative)
             longest = max(encoded.tokens.shape[1], away.tokens.shape[1])
             encoded, away = encoded.padded(longest), away.padded(longest)
-        return sampler.Condition(
-            encoded, away, request.strength(settings), kept, jnp.float32(settings.temperature), jnp.asarray(present)
-        )
+        strength, temperature = request.strength(settings), jnp.float32(settings.temperature)
+        return sampler.Condition(encoded, away, strength, kept, temperature, jnp.asarray(present), nothing.pooled)
 
 
 _route = functools.partial(jax.jit, static_argnames=("plan",))(sampler.route)

@@ -114,6 +114,11 @@ def read(path: epath.PathLike) -> Bundle:
         )
     if manifest.read_kind(folder) == "part":
         return single(folder, manifest.read(folder, "part").get("sampling", {}))
+    if manifest.read_kind(folder) == "weights":
+        raise Refused(
+            f"{folder} holds a network's weights and not how it is used; train with it (training.start), or import "
+            "Open-Sora's again with --config=configs/paris2.py:opensora2"
+        )
     found = manifest.read(folder, "ensemble")
 
     def part(entry: dict[str, str]) -> Part:

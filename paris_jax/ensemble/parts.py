@@ -127,7 +127,7 @@ def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path
             problems.append(f"{name} has shape {array.shape} instead of {shape}")
         elif array.dtype.name not in DTYPES:
             problems.append(f"{name} has dtype {array.dtype.name} instead of {' or '.join(DTYPES)}")
-        elif not np.isfinite(array.astype(np.float32)).all():
+        elif not np.isfinite(array).all():
             problems.append(f"{name} holds values that are not finite")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -49,9 +49,11 @@ class Prompts:
     def _encode(self, prompts: list[str]) -> list[TextEncoding]:
         if not self._drop:
             return self._encoder.encode(prompts)
-        self._null()
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
-            self._known |= zip(new, self._encoder.encode(new), strict=True)
+        try:
+            self._null()
+            if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+                self._known |= zip(new, self._encoder.encode(new), strict=True)
+        finally:
             published.drop("t5", "clip")
         return [self._known[prompt] for prompt in prompts]
 

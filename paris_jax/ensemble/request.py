@@ -11,7 +11,7 @@ import numpy as np
 from paris_jax import checks
 from paris_jax.diffusion import randomness, times
 from paris_jax.diffusion.guidance import Strength
-from paris_jax.encoders import codecs
+from paris_jax.encoders import codecs, text
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused, nearest
@@ -165,6 +165,19 @@ def keys(seed: int | Sequence[int], count: int) -> jax.Array:
     if len(seeds) != count:
         raise Refused(f"seed names {len(seeds)} for {count} prompts; give one seed for all, or one for each")
     return jnp.concatenate([randomness.sample_keys(s, 0, jnp.arange(1)) for s in seeds])
+
+
+def check_sizes(codec: codecs.Codec, encoder: Any, shared: dict[str, Any]) -> None:
+    """Refuses encoders of other sizes than the experts know: weights whose hash nobody promised may be any."""
+    expected, found = text.described_widths(shared["text"]), (encoder.width, encoder.pooled_width)
+    if found != expected:
+        raise Refused(
+            f"The text encoder makes tokens of {found[0]} and a pooled vector of {found[1]} numbers, these experts "
+            f"know {expected[0]} and {expected[1]}; name the encoders that they were trained with"
+        )
+    known, made = shared["latent"]["shape"][-1], getattr(codec, "channels", None)
+    if made is not None and made != known:
+        raise Refused(f"The codec has latents of {made} channels, these experts know {known}; name their VAE")
 
 
 def latent_shape(

@@ -55,10 +55,6 @@ class Text:
     length: jax.Array
     pooled: jax.Array
 
-    def null(self) -> "Text":
-        """The same number of empty prompts, as training drops them: zeros, one token long."""
-        return Text(jnp.zeros_like(self.tokens), jnp.ones_like(self.length), jnp.zeros_like(self.pooled))
-
     def padded(self, length: int) -> "Text":
         """The same prompts with room for `length` tokens."""
         more = length - self.tokens.shape[1]
@@ -74,6 +70,7 @@ class Condition:
       text: the prompts.
       negative: what guidance leads away from; empty prompts where nothing is said.
       kept: (B, T, H, W, 1 + C), frames that are given (`diffusion.masks`), or None.
+      nothing: (B, P), the pooled vector of no text, which a router that reads nothing is told; None: zeros.
       strength: of guidance.
       temperature: () of the router's softmax: above 1 more even, towards 0 only the heaviest.
       present: (E,) bool, which experts there are; the others drop out of the softmax.
@@ -85,6 +82,7 @@ class Condition:
     kept: jax.Array | None = None
     temperature: jax.Array | float = 1.0
     present: jax.Array | bool = True
+    nothing: jax.Array | None = None
 
     def weights(self, plan: "Plan", logits_BE: jax.Array, forced: jax.Array) -> jax.Array:
         """Each expert's weight, (B, E), by the plan's routing rule."""
@@ -260,7 +258,8 @@ def _weights(plan: Plan, arrays: Weights, x_R, t_R, text: Text, kept, told: Cond
     """Each expert's weight for every row, (R, E): the router is asked about each branch, or for each sample once."""
     if plan.routed_by == "branch":
         return told.weights(plan, route(plan, arrays, x_R, t_R, text.pooled, kept), forced)
-    pooled = told.text.pooled if plan.routed_by == "prompt" else jnp.zeros_like(told.text.pooled)
+    nothing = jnp.zeros_like(told.text.pooled) if told.nothing is None else told.nothing
+    pooled = told.text.pooled if plan.routed_by == "prompt" else nothing
     x, t_B = x_R[:: plan.branches], t_R[:: plan.branches]
     weight_BE = told.weights(plan, route(plan, arrays, x, t_B, pooled, told.kept), forced)
     return jnp.repeat(weight_BE, plan.branches, axis=0)

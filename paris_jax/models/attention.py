@@ -35,7 +35,7 @@ def factorised(
     frames: int,
     places: int,
 ) -> jax.Array:
-    """Attention in two steps, whose products grow with the frames where those of `attend` grow with their square.
+    """Attention in two steps: P T (P + L + T) products where `attend` has (P T + L)^2, of P places, T frames, L texts.
 
     Each place attends to its own frame and the text, then to what the same place of every frame found:
     p(frame, place' | frame', place) stands for one softmax over all frames and places. The queries and keys of both

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -17,7 +18,7 @@ from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import DiTConfig
 from paris_jax.stages.prepare import UNIT, text_encoder
-from paris_jax.stages.train import sampling_shift
+from paris_jax.stages.train import compute_dtype, sampling_shift
 from paris_jax.weights import convert
 from paris_jax.weights.files import Tensors
 from paris_jax.weights.layouts import LAYOUTS
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 # What is published, and in which layouts.
 SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
 DTYPES = ("", "float32", "bfloat16")
-VIDEO = ("opensora2",)  # layouts of networks that work in HunyuanVideo's latents, and can be sampled from as they are
+VIDEO = "opensora2"  # source and layout of what works in HunyuanVideo's latents, and can be sampled from as it is
 
 
 def import_weights(
@@ -64,11 +65,16 @@ def import_weights(
     config = _of_experiment(experiment) if experiment else _of_tensors(tensors, layout)
     report = convert.check(tensors, config, layout)
     with _bar("reading", convert.count(config, layout)) as advance:
-        use = _use(experiment) if experiment and layout in VIDEO else None
+        use = _use(experiment) if experiment and VIDEO in (source, layout) else None
         convert.import_network(tensors, config, report, folder, source, dtype, advance, use)
     _tell(config, report, folder)
     if use:
-        Console(highlight=False).print(f"To sample from it: paris-jax sample --ensemble={folder}", soft_wrap=True)
+        told = f"To sample from it: paris-jax sample --ensemble={folder}"
+    elif VIDEO in (source, layout):
+        told = "To sample from it, import it with a config whose codec is hunyuan and whose text is t5+clip"
+    else:
+        told = "To sample from it, train with it first: it knows another latent space"
+    Console(highlight=False).print(told, soft_wrap=True)
 
 
 def export_weights(part: str | None, layout: str, out: str | None) -> None:
@@ -105,7 +111,10 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None
     codec, (width, pooled) = dataclasses.asdict(experiment.codec), experiment.text_widths
-    text = {"name": settings.name, "max_tokens": settings.max_tokens, "padded": settings.padded, "weights": {}}
+    text = {"name": settings.name, "max_tokens": settings.max_tokens, "padded": settings.padded}
+    text |= {"width": width, "pooled_width": pooled, "weights": {}}
+    if settings.t5 and settings.clip:
+        text = text_encoder(experiment, ()).describe()
     shape = experiment.latent_shape
     return {
         "role": "monolith",
@@ -113,13 +122,12 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
         "clusters": 1,
         "latent": {"shape": list(shape), **UNIT},
         "codec": (codecs.codec if codec["weights"] else codecs.sizes)(**codec).describe(),
-        "text": text_encoder(experiment, ()).describe()
-        if settings.t5 and settings.clip
-        else text | {"width": width, "pooled_width": pooled},
+        "text": text,
         "text_length": settings.max_tokens,
         "fps": experiment.data.fps,
         "shift": sampling_shift(experiment, shape),
         "sampling": dataclasses.asdict(experiment.sampling),
+        "compute": compute_dtype(experiment.training.compute_dtype, jax.default_backend()),
     }
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
@@ -26,6 +27,7 @@ from paris_jax.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 STEM = "data"
+PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that work on accelerators, where there are some
 BATCH = 16  # clips that the encoders see at once; other batches may round otherwise
 UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
 
@@ -46,6 +48,9 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
         another config.
     """
     encoders = weights_of(describe_encoders(experiment, ()))
+    names = experiment.codec.name, experiment.text.name, experiment.features.name
+    if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
+        raise Refused(f"--processes={processes}: these encoders work on the accelerators, which one process has; use 1")
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
         found = manifest.read(run.data, "data")
@@ -203,10 +208,11 @@ def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
     """Turns clips into records, in order; the encoders see BATCH of them at a time."""
     codec = codecs.codec(**dataclasses.asdict(experiment.codec))
     describe = features.features(**dataclasses.asdict(experiment.features))
-    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # captions repeat, and some encoders are slow
+    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat, some encoders are slow
     clips = iter(clips)
     while batch := list(itertools.islice(clips, BATCH)):
         words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words])
+        words = {clip.caption: words[clip.caption] for clip in batch}
         videos = np.stack([clip.video for clip in batch])
         for clip, latent, feature in zip(batch, codec.encode(videos), describe(videos), strict=True):
             latent, (tokens, pooled) = latent.astype(np.float16), words[clip.caption]

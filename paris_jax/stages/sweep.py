@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paris_jax import config_file, manifest
+from paris_jax.data.records import read_null
 from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
@@ -124,7 +125,8 @@ def _train(variant: Variant, run: RunFolder, role: Role, clusters: Sequence[epat
     if result.exists():
         return manifest.read_json(result)["loss"]
     job = make_job(variant.experiment, run, role, data)
-    job = dataclasses.replace(job, name=variant.name, folder=folder, steps=job.settings.steps)
+    own = {"name": variant.name, "folder": folder, "steps": job.settings.steps, "null": read_null(clusters[0])}
+    job = dataclasses.replace(job, **own)
     try:
         loop.train(job, batches_of(job, clusters))
         lines = metrics.read(folder / "metrics.jsonl")

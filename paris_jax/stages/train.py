@@ -47,7 +47,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
         return
     folders = cluster_folders(experiment, run, role)
     data = [read_cluster(folder, experiment, run) for folder in folders]
-    job = make_job(experiment, run, role, data[0])
+    job = dataclasses.replace(make_job(experiment, run, role, data[0]), null=read_null(folders[0]))
     settings = job.settings
     start = check_start(run, role, job)
     logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
@@ -78,6 +78,7 @@ def _export(
         cluster=role.cluster,
         clusters=experiment.partition.num_clusters,
         shift=sampling_shift(experiment, data[0]["latent"]["shape"]),
+        sampling=dataclasses.asdict(experiment.sampling),
         training={
             "steps": job.steps,
             "batch": job.settings.batch,
@@ -164,8 +165,7 @@ def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str,
     T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
     widths = texts.described_widths(data["text"])
-    job = job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
-    return dataclasses.replace(job, null=read_null(cluster_folders(experiment, run, role)[0]))
+    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
 
 
 def job_of(

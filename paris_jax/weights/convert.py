@@ -152,11 +152,14 @@ def import_network(
       source: what it is called.
       dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
       advance: called after each of the pieces (`count`).
-      use: what sampling needs to know besides the network, where that is known: what is written is then a part.
+      use: what sampling needs to know besides the network, where that is known, and in what dtype to `compute`: what is
+        written is then a part.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
     wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
+    if use and wide == np.float16:  # which parts are not stored in
+        wide = np.dtype(np.float32)
     kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
 
@@ -166,9 +169,11 @@ def import_network(
             advance()
 
     files.write(folder / WEIGHTS, shapes, chunks())
-    network = dataclasses.asdict(config) | ({"kind": "dit", "dtype": kind.name} if use else {})
-    for name in ("remat", *(() if use else ("dtype",))):
-        del network[name]
+    network = dataclasses.asdict(config)
+    del network["remat"], network["dtype"]
+    if use:
+        use = dict(use)
+        network |= {"kind": "dit", "dtype": use.pop("compute")}
     manifest.write(
         folder,
         "part" if use else KIND,

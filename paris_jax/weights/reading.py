@@ -38,11 +38,6 @@ class Later:
         return self.then(lambda values: values.transpose(axes))
 
 
-def whole(params: Any, dtype: Any = np.float32) -> Any:
-    """All arrays of a tree of `Later`, read."""
-    return jax.tree.map(lambda later: later.read(dtype), params)
-
-
 class Reader:
     """Takes tensors from files, notes what it took, and says at the end what does not fit."""
 

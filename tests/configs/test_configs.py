@@ -153,3 +153,18 @@ def test_paris2_is_refused_before_anything_is_written(paris2, tmp_path):
     with pytest.raises(Refused, match=r"codec\.weights is empty; name the folder that its weights were downloaded to"):
         prepare(paris2, run)
     assert not run.path.exists()
+
+
+def test_open_soras_own_network_is_the_published_one_with_texts_as_it_knows_them():
+    experiment = Experiment.from_config(load("paris2.py").get_config("opensora2"))
+    tokens, pooled = experiment.text_widths
+    network = presets.network_config(
+        experiment.network,
+        channels=16,
+        text_width=tokens,
+        pooled_width=pooled,
+        kept_frames=bool(experiment.masks.kinds),
+    )
+    assert functional.count(network) == 11_891_178_560 + 68 * 3072 + 3072  # and an input for frames that are given
+    assert experiment.text.padded and (experiment.text.max_tokens, tokens, pooled) == (512, 4096, 768)
+    assert (experiment.sampling.guidance, experiment.sampling.guidance_image) == (7.5, 3.0)

@@ -17,7 +17,6 @@ from paris_jax.stages.assemble import assemble
 from paris_jax.stages.cluster import cluster
 from paris_jax.stages.prepare import prepare
 from paris_jax.stages.train import train
-from paris_jax.weights.reading import whole
 from tests.conftest import micro_config
 from tests.oracles import encoders as oracle
 
@@ -28,7 +27,7 @@ BLOCKS = {"time": 4, "height": 8, "width": 8}
 @pytest.fixture(scope="module")
 def vae():
     config, params = hunyuan.read(FOLDER)
-    return config, jax.tree.map(jnp.asarray, whole(params))
+    return config, jax.tree.map(jnp.asarray, oracle.whole(params))
 
 
 @pytest.fixture(scope="module")

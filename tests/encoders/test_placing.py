@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from paris_jax.encoders import codecs, features, placing, published
+from paris_jax.encoders import codecs, features, placing, published, t5
 from paris_jax.ensemble.prompts import Prompts
 from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
@@ -134,6 +134,24 @@ def test_dropped_encoders_are_gone_and_prompts_are_remembered(monkeypatch):
     for name in ("tokens", "length", "pooled"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert dropping(TEXTS[1:2]).length.tolist() == expected.length.tolist()[1:]
+
+
+def test_encoders_are_dropped_when_a_prompt_is_refused_too():
+    published.drop()
+    both().encode(TEXTS[:1])
+    with pytest.raises(Refused, match="is empty"):
+        Prompts(both(), 40, drop=True)(["a ball", " "])
+    assert not published._loaded
+
+
+def test_many_texts_are_worked_on_a_few_at_a_time(monkeypatch):
+    sizes, run = [], t5.encode
+    monkeypatch.setattr(
+        t5, "encode", lambda config, params, ids, *rest: (sizes.append(len(ids)), run(config, params, ids, *rest))[1]
+    )
+    made = both().encode(TEXTS * 3)
+    assert len(made) == 27 and sizes == [16, 16]  # 11 are filled up
+    np.testing.assert_allclose(made[20].tokens, both().encode([TEXTS[2]])[0].tokens, atol=0.02)
 
 
 def test_only_what_is_asked_for_is_dropped():

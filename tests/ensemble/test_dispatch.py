@@ -12,6 +12,7 @@ from paris_jax.ensemble import dispatch, sampler
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sampler import Condition, Plan, Weights
 from paris_jax.models import functional
+from tests.conftest import no_text
 from tests.ensemble.test_mixture import FULL, NETWORK, ROUTER, inputs, random_params, together
 
 
@@ -105,7 +106,7 @@ def test_blocks_fit_the_rule(routing, how, expected):
 def test_the_size_of_a_block_changes_nothing(block):
     x, t, text = inputs()
     arrays = together([random_params(NETWORK, k) for k in range(3)], random_params(ROUTER, 7))
-    told = Condition(text, text.null(), Strength(jnp.float32(3.0)))
+    told = Condition(text, no_text(text), Strength(jnp.float32(3.0)))
     v = [
         sampler.velocity(
             plan_of(Routing("top_k", 2), 3, guidance="classifier_free", block=b), arrays, x, t, told, jnp.int32(0)
@@ -149,7 +150,7 @@ def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
     router = random_params(ROUTER, 7)
     plan = Plan((NETWORK, WIDER), ((0, 0), (1, 0), (0, 1)), ROUTER, routing)
     arrays = Weights(stacks, router, jnp.arange(3))
-    told = Condition(text, text.null(), Strength(1.0))
+    told = Condition(text, no_text(text), Strength(1.0))
     v, trace = sampler.velocity(plan, arrays, x, t, told, jnp.int32(0))
     weight = trace.weight
     words = text.tokens, text.length, text.pooled

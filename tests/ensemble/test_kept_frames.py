@@ -19,6 +19,7 @@ from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sampler import Condition
 from paris_jax.errors import Refused
 from paris_jax.models import functional
+from tests.conftest import no_text
 from tests.ensemble.test_mixture import NETWORK, ROUTER, inputs, plan_of, random_params, together, told
 
 TELLING = dataclasses.replace(NETWORK, kept_frames=True)
@@ -82,7 +83,7 @@ def test_three_branches_are_open_soras_formula(routed_by):
     kept, one = kept_of(x), plan(routed_by=routed_by)
     both = told(text, 4.0, image=jnp.float32(2.5))
     guided = velocity(plan("classifier_free", True, routed_by=routed_by), dataclasses.replace(both, kept=kept), x, t)
-    alone = [(text, kept), (text.null(), kept), (text.null(), None)]
+    alone = [(text, kept), (no_text(text), kept), (no_text(text), None)]
     if routed_by == "prompt":  # one router's answer for all branches, which a single branch cannot be asked for
         return _check_with_the_prompts_weights(guided, alone, x, t, text, kept)
     v_it, v_i0, v_00 = (velocity(one, Condition(words, words, Strength(1.0), k), x, t) for words, k in alone)

@@ -16,6 +16,7 @@ from paris_jax.errors import Refused
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
+from tests.conftest import no_text
 
 NETWORK = DiTConfig(
     channels=2, text_width=3, pooled_width=4, hidden=16, heads=1, double_blocks=1, single_blocks=1, rope_axes=(4, 6, 6)
@@ -45,7 +46,7 @@ def plan_of(routing, experts=3, network=NETWORK, router=ROUTER, **how):
 
 
 def told(text, scale=1.0, negative=None, **strength):
-    return Condition(text, negative or text.null(), Strength(jnp.float32(scale), **strength))
+    return Condition(text, negative or no_text(text), Strength(jnp.float32(scale), **strength))
 
 
 def inputs(batch=3):
@@ -198,7 +199,7 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
     x, t, text = inputs()
     arrays, scale = arrays_of_three(), 4.0
     guided, w = velocity(FULL, arrays, scale)
-    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, text.null())]
+    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, no_text(text))]
     np.testing.assert_allclose(guided, branches[1] + scale * (branches[0] - branches[1]), rtol=1e-3, atol=1e-3)
 
 
@@ -309,10 +310,15 @@ def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in ROUTED_BY}
     w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
     np.testing.assert_array_equal(w["prompt"], w["branch"])  # those of the prompt are told
-    blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, text.null()))
+    blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, no_text(text)))
     assert np.abs(w["nothing"] - w["prompt"]).max() > 0.01
     same_prompt = dataclasses.replace(text, pooled=jnp.zeros_like(text.pooled))
     np.testing.assert_allclose(w["nothing"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
+    # No text may be an encoding, which is then what the router is told.
+    empty = dataclasses.replace(text, pooled=text.pooled[::-1])
+    condition = dataclasses.replace(told(text, 4.0), nothing=empty.pooled)
+    of_empty = sampler.velocity(plans["nothing"], arrays_of_three(), x, t, condition, jnp.int32(0))[1].weight
+    np.testing.assert_allclose(of_empty, guided(x, t, empty, plan=plans["prompt"])[1], atol=1e-6)
     # Asked about each branch, the router makes the unconditional velocity the whole ensemble's without a prompt.
     v, w_prompt = guided(x, t, text, plan=plans["branch"], momentum=0.0)
     towards, _ = sampler.merge(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from paris_jax.encoders import clip, dinov2, hunyuan, t5
-from paris_jax.weights.reading import whole
 
 FOLDER = Path(__file__).parents[1] / "encoders" / "published"
 T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -198,6 +198,11 @@ def _plain(described: Any) -> Any:
         for k, v in described.items()
         if k in keep or (isinstance(v, int | float) and not isinstance(v, bool))
     }
+
+
+def whole(params: Any) -> Any:
+    """Weights of an encoder, all of them read."""
+    return jax.tree.map(lambda later: later.read(np.float32), params)
 
 
 def ours(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:

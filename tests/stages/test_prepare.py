@@ -98,6 +98,14 @@ def test_two_processes_give_the_same_bytes(whole, tmp_path):
     assert contents(run) == contents(whole)
 
 
+def test_encoders_on_accelerators_are_one_processs_affair(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "describe_encoders", lambda *_: {"codec": {}, "text": {}, "features": {}})
+    monkeypatch.setattr(stage.jax, "default_backend", lambda: "tpu")
+    with pytest.raises(Refused, match="--processes=2: these encoders work on the accelerators"):
+        prepare(experiment(features={"name": "dinov2"}), RunFolder(tmp_path / "run"), processes=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_another_config_is_refused(whole):
     with pytest.raises(Refused, match=r"made with another config \(different: data\.num_clips\)"):
         prepare(experiment(data={"num_clips": 21, "seed": 5}), whole)

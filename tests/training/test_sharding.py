@@ -33,14 +33,14 @@ class FakeMesh:
         self.shape = dict.fromkeys(axes.MESH, 1) | shape
 
 
-def make_job(router=False, **settings) -> Job:
+def make_job(router=False, attention="joint", **settings) -> Job:
     """A network of eight heads on samples of 8 + 6 tokens, with every kind of parameter large enough to be split."""
     given = {"channels": 24, "pooled_width": 64, "dtype": "float32", "remat": "none"}
     if router:
         tiny = dataclasses.replace(presets.ROUTERS["tiny"], hidden=128, heads=2)
         config = presets.RouterConfig(**dataclasses.asdict(tiny), clusters=3, **given)
     else:
-        network = presets.Network(preset="tiny", hidden=128, heads=8)
+        network = presets.Network(preset="tiny", hidden=128, heads=8, single_blocks=1, attention=attention)
         config = presets.network_config(network, text_width=64, **given)
     settings = Training(**{"steps": 10, "batch": 8, "warmup": 2} | settings)
     law = TimeLaw("logit_normal", 0.0, 1.0, 2.0)
@@ -68,11 +68,14 @@ def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:
     return [batch(n) for n in range(count)]
 
 
-def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
-    """Losses of the first steps on so many devices."""
+def losses(job: Job, devices: int, steps: int = 3, shaken: float = 0.0) -> list[float]:
+    """Losses of the first steps on so many devices; a network that is `shaken` makes use of all it has at once."""
     program = Program(job, jax.devices()[:devices])
     state, found = program.first_state(), []
     with jax.set_mesh(program.mesh):
+        if shaken:
+            moved = [a + shaken * jax.random.normal(jax.random.key(1), a.shape) for a in jax.tree.leaves(state.params)]
+            state = dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), moved))
         for batch in batches(job, steps):
             state, metrics = program.step(state, sharding.place_batch(batch, program.mesh))
             found.append(float(metrics["loss"]))
@@ -99,6 +102,7 @@ def on_eight_devices() -> dict:
     return {
         "losses": [losses(make_job(**splits), devices) for devices, splits in MESHES],
         "offload": losses(offload, 8, 2),
+        "factorised": [losses(make_job(attention="factorised", **s), n, 2, 0.1) for n, s in (MESHES[0], MESHES[-1])],
         "router": [losses(make_job(router=True, **s), n) for n, s in ((1, {}), (8, {"fsdp": 4, "tensor": 2}))],
         "pieces": {name: leaf.addressable_shards[0].data.shape for name, leaf in leaves(state).items()},
     }
@@ -127,6 +131,12 @@ def found() -> dict:
 def test_the_loss_is_the_same_on_every_mesh(which, found):
     np.testing.assert_allclose(found["losses"][which], found["losses"][0], rtol=1e-6)
     assert len(set(found["losses"][0])) == 3  # it learns, or at least moves
+
+
+def test_the_loss_is_the_same_with_factorised_attention(found):
+    one, eight = found["factorised"]
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert one[0] != pytest.approx(one[1], rel=1e-3)
 
 
 def test_the_loss_is_the_same_with_activations_kept_on_the_host(found):

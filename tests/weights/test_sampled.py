@@ -1,5 +1,7 @@
 """A published video network, imported with the config that says how it is used, is an ensemble of one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +10,18 @@ import safetensors.numpy
 
 from paris_jax import Ensemble, cli
 from paris_jax.data import records
-from paris_jax.encoders import published, t5
+from paris_jax.encoders import codecs, published, t5
 from paris_jax.encoders.tokens import tokenizer
+from paris_jax.ensemble import parts
 from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.run_folder import Role, RunFolder
+from paris_jax.stages import train as stage
 from paris_jax.stages.cluster import cluster
+from paris_jax.stages.import_weights import import_weights
 from paris_jax.stages.prepare import prepare
-from paris_jax.stages.train import cluster_folders, make_job, read_cluster, train
+from paris_jax.stages.train import cluster_folders, train
 from paris_jax.weights import convert
 from paris_jax.weights.files import Tensors
 from tests.conftest import micro_config
@@ -78,6 +83,33 @@ def test_what_is_imported_can_be_sampled_from_as_it_is(weights):
     np.testing.assert_allclose(ensemble.velocity(x, t, told), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_encoders_of_other_sizes_are_refused(weights, tmp_path, monkeypatch):
+    folder, *_ = weights
+    monkeypatch.setattr(published.T5Clip, "width", 48)
+    with pytest.raises(Refused, match=r"tokens of 48 and a pooled vector of 32 numbers, these experts know 32 and 32"):
+        Ensemble.load(folder, encoders=ENCODERS)
+    monkeypatch.undo()
+    monkeypatch.setattr(codecs.HunyuanVideo, "channels", 16)
+    with pytest.raises(Refused, match="latents of 16 channels, these experts know 4"):
+        Ensemble.load(folder, encoders=ENCODERS)
+
+
+def test_half_precision_of_the_other_kind_is_widened_and_weights_alone_say_what_to_do(weights, tmp_path):
+    """Sixteen bits as NumPy has them are not a part's; without a config, nobody knows how the network is used."""
+    source = weights[0].parent / "Open_Sora_v2.safetensors"
+    halves = {name: values.astype(np.float16) for name, values in safetensors.numpy.load_file(source).items()}
+    safetensors.numpy.save_file(halves, tmp_path / "half.safetensors")
+    given = ["import", "--source=opensora2", str(tmp_path / "half.safetensors")]
+    cli.run([*given, f"--config={source.parent / 'config.py'}", f"--out={tmp_path / 'w'}"])
+    assert Ensemble.load(tmp_path / "w", encoders=ENCODERS).sample(PROMPTS[0], num_steps=1).videos.shape[0] == 1
+    experiment, plain = Experiment.from_config(config()), tmp_path / "plain"
+    words = dataclasses.replace(experiment.text, name="words", width=32, padded=False)
+    other = dataclasses.replace(experiment, text=words)
+    import_weights("opensora2", [tmp_path / "half.safetensors"], str(plain), other)
+    with pytest.raises(Refused, match=r"holds a network's weights and not how it is used; train with it"):
+        Ensemble.load(plain, encoders=ENCODERS)
+
+
 def test_guidance_leads_away_from_an_empty_text_that_is_encoded(weights):
     """Scale 0 is the other branch alone: the network told what T5 and CLIP make of ""."""
     folder, of, params = weights
@@ -103,8 +135,8 @@ def test_padded_texts_are_attended_to_as_a_whole():
         encoder.encode([""])
 
 
-def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path):
-    """Experts that always lose their text learn the same whatever the captions were, and it is the encoding of ""."""
+def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatch):
+    """An expert that always loses its text is told the encoding of "": from another one, it learns something else."""
     made = config()
     made.training.update(drop_tokens=1.0, drop_pooled=1.0)
     experiment, run, role = Experiment.from_config(made), RunFolder(tmp_path / "run"), Role("expert", 0)
@@ -113,12 +145,22 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path):
     (folder,) = cluster_folders(experiment, run, role)
     none = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, padded=True).null()
     for place in (run.data, run.heldout, folder):
-        for name, values in records.read_null(place).items():
+        found = records.read_null(place)
+        assert set(found) == {"tokens", "pooled"}
+        for name, values in found.items():
             np.testing.assert_array_equal(np.float32(values), getattr(none, name))
-    job = make_job(experiment, run, role, read_cluster(folder, experiment, run))
-    assert set(job.null) == {"tokens", "pooled"} and job.text_length == TOKENS
-    train(experiment, run, role)
-    assert (run.export(role) / "manifest.json").exists()
+
+    def learned() -> np.ndarray:
+        train(experiment, run, role)
+        kernel = parts.read(run.export(role)).params["conditioning"]["pooled"]["inner"]["kernel"]
+        run.role(role).rmtree()
+        return kernel
+
+    first = learned()
+    np.testing.assert_array_equal(learned(), first)
+    other = {name: values * 0 + 1 for name, values in found.items()}
+    monkeypatch.setattr(stage, "read_null", lambda folder: other)
+    assert np.abs(learned() - first).max() > 1e-3
 
 
 def test_only_published_texts_are_padded():

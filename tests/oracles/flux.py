@@ -17,6 +17,7 @@ import safetensors.numpy
 from flax import nnx
 
 from paris_jax.models import functional
+from paris_jax.models.attention import attend
 from paris_jax.models.dit import DiTConfig, DoubleBlock, SingleBlock, _rope, pack, unpack
 from paris_jax.weights import convert
 from paris_jax.weights.files import Tensors
@@ -141,13 +142,13 @@ def blocks(params: functional.Params, found: dict[str, np.ndarray]) -> dict[str,
     rope, length = _rope(T, H, W, L, CONFIG.rope_axes, CONFIG.theta), jnp.full(len(made["t"]), N + L)
     for i in range(2):
         block = _layer(DoubleBlock, params["double_blocks"], i)
-        out = dict(zip(("video", "text"), block(video, text, condition, rope, length), strict=True))
+        out = dict(zip(("video", "text"), block(video, text, condition, rope, length, attend), strict=True))
         for kind, value in out.items():
             errors[f"double.{i}.{kind}"] = relative(value, found[f"{case}double.{i}.{kind}"])
         video, text = (jnp.asarray(found[f"{case}double.{i}.{kind}"]) for kind in ("video", "text"))
     for i in range(2):
         block = _layer(SingleBlock, params["single_blocks"], i)
-        (joint,) = block(jnp.concatenate([video, text], axis=1), condition, rope, length)
+        (joint,) = block(jnp.concatenate([video, text], axis=1), condition, rope, length, attend)
         for kind, value in (("video", joint[:, :N]), ("text", joint[:, N:])):
             errors[f"single.{i}.{kind}"] = relative(value, found[f"{case}single.{i}.{kind}"])
         video, text = (jnp.asarray(found[f"{case}single.{i}.{kind}"]) for kind in ("video", "text"))

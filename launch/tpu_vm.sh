@@ -110,12 +110,13 @@ install() {
 
 reads_config=$(quoted "--config=$config" ${overrides[@]+"${overrides[@]}"} "--workdir=$workdir")
 
-# Every worker of a slice runs the same command: JAX joins them. Exit code 75 means saved and stopped: go on at once.
+# Every worker of a slice runs the same command: JAX joins them. What was preempted or lost a worker goes on at once.
 train() {
   local flags="--role=${roles[$1]}"
   [[ ${roles[$1]} != expert* ]] || flags="--role=expert --cluster=${roles[$1]#expert }"
   local command="PARIS_JAX_JOIN_HOSTS=1 .venv/bin/paris-jax train$reads_config $flags"
-  remote "$1" all "source launch/device_flags.sh tpu && while $command; code=\$?; [ \$code = 75 ]; do sleep 5; done; exit \$code"
+  local again="SECONDS=0; $command; code=\$?; goes_on \$code \$SECONDS"
+  remote "$1" all "source launch/device_flags.sh tpu && source launch/goes_on.sh && while $again; do sleep 5; done; exit \$code"
 }
 
 # Data stages need one process; on a slice of several workers the TPU would wait for the others.

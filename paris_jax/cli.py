@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 from rich.logging import RichHandler
 
-from paris_jax import __version__
+from paris_jax import __version__, command_flags
 from paris_jax.commands import COMMANDS, Call
 from paris_jax.errors import Lost, Preempted, Refused, nearest
 from paris_jax.stages.devices import keep_freed_memory
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
 
 
 def start(name: str, call: Call) -> None:
-    """Logging, the compilation cache, Grain's flags and, to train, the other hosts of the slice; once a process."""
+    """Logging, the compilation cache, Grain's flags and the other processes of the job; once a process."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     # The checkpoint writers' threads print a failure that is raised, and told in a sentence, anyway.
@@ -79,7 +79,7 @@ def start(name: str, call: Call) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if name == "train":
+    if command_flags.joining in COMMANDS[name].define:
         from paris_jax.training.hosts import FLAGS, join_hosts, told_by
 
         join_hosts(told_by({flag: call[flag] for flag in FLAGS}))

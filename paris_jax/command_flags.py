@@ -56,6 +56,9 @@ def sweeping(values: flags.FlagValues) -> None:
 
 def training(values: flags.FlagValues) -> None:
     flags.DEFINE_string("profile_steps", None, "steps to record for xprof: 10:15", flag_values=values)
+
+
+def joining(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "coordinator", None, "host:port of this job's process 0, where nothing tells", flag_values=values
     )

@@ -228,7 +228,13 @@ COMMANDS = {
     "train": Command(
         "one expert, the monolith or the router",
         (f"paris-jax train {_STAGE} --role=expert --cluster=0", f"paris-jax train {_STAGE} --role=router"),
-        (command_flags.config, command_flags.workdir, command_flags.role, command_flags.training),
+        (
+            command_flags.config,
+            command_flags.workdir,
+            command_flags.role,
+            command_flags.training,
+            command_flags.joining,
+        ),
         _train,
     ),
     "sweep": Command(
@@ -255,7 +261,7 @@ COMMANDS = {
             "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right on white'",
             "paris-jax sample --ensemble=bundled:shapes --prompt='...' --top_k=2 --num_steps=30 --out=two.gif",
         ),
-        (command_flags.sampling,),
+        (command_flags.sampling, command_flags.joining),
         _sample,
     ),
     "evaluate": Command(

@@ -35,8 +35,13 @@ def put(params: Any) -> Any:
 
 def _put(path: Any, later: Later) -> jax.Array:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    values = later.read(dtype() if later.ndim > 2 or name.endswith("tokens") else np.float32)
+    values = later.read(dtype() if is_matrix(name, later.ndim) else np.float32)
     return jax.make_array_from_callback(values.shape, sharding(name, values.shape), lambda index: values[index])
+
+
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether an array of weights, by its name and number of axes, is kept in the dtype that is computed with."""
+    return ndim > 2 or name.endswith("tokens")
 
 
 def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:

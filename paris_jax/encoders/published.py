@@ -16,11 +16,10 @@ import numpy as np
 
 from paris_jax import manifest
 from paris_jax.encoders import clip, dinov2, hunyuan, placing, t5
-from paris_jax.encoders.text import TextEncoding, check_length, rounded
+from paris_jax.encoders.text import TextEncoding, check_length, rounded, widths
 from paris_jax.encoders.tokens import tokenizer
 from paris_jax.errors import Refused
 from paris_jax.weights.files import Tensors
-from paris_jax.weights.reading import described
 
 LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
 AT_ONCE = 16  # texts
@@ -93,12 +92,11 @@ class T5Clip:
 
     @property
     def width(self) -> int:
-        return described(self.t5, "d_model")["d_model"]
+        return widths("t5+clip", 0, self.t5, self.clip)[0]
 
     @property
     def pooled_width(self) -> int:
-        found = described(self.clip)
-        return found.get("text_config", found)["hidden_size"]
+        return widths("t5+clip", 0, self.t5, self.clip)[1]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
@@ -136,9 +134,9 @@ class T5Clip:
         return []
 
     def describe(self) -> dict[str, Any]:
-        widths = {"width": self.width, "pooled_width": self.pooled_width}
+        sizes = {"width": self.width, "pooled_width": self.pooled_width}
         padded = {"padded": True} if self.padded else {}
-        return {"name": "t5+clip", "max_tokens": self.max_tokens, **padded, **widths, "weights": dict(self.weights)}
+        return {"name": "t5+clip", "max_tokens": self.max_tokens, **padded, **sizes, "weights": dict(self.weights)}
 
 
 def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:

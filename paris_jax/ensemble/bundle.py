@@ -112,9 +112,10 @@ def read(path: epath.PathLike) -> Bundle:
             f"There is no ensemble at {folder}; make it with 'paris-jax assemble --workdir=RUN', or name one that "
             "ships, such as bundled:shapes"
         )
-    if manifest.read_kind(folder) == "part":
+    kind = manifest.read_kind(folder)
+    if kind == "part":
         return single(folder, manifest.read(folder, "part").get("sampling", {}))
-    if manifest.read_kind(folder) == "weights":
+    if kind == "weights":
         raise Refused(
             f"{folder} holds a network's weights and not how it is used; train with it (training.start), or import "
             "Open-Sora's again with --config=configs/paris2.py:opensora2"

@@ -208,6 +208,7 @@ def _write(
         folders.append((run.heldout, "heldout", np.flatnonzero(heldout), {"sizes": sizes}))
     for k in range(experiment.partition.num_clusters):
         folders.append((run.cluster(k), "cluster", np.flatnonzero(~heldout & (labels == k)), {"cluster": k}))
+    null = records.read_null(run.data)
     for folder, kind, indices, content in folders:
         if not (manifest.exists(folder) and manifest.read(folder, kind)["partition"] == identity):
             if folder.exists():
@@ -215,7 +216,7 @@ def _write(
             shards = records.copy_records(
                 run.data, [clips.numbers[i] for i in indices], labels[indices].tolist(), folder
             )
-            if null := records.read_null(run.data):
+            if null:
                 shards += records.write_null(folder, **null)
             content |= records.data_contract(data)
             content |= {"clips": len(indices), "partition": identity}

@@ -102,7 +102,8 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
 def _of_experiment(experiment: Experiment) -> DiTConfig:
     width, pooled = experiment.text_widths
     sizes = {"channels": experiment.latent_shape[-1], "text_width": width, "pooled_width": pooled}
-    return presets.network_config(experiment.network, **sizes, kept_frames=bool(experiment.masks.kinds))
+    dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
+    return presets.network_config(experiment.network, **sizes, dtype=dtype, kept_frames=bool(experiment.masks.kinds))
 
 
 def _use(experiment: Experiment) -> dict[str, Any] | None:
@@ -127,7 +128,6 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
         "fps": experiment.data.fps,
         "shift": sampling_shift(experiment, shape),
         "sampling": dataclasses.asdict(experiment.sampling),
-        "compute": compute_dtype(experiment.training.compute_dtype, jax.default_backend()),
     }
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
@@ -15,6 +16,7 @@ from paris_jax.ensemble.api import Ensemble
 from paris_jax.ensemble.samples import FORMATS, Samples
 from paris_jax.ensemble.watching import Interrupted
 from paris_jax.errors import Refused
+from paris_jax.training.hosts import SWITCH
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 def sample(
     ensemble: str, prompts: Sequence[str], out: str | None, keeping: dict[str, Any] | None = None, **how: Any
 ) -> list[epath.Path]:
-    """Samples `prompts` from an ensemble and writes the videos.
+    """Samples `prompts` from an ensemble and writes the videos; of several processes of one job, the first writes.
 
     Args:
       ensemble: folder of the ensemble, or "bundled:NAME".
@@ -42,6 +44,9 @@ def sample(
         )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
+    several = jax.process_count() > 1
+    if several:
+        _check_several(keeping or {}, how)
     loaded = Ensemble.load(ensemble, **keeping or {}, drop_encoders=True)  # all prompts are known
     unknown = sorted({word for prompt in prompts for word in loaded.text.unknown_words(prompt)})
     if unknown:
@@ -57,7 +62,7 @@ def sample(
 
     previewing = {"on_preview": preview} if how.get("preview_every") else {}
     try:
-        samples = loaded.sample(prompts, progress=True, **previewing, **how)
+        samples = loaded.sample(prompts, progress=not several, **previewing, **how)
     except Interrupted as stop:
         partial = [path.parent / f"{path.stem}-step{stop.done}of{stop.steps}{path.suffix}" for path in paths]
         _write(stop.samples, partial if stop.done else [], console)
@@ -65,8 +70,22 @@ def sample(
     finally:
         if previews:
             shown.unlink(missing_ok=True)
+    if jax.process_index():
+        return []
     console.print(samples.bars())
     return _write(samples, paths, console)
+
+
+def _check_several(keeping: dict[str, Any], how: dict[str, Any]) -> None:
+    """Refuses what several processes cannot do together."""
+    count, devices = jax.process_count(), jax.device_count()
+    if not keeping.get("mesh"):
+        raise Refused(
+            f"--mesh is missing: this job has {count} processes with {devices} devices together; say how they share "
+            f"the work, such as --mesh=expert:{devices}, or set {SWITCH}=0 to run this process alone"
+        )
+    if how.get("preview_every"):
+        raise Refused(f"--preview_every={how['preview_every']}: previews are for one process, and this job has {count}")
 
 
 def _write(samples: Samples, paths: list[epath.Path], console: Console) -> list[epath.Path]:

@@ -49,7 +49,7 @@ class Checkpoints:
             raise _cannot_save(self.folder, step, OSError(f"it takes {needed} bytes and the disk has {free} left"))
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
-        """The newest readable checkpoint as (step, state, data, clocks), or None where there is none at all.
+        """The newest checkpoint that every process can read, as (step, state, data, clocks); None where there is none.
 
         Args:
           abstract_state: shapes, dtypes and the shardings of the mesh at hand, whatever mesh saved it.
@@ -58,21 +58,17 @@ class Checkpoints:
           Refused: checkpoints exist and none can be read; training never starts over in silence.
         """
         failures = []
-        for step in reversed(self.steps()):
-            try:
-                items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
-                found = self._manager.restore(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonRestore()))
-                if int(found["state"].step) != step:
-                    raise ValueError(f"it holds step {int(found['state'].step)}")
-                return step, found["state"], found["data"], found["clocks"]
-            except Exception as error:  # whatever a damaged file makes a reader raise
-                if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
-                    raise  # the checkpoint is not what is wrong
-                reason = first_line(error)[:200]
-                failures.append(f"step {step}: {reason}")
-                logger.warning(
-                    "checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason
-                )
+        steps = self.steps()
+        while (step := hosts.least(max(steps, default=-1))) >= 0:
+            steps = [s for s in steps if s < step]
+            found, reason = self._read(step, abstract_state)
+            if hosts.least(found is not None):
+                return found
+            del found  # two states do not fit on a device
+            failures.append(f"step {step}: {reason}")
+            logger.warning(
+                "checkpoint of step %d in %s cannot be read (%s); trying an older one", step, self.folder, reason
+            )
         leftovers = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.exists() else []
         if failures or leftovers:
             raise Refused(
@@ -81,6 +77,21 @@ class Checkpoints:
                 "restore one from a copy, or delete the folder to train from the start"
             )
         return None
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[tuple[int, Any, Any, Any] | None, str]:
+        """What `restore` returns, or None and why this process cannot read it; waits for no other process."""
+        items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
+        handler = ocp.CompositeCheckpointHandler()
+        try:
+            args = ocp.args.Composite(**items, clocks=ocp.args.JsonRestore())
+            found = handler.restore(self.folder.resolve() / str(step), args=args)
+            if int(found["state"].step) != step:
+                raise ValueError(f"it holds step {int(found['state'].step)}")
+            return (step, found["state"], found["data"], found["clocks"]), "another process of this job cannot"
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the checkpoint is not what is wrong
+            return None, first_line(error)[:200]
 
     def delete_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: unreadable ones, in the way of saving those steps again."""

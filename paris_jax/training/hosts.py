@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from paris_jax.errors import Refused
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,16 @@ def lost(error: BaseException) -> bool:
     if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(said):
         return True
     return jax.process_count() > 1 and getattr(error, "filename", None) is None and bool(GONE.search(said))
+
+
+def least(value: int) -> int:
+    """The smallest value that any process of this job has, which all of them call this to learn."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).min())
 
 
 def _wait_for(address: str, timeout: int) -> None:

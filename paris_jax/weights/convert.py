@@ -152,8 +152,8 @@ def import_network(
       source: what it is called.
       dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
       advance: called after each of the pieces (`count`).
-      use: what sampling needs to know besides the network, where that is known, and in what dtype to `compute`: what is
-        written is then a part.
+      use: what sampling needs to know besides the network, where that is known: what is written is then a part, which
+        computes in `config.dtype`.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
@@ -170,10 +170,11 @@ def import_network(
 
     files.write(folder / WEIGHTS, shapes, chunks())
     network = dataclasses.asdict(config)
-    del network["remat"], network["dtype"]
+    del network["remat"]
     if use:
-        use = dict(use)
-        network |= {"kind": "dit", "dtype": use.pop("compute")}
+        network["kind"] = "dit"
+    else:
+        del network["dtype"]
     manifest.write(
         folder,
         "part" if use else KIND,

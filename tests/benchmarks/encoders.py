@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from paris_jax.encoders import clip, dinov2, hunyuan, t5
+from paris_jax.encoders import clip, dinov2, hunyuan, placing, t5
 from paris_jax.encoders.codecs import TILING
 from paris_jax.encoders.transformer import Blocks
 from paris_jax.training.slices import Slice
@@ -131,8 +131,8 @@ def main() -> None:
 
     def weight(path: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        matrix = len(shape) > 2 or name.endswith("tokens")  # as `placing.put`
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if matrix else jnp.float32, sharding=here)
+        dtype = jnp.bfloat16 if placing.is_matrix(name, len(shape)) else jnp.float32
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     for name, function, config, shapes, inputs in jobs(given.only.split(","), sizes):
         params = jax.tree_util.tree_map_with_path(weight, shapes, is_leaf=lambda x: isinstance(x, tuple))

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
+from paris_jax.cli import run
+from paris_jax.data import video
 from paris_jax.ensemble import placement, sampler
 from paris_jax.ensemble.placement import held_by
 from paris_jax.errors import Refused
+from paris_jax.stages.sample import sample
 from tests.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -129,22 +132,33 @@ def test_groups_share_the_work_of_samples_that_disagree(found):
     assert sorted(agree) == [0, 0, 0, 0]
 
 
-def test_two_processes_draw_what_one_draws():
+def test_two_processes_draw_what_one_draws(tmp_path):
+    """On the command line, of which the first process writes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    code = """
-import json, sys, jax
-jax.distributed.initialize("{address}", 2, {number})
-from paris_jax import Ensemble
-from tests.ensemble.test_placement import drawn
-assert jax.process_count() == 2 and jax.local_device_count() == 1
-print(json.dumps(drawn(Ensemble.load("bundled:shapes", mesh={{"expert": 2}}), top_k=2)))
-"""
-    processes = [in_another_process(code.format(address=address, number=number), 1) for number in range(2)]
-    here = drawn(Ensemble.load("bundled:shapes"), top_k=2)
-    for process in processes:
-        np.testing.assert_allclose(ended(process), here, atol=2e-3)
+    arguments = ["sample", "--ensemble=bundled:shapes", *(f"--prompt={prompt}" for prompt in PROMPTS)]
+    arguments += ["--num_steps=3", "--top_k=2", "--guidance=2", "--seed=3,1,4,5"]
+    joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2"]
+    code = "import sys; from paris_jax.cli import run; sys.exit(run({}))"
+    processes = [
+        in_another_process(code.format([*joined, f"--process_id={n}", f"--out={tmp_path / f'of{n}.png'}"]), 1)
+        for n in range(2)
+    ]
+    assert run([*arguments, f"--out={tmp_path / 'alone.png'}"]) == 0
+    (said, _), (silent, _) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "of0.png" in said and "wrote" not in silent and not (tmp_path / "of1.png").exists()
+    together, alone = (video.read_image(tmp_path / f"{name}.png").astype(float) for name in ("of0", "alone"))
+    np.testing.assert_allclose(together, alone, atol=2)  # of 255
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(Refused, match="--mesh is missing: this job has 2 processes with 1 devices together"):
+        sample("bundled:shapes", ["a ball"], None)
+    with pytest.raises(Refused, match="--preview_every=2: previews are for one process"):
+        sample("bundled:shapes", ["a ball"], None, {"mesh": {"expert": 1}}, preview_every=2)
 
 
 def test_every_expert_is_held_by_one_group():

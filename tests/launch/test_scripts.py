@@ -207,15 +207,30 @@ class TestSlurm:
         assert "|--dependency=afterok:3:4:5:6|" in submitted[6]
         assert submitted[6].endswith("|launch/slurm_job.sh|assemble|--workdir=/shared/my runs/shapes|")
 
-    @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
-    def test_a_preempted_job_goes_back_into_the_queue(self, tmp_path, code, requeued):
+    @pytest.mark.parametrize(
+        ("stage", "code", "lost_after", "requeued"),
+        [
+            ("train", 75, 300, True),
+            ("evaluate", 75, 300, True),
+            ("train", 0, 0, False),
+            ("train", 1, 0, False),
+            ("train", 134, 300, False),
+            ("train", 134, 0, True),
+            ("train", 137, 0, True),
+            ("evaluate", 137, 0, False),
+        ],
+    )
+    def test_a_job_that_was_preempted_or_lost_a_process_is_queued_again(
+        self, tmp_path, stage, code, lost_after, requeued
+    ):
         executable(tmp_path / "bin/srun", f'#!/bin/sh\necho "srun $@ with $XLA_FLAGS"\nexit {code}\n')
         shutil.copytree(ROOT / "launch", tmp_path / "launch")
         executable(tmp_path / "bin/scontrol", '#!/bin/sh\necho "scontrol $@"\n')
         path = beside_path(tmp_path / "bin")
-        done = run("launch/slurm_job.sh", "train", path=path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="42")
+        told = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "PARIS_JAX_LOST_AFTER": str(lost_after)}
+        done = run("launch/slurm_job.sh", stage, path=path, **told)
         assert done.returncode == code
-        assert ".venv/bin/paris-jax train with --xla_gpu_" in done.stdout
+        assert f".venv/bin/paris-jax {stage} with --xla_gpu_" in done.stdout
         assert ("scontrol requeue 42" in done.stdout) == requeued
 
     @pytest.mark.parametrize(
@@ -247,20 +262,28 @@ class TestTpuVm:
     def test_trains_each_role_on_all_workers_of_its_slice_until_it_is_not_preempted(self):
         lines = self.dry("train")
         assert len(lines) == 4
-        assert all("--worker=all" in line and "[ $code = 75 ]" in line for line in lines)
+        assert all("--worker=all" in line and "goes_on $code $SECONDS" in line for line in lines)
         assert "ssh paris-expert-1 " in lines[1]
         assert "--workdir=gs://bucket/run --role=expert --cluster=1;" in lines[1]
 
-    def test_the_loop_on_a_slice_restarts_on_75_and_passes_other_codes_on(self, tmp_path):
+    @pytest.mark.parametrize(("codes", "lost_after"), [("75 75 4", 300), ("134 137 75 4", 0), ("75 134", 300)])
+    def test_the_loop_on_a_slice_goes_on_after_a_loss_and_passes_other_codes_on(self, tmp_path, codes, lost_after):
         command = re.search(r"'--command=cd paris_jax && (.*)'$", self.dry("train", "--role=router")[0]).group(1)
-        text = '#!/bin/sh\necho "$@" with $LIBTPU_INIT_ARGS >>log\n[ $(wc -l <log) = 3 ] && exit 4\nexit 75\n'
-        executable(tmp_path / ".venv/bin/paris-jax", text)
+        told = 'echo "$@" with $LIBTPU_INIT_ARGS >>log'
+        executable(
+            tmp_path / ".venv/bin/paris-jax",
+            f"#!/bin/sh\n{told}\nset -- {codes}\nshift $(($(wc -l <log) - 1))\nexit $1\n",
+        )
         shutil.copytree(ROOT / "launch", tmp_path / "launch")
-        done = subprocess.run(["bash", "-c", command.replace("sleep 5", ":")], cwd=tmp_path, check=False)
-        assert done.returncode == 4
-        (line,) = set((tmp_path / "log").read_text().splitlines())
+        environment = os.environ | {"PARIS_JAX_LOST_AFTER": str(lost_after)}
+        loop = ["bash", "-c", command.replace("sleep 5", ":")]
+        done = subprocess.run(loop, cwd=tmp_path, env=environment, check=False)
+        *_, last = codes.split()
+        assert done.returncode == int(last)
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert len(lines) == len(codes.split())
         expected = "train --config=configs/shapes.py:small --workdir=gs://bucket/run --role=router with --xla_tpu_"
-        assert line.startswith(expected)
+        assert all(line.startswith(expected) for line in lines)
 
     @pytest.mark.parametrize("action", ["create", "install", "data", "finish", "status", "delete"])
     def test_every_other_action_prints_gcloud_commands(self, action):

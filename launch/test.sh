@@ -58,7 +58,9 @@ check "ruff check" "$folder/bin/ruff" check .
 check "ruff format" "$folder/bin/ruff" format --check .
 check "pyright" "$folder/bin/pyright" --pythonpath "$folder/bin/python"
 # A file of tests stays in one process, so that what its tests share is made once; long files go first (conftest.py).
-check "pytest" "$folder/bin/python" -m pytest --numprocesses="$workers" --dist=loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}
+# A process that dies ends the tests: what took its place would wait for ever.
+spread=(--numprocesses="$workers" --dist=loadfile --no-loadscope-reorder --max-worker-restart=0)
+check "pytest" "$folder/bin/python" -m pytest "${spread[@]}" ${arguments[@]+"${arguments[@]}"}
 
 if [ ${#failed[@]} -gt 0 ]; then
   say "Failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"

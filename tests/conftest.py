@@ -1,21 +1,30 @@
 """A micro experiment that every room's tests can afford: 60 clips of 8 tokens, a network of 30 thousand parameters."""
 
 import concurrent.futures
+import gc
+import importlib.metadata
 import multiprocessing
 import os
+import pathlib
 import signal
 import tempfile
 
 # Tests compile the same few programs again and again, in many processes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "paris_jax-tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# They compile more than they compute.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# They compile more than they compute. Later versions than these do not know the last flag.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 
+import jax
 import pytest
 
 from paris_jax.experiment import Experiment, default_config
 
+MANY_MAPPINGS = 15000
 QUICK = os.environ["XLA_FLAGS"]  # for processes that need other flags, too
 
 # Files that take minutes: begun first, they do not keep one process busy when all others are done.
@@ -59,6 +68,19 @@ def micro_config():
 def no_text(text):
     """As many prompts that say nothing, as training drops them: one token of zeros."""
     return type(text)(0 * text.tokens, 0 * text.length + 1, 0 * text.pooled)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Frees compiled programs after a file of tests, once there are many.
+
+    Each holds hundreds of the 65530 mappings that Linux lets a process have; without any left, XLA dies.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -67,34 +67,34 @@ class Job:
         return codes, [" ".join(log.split()) for log in logs]
 
 
-@pytest.fixture
-def alone(run, tmp_path):
-    """Trains the same experiment in this process, on one device; gives the run folder."""
+def job_of(micro, **changes):
+    """Learning rates that do not depend on the number of steps, so that one training is the measure of all."""
+    return with_training(micro, **{"steps": 60, "decay": "constant", "log_every": 1} | changes)
 
-    def train(experiment):
-        folder = RunFolder(tmp_path / "alone")
-        shutil.copytree(run.path, folder.path, ignore=shutil.ignore_patterns("experts"))
-        stage.train(experiment, folder, EXPERT)
-        return folder
 
-    return train
+@pytest.fixture(scope="module")
+def alone(micro, clustered, tmp_path_factory):
+    """The run folder of sixty steps in this process, on one device."""
+    run = RunFolder(tmp_path_factory.mktemp("alone") / "run")
+    shutil.copytree(clustered.path, run.path)
+    experiment = job_of(micro)
+    reclaimed(run, experiment)
+    stage.train(experiment, run, EXPERT)
+    return run
 
 
 def assert_learned_the_same(run, alone, steps):
-    lines, expected = (metrics.read(r.metrics(EXPERT)) for r in (run, alone))
+    lines, expected = (metrics.read(r.metrics(EXPERT))[:steps] for r in (run, alone))
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     losses = [[line["loss"] for line in each] for each in (lines, expected)]
     np.testing.assert_allclose(losses[0][:8], losses[1][:8], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)  # rounding grows from update to update
     manifest.read(run.export(EXPERT), "part")
-    for here, there in zip(*(jax.tree.leaves(parts.read(r.export(EXPERT)).params) for r in (run, alone)), strict=True):
-        np.testing.assert_allclose(here, there, atol=0.02)
 
 
 def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, run, alone, tmp_path):
-    experiment = with_training(micro, steps=60, fsdp=2, checkpoint_every=10, log_every=1)
+    experiment = job_of(micro, fsdp=2, checkpoint_every=10)
     reclaimed(run, experiment)
-    one = alone(with_training(experiment, fsdp=1))
 
     job = Job(run, experiment, tmp_path, processes=2)
     job.reaches(1)
@@ -113,14 +113,15 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
     assert "run the same command again" in first
 
     stage.train(with_training(experiment, fsdp=1), run, EXPERT)
-    assert_learned_the_same(run, one, steps=60)
+    assert_learned_the_same(run, alone, steps=60)
+    for here, there in zip(*(jax.tree.leaves(parts.read(r.export(EXPERT)).params) for r in (run, alone)), strict=True):
+        np.testing.assert_allclose(here, there, atol=0.02)
 
 
 def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, run, alone, tmp_path):
     """Two of the four share the samples and split the heads (tensor), two pairs share the parameters (fsdp)."""
-    experiment = with_training(micro, steps=14, fsdp=2, tensor=2, checkpoint_every=14, log_every=1)
+    experiment = job_of(micro, steps=14, fsdp=2, tensor=2, checkpoint_every=14)
     reclaimed(run, experiment)
-    one = alone(with_training(experiment, fsdp=1, tensor=1))
 
     job = Job(run, experiment, tmp_path, processes=4, by="flags")
     job.reaches(2)
@@ -133,18 +134,17 @@ def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, ru
 
     codes, logs = Job(run, experiment, tmp_path, processes=2, devices=2).end()
     assert codes == [0, 0] and f"goes on from step {stopped}" in logs[0]
-    assert_learned_the_same(run, one, steps=14)
+    assert_learned_the_same(run, alone, steps=14)
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI: apt-get install openmpi-bin")
 def test_open_mpi_starts_a_job(micro, run, alone, tmp_path):
-    experiment = with_training(micro, steps=4, fsdp=2, log_every=1)
+    experiment = job_of(micro, steps=4, fsdp=2)
     reclaimed(run, experiment)
-    one = alone(with_training(experiment, fsdp=1))
     start = ["mpirun", "--oversubscribe", "-np", "2", *command(run, experiment, "--role=expert", "--cluster=0")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "because of OMPI_COMM_WORLD_SIZE=2" in " ".join(done.stderr.split())
-    assert_learned_the_same(run, one, steps=4)
+    assert_learned_the_same(run, alone, steps=4)

@@ -82,7 +82,10 @@ def start(name: str, call: Call) -> None:
     if command_flags.joining in COMMANDS[name].define:
         from paris_jax.training.hosts import FLAGS, join_hosts, told_by
 
-        join_hosts(told_by({flag: call[flag] for flag in FLAGS}))
+        told = told_by({flag: call[flag] for flag in FLAGS})
+        # Who samples on his own may do so among the many tasks of an allocation, too.
+        if name == "train" or call["mesh"] or "JAX_COORDINATOR_ADDRESS" in told:
+            join_hosts(told)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,7 +8,9 @@ import sys
 import jax
 import pytest
 
+from paris_jax import cli
 from paris_jax.errors import Refused
+from paris_jax.training import hosts
 from paris_jax.training.hosts import join_hosts, told_by, why_join
 
 JOINED = (
@@ -107,3 +109,20 @@ def test_what_does_not_say_who_is_there_is_refused(environment, sentence, monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Refused, match=sentence):
         join_hosts(environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "joins"),
+    [
+        (["train"], True),
+        (["sample"], False),
+        (["sample", "--mesh=expert:8"], True),
+        (["sample", "--coordinator=10.0.0.1:1", "--num_processes=8", "--process_id=0"], True),
+        (["prepare"], False),
+    ],
+)
+def test_sampling_among_the_tasks_of_an_allocation_joins_them_only_where_it_is_told_to(arguments, joins, monkeypatch):
+    joined = []
+    monkeypatch.setattr(hosts, "join_hosts", joined.append)
+    cli.start(*cli.parse(arguments))
+    assert bool(joined) == joins

@@ -84,7 +84,7 @@ def alone(micro, clustered, tmp_path_factory):
 
 
 def assert_learned_the_same(run, alone, steps):
-    lines, expected = (metrics.read(r.metrics(EXPERT))[:steps] for r in (run, alone))
+    lines, expected = metrics.read(run.metrics(EXPERT)), metrics.read(alone.metrics(EXPERT))[:steps]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     losses = [[line["loss"] for line in each] for each in (lines, expected)]
     np.testing.assert_allclose(losses[0][:8], losses[1][:8], rtol=1e-5)

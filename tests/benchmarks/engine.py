@@ -10,7 +10,7 @@
 `--tokens` gives each clip that many video tokens (a multiple of 1024, in latents of 64 x 64 x 16) instead of the
 config's. `--torch` times the network in PyTorch, too, eagerly and with torch.compile, after checking that both give the
 same velocity; it takes AdamW for both. `--give_back` leaves freed memory to the system, as a process does that no one
-told otherwise. Times are medians of calls.
+told otherwise. Times are medians of calls; ways to do the same take turns of a second each.
 """
 
 import argparse
@@ -18,7 +18,9 @@ import dataclasses
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,19 +43,30 @@ WORDS = 14  # text tokens a clip, as the shapes' captions have
 PARTS = ("forward", "backward", "step", "input", "checkpoint")
 
 
-def measure(name, function, seconds, carry=None):
-    """Prints the median time of a call, in seconds; `carry` is handed from call to call."""
-    carry = jax.block_until_ready(function(carry))
-    times, faults, until = [], resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 3:
-        begun = time.perf_counter()
-        carry = jax.block_until_ready(function(carry))
-        times.append(time.perf_counter() - begun)
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / len(times)
-    low, middle, high = np.percentile(times, [5, 50, 95]) * 1e3
-    spread = f"5 to 95 %: {low:.1f} to {high:.1f}, {len(times)} calls, {faults:.0f} page faults a call"
-    print(f"{name:26s} {middle:9.1f} ms  ({spread})", flush=True)
-    return middle / 1e3
+def measure(part, calls, seconds):
+    """Prints the median time of each way's call, in seconds. Ways take turns, for a slow moment to meet them all."""
+    times, faults = {name: [] for name in calls}, dict.fromkeys(calls, 0)
+    for call in calls.values():
+        call()
+    for _ in range(max(1, round(seconds))):
+        for name, call in calls.items():
+            call()  # after another's turn
+            before, until = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter() + 1
+            while True:
+                begun = time.perf_counter()
+                call()
+                ended = time.perf_counter()
+                times[name].append(ended - begun)
+                if ended > until:
+                    break
+            faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    for name, took in times.items():
+        low, middle, high = np.percentile(took, [5, 50, 95]) * 1e3
+        spread = (
+            f"5 to 95 %: {low:.1f} to {high:.1f}, {len(took)} calls, {faults[name] / len(took):.0f} page faults"
+        )
+        print(f"{part:9s} {name:14s} {middle:9.1f} ms  ({spread})", flush=True)
+    return {name: float(np.median(took)) for name, took in times.items()}
 
 
 def clip(job: Job, number: int) -> records.Record:
@@ -100,23 +113,19 @@ class Ours:
         text = (self.batch[name] for name in ("tokens", "length", "pooled"))
         return functional.apply(self.job.config, params, self.batch["latent"], self.t_B, *text)
 
-    def time(self, parts, seconds) -> dict[str, float]:
-        took, program = {}, self.program
-        with jax.set_mesh(program.mesh):
-            if "forward" in parts:
-                forward = jax.jit(self.velocity)
-                took["forward"] = measure("forward", lambda _: forward(self.state.params), seconds)
-            if "backward" in parts:
-                gradient = jax.jit(jax.grad(lambda params: jnp.square(self.velocity(params)).mean()))
-                took["backward"] = measure("forward, backward", lambda _: gradient(self.state.params), seconds)
-            if "checkpoint" in parts:
-                self.time_checkpoints()
-            if "step" in parts:
-                state, self.state = self.state, None
-                took["step"] = measure("step", lambda s: program.step(s, self.batch)[0], seconds, state)
-            if "input" in parts:
-                measure("input", lambda _: sharding.place_batch(next(self.rows), program.mesh), seconds)
-        return took
+    def calls(self) -> dict[str, Callable[[], Any]]:
+        """What is timed of the network and of training."""
+        forward = jax.jit(self.velocity)
+        gradient = jax.jit(jax.grad(lambda params: jnp.square(self.velocity(params)).mean()))
+        return {
+            "forward": lambda: jax.block_until_ready(forward(self.state.params)),
+            "backward": lambda: jax.block_until_ready(gradient(self.state.params)),
+            "step": self.step,
+            "input": lambda: jax.block_until_ready(sharding.place_batch(next(self.rows), self.program.mesh)),
+        }
+
+    def step(self) -> None:
+        self.state = jax.block_until_ready(self.program.step(self.state, self.batch)[0])
 
     def time_checkpoints(self) -> None:
         saved = Checkpoints(epath.Path(self.folder / "checkpoints"), keep=2)
@@ -138,7 +147,7 @@ class Ours:
         )
 
 
-def time_torch(ours: Ours, parts, seconds) -> dict[str, dict[str, float]]:
+def torch_calls(ours: Ours) -> dict[str, dict[str, Callable[[], Any]]]:
     """The same in PyTorch, eagerly and compiled, on the same inputs and parameters."""
     import torch
 
@@ -157,26 +166,20 @@ def time_torch(ours: Ours, parts, seconds) -> dict[str, dict[str, float]]:
             torch.cuda.synchronize()
         return value.detach().numpy(force=True) if value.numel() > 1 else None
 
-    def one(name: str, compiled: bool) -> dict[str, float]:
-        torch._dynamo.reset()
+    def one(name: str, compiled: bool) -> dict[str, Callable[[], Any]]:
         twin = torch_twin.Twin(job.config, job.latent_shape, tokens.shape[1])
         torch_twin.load(twin, ours.state.params)
         step = torch_twin.Step(twin.to(device), compiled, dtype, job.settings.learning_rate, job.time_law.shift)
         network, data = torch.compile(twin) if compiled else twin, (x_0, tokens, pooled)
 
-        def forward(_=None):
+        def forward():
             with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 return done(network(x_0, t_B, tokens, pooled))
 
         difference = np.abs(forward() - expected).max() / np.abs(expected).max()
         print(f"{name} differs from ours by {difference:.1e} of the largest velocity")
         assert difference < (1e-4 if dtype == torch.float32 else 0.05)
-        calls = {
-            "forward": forward,
-            "backward": lambda _: done(step.gradient(data)),
-            "step": lambda _: done(step(data)),
-        }
-        return {part: measure(f"{name} {part}", calls[part], seconds) for part in calls if part in parts}
+        return {"forward": forward, "backward": lambda: done(step.gradient(data)), "step": lambda: done(step(data))}
 
     return {name: one(name, name != "PyTorch") for name in ("PyTorch", "torch.compile")}
 
@@ -220,15 +223,21 @@ def main():
             f"{'given back' if given.give_back else 'kept'}"
         )
         ours, parts = Ours(job, Path(folder)), given.parts.split(",")
-        theirs = time_torch(ours, parts, given.seconds) if given.torch else {}
-        took = ours.time(parts, given.seconds)
+        ways = {"paris_jax": ours.calls(), **(torch_calls(ours) if given.torch else {})}
+        took = {}
+        with jax.set_mesh(ours.program.mesh):
+            if "checkpoint" in parts:
+                ours.time_checkpoints()
+            for part in ("input", "forward", "backward", "step"):
+                if part in parts:
+                    took[part] = measure(part, {n: way[part] for n, way in ways.items() if part in way}, given.seconds)
     if "step" in took:
-        work = job.flops_per_sample * settings.batch
+        work, seconds = job.flops_per_sample * settings.batch, took["step"]["paris_jax"]
         chip = chips.of(device)
-        share = f", {work / took['step'] / chip.peak / jax.device_count():.1%} of peak" if chip else ""
-        print(f"{work / 1e9:.1f} GFLOP a step: {work / took['step'] / 1e9:.0f} GFLOP/s{share}")
-    for name, times in theirs.items():
-        told = (f"{part} {took[part] / times[part]:.2f}" for part in times)
+        share = f", {work / seconds / chip.peak / jax.device_count():.1%} of peak" if chip else ""
+        print(f"{work / 1e9:.1f} GFLOP a step: {work / seconds / 1e9:.0f} GFLOP/s{share}")
+    for name in list(ways)[1:]:
+        told = (f"{part} {each['paris_jax'] / each[name]:.2f}" for part, each in took.items() if name in each)
         print(f"our time over that of {name}: {', '.join(told)}")
 
 

@@ -135,5 +135,6 @@ def exporting(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "part", None, "RUN/experts/K/export, RUN/monolith/export or imported weights", flag_values=values
     )
-    flags.DEFINE_string("layout", "diffusers", "diffusers, bfl or opensora2", flag_values=values)
-    flags.DEFINE_string("out", None, "safetensors file to write", flag_values=values)
+    flags.DEFINE_string("layout", None, "diffusers (the default), bfl or opensora2", flag_values=values)
+    flags.DEFINE_string("ensemble", None, "instead of a part: RUN/ensemble, as one folder", flag_values=values)
+    flags.DEFINE_string("out", None, "safetensors file, or folder of the ensemble, to write", flag_values=values)

@@ -163,8 +163,17 @@ def _import(call: Call) -> None:
 
 def _export(call: Call) -> None:
     from paris_jax.stages.import_weights import export_weights
+    from paris_jax.stages.publish import publish
 
-    export_weights(call["part"], call["layout"], call["out"])
+    if not call["ensemble"]:
+        export_weights(call["part"], call["layout"] or "diffusers", call["out"])
+        return
+    for name in ("part", "layout"):
+        if call[name]:
+            raise Refused(f"--{name} is for a single network, --ensemble for a whole one: give one of them")
+    if not call["out"]:
+        raise Refused("--out is missing; name the folder to write, such as --out=published")
+    publish(call["ensemble"], call["out"])
 
 
 def _evaluate(call: Call) -> None:
@@ -293,8 +302,11 @@ COMMANDS = {
         takes_files=True,
     ),
     "export": Command(
-        "a trained network under the names that others read",
-        ("paris-jax export --part=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",),
+        "a trained network under the names that others read, or an ensemble as one folder to publish",
+        (
+            "paris-jax export --part=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",
+            "paris-jax export --ensemble=runs/shapes/ensemble --out=published",
+        ),
         (command_flags.exporting,),
         _export,
     ),

@@ -62,9 +62,7 @@ def measure(part, calls, seconds):
             faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     for name, took in times.items():
         low, middle, high = np.percentile(took, [5, 50, 95]) * 1e3
-        spread = (
-            f"5 to 95 %: {low:.1f} to {high:.1f}, {len(took)} calls, {faults[name] / len(took):.0f} page faults"
-        )
+        spread = f"5 to 95 %: {low:.1f} to {high:.1f}, {len(took)} calls, {faults[name] / len(took):.0f} page faults"
         print(f"{part:9s} {name:14s} {middle:9.1f} ms  ({spread})", flush=True)
     return {name: float(np.median(took)) for name, took in times.items()}
 

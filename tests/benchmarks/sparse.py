@@ -11,7 +11,8 @@
     ragged      the matrix products of a pass as grouped products (`jax.lax.ragged_dot`), against plain ones
 
 The samples of a batch choose different experts. Calls of all ways take turns, so that a slow moment of the machine
-meets them all; figures are the median of each way over that of the yardstick, then its temporary memory.
+meets them all; figures are the median of each way over that of the yardstick, its temporary memory, and the seconds
+that it took to compile.
 """
 
 import argparse
@@ -77,10 +78,10 @@ def pairs(config, stacks, weight_BE, rows, k):
 
 
 def switch(config, stacks, weight_BE, rows, k):
-    ways = [
-        functools.partial(functional.apply, config, jax.tree.map(lambda a, e=e: a[e], stacks))
-        for e in range(weight_BE.shape[1])
-    ]
+    def of(e, *row):  # inside the branch: outside of it, every expert would be taken out of the stack
+        return functional.apply(config, jax.tree.map(lambda a: a[e], stacks), *row)
+
+    ways = [functools.partial(of, e) for e in range(weight_BE.shape[1])]
     return pair_by_pair(lambda e, row: jax.lax.switch(e, ways, *row), weight_BE, rows, k)
 
 
@@ -139,7 +140,11 @@ def compare(config, shape, experts, batch, k, wanted, rounds):
         config, stacks, weight, rows, k, wanted
     )
     params = {name: first if name == "one expert" else stacks for name in ways}
-    compiled = {name: jax.jit(way).lower(params[name], weight, rows).compile() for name, way in ways.items()}
+    compiled, compiling = {}, {}
+    for name, way in ways.items():
+        begun = time.perf_counter()
+        compiled[name] = jax.jit(way).lower(params[name], weight, rows).compile()
+        compiling[name] = time.perf_counter() - begun
     taken = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in compiled.items():
@@ -153,7 +158,7 @@ def compare(config, shape, experts, batch, k, wanted, rounds):
     for name in list(ways)[1:]:
         yardstick = median["products, plain"] if name.startswith("products") else unit
         memory = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
-        print(f"  {name:18s} {median[name] / yardstick:6.2f}   {memory:8.1f} MiB", flush=True)
+        print(f"  {name:18s} {median[name] / yardstick:6.2f} {memory:8.1f} MiB {compiling[name]:6.1f} s", flush=True)
 
 
 def numbers(text: str) -> list[int]:

@@ -65,7 +65,7 @@ def main() -> None:
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
     B = given.batch
     text = sampler.Text(of(B, 512, 4096), of(B, dtype=jnp.int32), of(B, 768))
-    told = sampler.Condition(text, text, Strength(of()), of(), of(given.experts, dtype=jnp.bool_))
+    told = sampler.Condition(text, text, Strength(of()), temperature=of(), present=of(given.experts, dtype=jnp.bool_))
     routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
     places = tuple((0, k) for k in range(given.experts))
     plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=1)

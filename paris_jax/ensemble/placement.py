@@ -97,8 +97,11 @@ class Keeping:
         keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
         sizes = self.mesh.shape if self.mesh else {}
         named = ".".join(key for key in keys if key != "values")
-        split = () if keys[-1] == "scale" else axes.parameter_spec(named, leaf.shape, sizes)[1:]
         away = self.offload and keys[0] in functional.BLOCKS and keys[-1] in ("kernel", "values")
+        split = () if keys[-1] == "scale" else axes.parameter_spec(named, leaf.shape, sizes)[1:]
+        if away and keys[-1] == "values":
+            self._check_words(named, leaf.shape[-2], *split[1:2])
+            leaf = stacks.words(leaf)
         if away:
             leaf, split = leaf.reshape(-1, *leaf.shape[2:]), split[1:]
         memory = "pinned_host" if away else "device"
@@ -110,6 +113,16 @@ class Keeping:
             sharding = NamedSharding(self.mesh, PartitionSpec("expert", *split), memory_kind=memory)
             placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
         return stacks.OnHost(placed) if away else placed
+
+    def _check_words(self, name: str, inputs: int, split: str | tuple[str, ...] | None = None) -> None:
+        """Refuses a matrix whose inputs cannot go in words of four, each on one device of those they are split over."""
+        over = (split,) if isinstance(split, str) else split or ()
+        pieces = math.prod(self.mesh.shape[name] for name in over) if self.mesh else 1
+        if inputs % (4 * pieces):
+            raise Refused(
+                f"weights='int8' with offload: {name} has {inputs} inputs over {pieces} devices, and four go together; "
+                "keep the experts on the device, or choose a mesh that leaves each a multiple of 4"
+            )
 
 
 def keeping(splits: Mapping[str, int] | None, weights: str, offload: bool) -> Keeping:

@@ -6,6 +6,7 @@ the one before is at work. Nothing else has to know.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """Matrices (..., inputs, outputs) as values * scale: int8, and float32 (..., 1, outputs)."""
+    """Matrices (..., inputs, outputs) as values * scale: int8, and float32 (..., 1, outputs).
+
+    The values may be `words`, four of them each.
+    """
 
     values: Any
     scale: Any
@@ -29,7 +33,34 @@ class Int8:
         return cls(np.round(matrix / scale).astype(np.int8), scale)
 
     def matrix(self) -> Any:
-        return self.values.astype(jnp.float32) * self.scale
+        values = self.values if self.values.dtype == jnp.int8 else _bytes(self.values)
+        return values.astype(jnp.float32) * self.scale
+
+
+def words(values: np.ndarray) -> np.ndarray:
+    """int8 (..., inputs, outputs) as int32 (..., inputs / 4, outputs): of 4 x 32 rows, a quarter in each byte of words.
+
+    A TPU tiles bytes in its host's memory otherwise than where it cuts them, and would bring the whole stack over, and
+    back, for every layer; words it cuts where they lie. 32 rows are the height of a tile of bytes, so that no row moves
+    inside its tile when the quarters are put one below another again.
+    """
+    rows = _rows(values.shape[-2] // 4)
+    quarters = values.reshape(*values.shape[:-2], -1, 4, rows, values.shape[-1])
+    together = np.ascontiguousarray(np.moveaxis(quarters, -3, -1)).view("<i4")
+    return together.reshape(*values.shape[:-2], -1, values.shape[-1])
+
+
+def _bytes(words: jax.Array) -> jax.Array:
+    """What `words` were made of: int32 (rows, outputs) as int8 (4 rows, outputs)."""
+    count, outputs = words.shape
+    blocks = words.reshape(-1, _rows(count), outputs)
+    quarters = [((blocks << left) >> 24).astype(jnp.int8) for left in (24, 16, 8, 0)]
+    return jnp.stack(quarters, 1).reshape(4 * count, outputs)
+
+
+def _rows(words: int) -> int:
+    """How many rows of words are unpacked one below another."""
+    return math.gcd(words, 32)
 
 
 @jax.tree_util.register_dataclass

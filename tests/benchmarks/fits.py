@@ -35,9 +35,12 @@ def abstract(config, experts, weights, offload, device):
         here, shape = SingleDeviceSharding(device), (experts, *leaf.shape)
         if not (kernel and block):
             return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if kernel else leaf.dtype, sharding=here)
-        stored = (shape[0] * shape[1], *shape[2:]) if offload else shape
         away = SingleDeviceSharding(device, memory_kind="pinned_host") if offload else here
-        matrix = jax.ShapeDtypeStruct(stored, jnp.int8 if weights == "int8" else jnp.bfloat16, sharding=away)
+        members, layers, inputs, outputs = shape
+        words = offload and weights == "int8"  # of four
+        dtype = jnp.int32 if words else jnp.int8 if weights == "int8" else jnp.bfloat16
+        stored = (members * layers, inputs // 4 if words else inputs, outputs) if offload else shape
+        matrix = jax.ShapeDtypeStruct(stored, dtype, sharding=away)
         matrix = stacks.OnHost(matrix) if offload else matrix
         if weights != "int8":
             return matrix

@@ -64,6 +64,25 @@ def test_a_matrix_is_rounded_to_half_a_step_of_its_outputs():
     assert (np.abs(np.asarray(found.matrix()) - matrix) <= 0.5001 * step + 1e-12).all()
 
 
+@pytest.mark.parametrize("inputs", [4, 12, 136, 384])
+def test_words_of_four_hold_the_integers(inputs):
+    values = np.random.default_rng(inputs).integers(-128, 128, (2, 3, inputs, 5), np.int8)
+    words = stacks.words(values)
+    assert words.dtype == np.int32 and words.shape == (2, 3, inputs // 4, 5)
+    for member, layer in np.ndindex(2, 3):
+        found = stacks.Int8(jnp.asarray(words[member, layer]), jnp.ones((1, 5))).matrix()
+        np.testing.assert_array_equal(found, values[member, layer])
+    if inputs == 384:  # a third of the words has a third of the rows, so that shards stay apart
+        np.testing.assert_array_equal(words[..., 32:64, :], stacks.words(values[..., 128:256, :]))
+
+
+def test_8_bit_integers_in_the_hosts_memory_are_those_on_the_device(plain):
+    text, x, t = plain.encode(PROMPTS), plain.noise(2), jnp.array([0.3, 0.8])
+    here, away = (Ensemble.load("bundled:shapes", weights="int8", offload=there) for there in (False, True))
+    v = [e.velocity(0.7 * x, t, text, top_k=1) for e in (here, away)]
+    np.testing.assert_allclose(*v, atol=1e-5)
+
+
 def test_matrices_are_kept_as_they_are_computed_with():
     """In bfloat16 that halves them, and changes nothing: they are rounded to it before every product anyway."""
     config = dataclasses.replace(NETWORK, dtype="bfloat16")
@@ -80,3 +99,7 @@ def test_matrices_are_kept_as_they_are_computed_with():
 def test_what_cannot_be_kept_is_refused():
     with pytest.raises(Refused, match=r"weights='int4': must be one of auto, int8 \(did you mean 'int8'\?\)"):
         Ensemble.load("bundled:shapes", weights="int4")
+    config = dataclasses.replace(NETWORK, hidden=6 * NETWORK.heads, rope_axes=(2, 2, 2))
+    odd = jax.tree.map(np.asarray, random_params(config, 0))
+    with pytest.raises(Refused, match=r"weights='int8' with offload: \S+ has 6 inputs over 1 devices"):
+        Keeping(weights="int8", offload=True).place(config, [odd, odd])

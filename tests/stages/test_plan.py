@@ -67,6 +67,33 @@ def test_a_step_is_compiled_for_a_tpu_slice(target):
     assert "attention: pallas" in " ".join(done.stderr.split())
 
 
+LAYERS_FROM_THE_HOST = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from paris_jax.models import blocks, stacks
+from paris_jax.training.slices import Slice
+
+device = Slice.parse("v5e:2x2").devices()[0]
+here, away = (SingleDeviceSharding(device, memory_kind=kind) for kind in ("device", "pinned_host"))
+of = lambda shape, dtype, place=here: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+layers, width = 24, 1024
+values = stacks.OnHost(of((2 * layers, width // 4, width), jnp.int32, away))
+stack = {"w": stacks.Int8(values, of((2, layers, 1, width), jnp.float32))}
+run = lambda x, layer: (x @ layer["w"].astype(x.dtype)).astype(x.dtype)
+step = jax.jit(lambda stack, member, x: blocks._scan_member(run, stack, member, x))
+found = step.lower(stack, of((), jnp.int32), of((256, width), jnp.bfloat16)).compile().memory_analysis()
+print(found.temp_size_in_bytes, found.host_temp_size_in_bytes)
+"""
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[tpu]'")
+def test_8_bit_layers_are_cut_where_they_lie_in_a_tpus_host_memory():
+    done = subprocess.run([sys.executable, "-c", LAYERS_FROM_THE_HOST], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    device, host = map(int, done.stdout.split())
+    assert device < 16 * 2**20 and host == 0  # of 48 layers of 1 MiB
+
+
 @pytest.mark.skipif(LIBTPU, reason="libtpu is installed")
 def test_without_libtpu_the_extra_is_named():
     done = plan("--config=configs/shapes.py:tiny", "--target=v5p:2x2x1")

@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from rich.console import Console
@@ -18,8 +18,9 @@ from rich.logging import RichHandler
 
 from paris_jax import __version__, command_flags
 from paris_jax.commands import COMMANDS, Call
-from paris_jax.errors import Lost, Preempted, Refused, nearest
+from paris_jax.errors import Lost, LostAgain, Preempted, Refused, nearest
 from paris_jax.stages.devices import keep_freed_memory
+from paris_jax.training.stopping import compiler_at_work
 
 REFUSED, PREEMPTED = 1, 75
 
@@ -107,6 +108,9 @@ def run(arguments: Sequence[str]) -> int:
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
+    except LostAgain as lost:
+        print(f"refused: {lost}", file=sys.stderr)
+        _leave(REFUSED)
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
         if isinstance(preempted, Lost):
@@ -136,7 +140,7 @@ def run(arguments: Sequence[str]) -> int:
         return REFUSED
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Ends this process at once."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -151,8 +155,9 @@ def main() -> None:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
-    if code == REFUSED:
-        _leave(code)  # the sentence stands last: threads of a failed write must not add their tracebacks to it
+    # The sentence stands last: threads of a failed write must not add their tracebacks, nor a compiler be waited for.
+    if code == REFUSED or compiler_at_work():
+        _leave(code)
     sys.exit(code)
 
 

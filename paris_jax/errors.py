@@ -16,6 +16,10 @@ class Lost(Preempted):
     """A device or another process of the job is gone: what was saved is kept, and nobody may be waited for."""
 
 
+class LostAgain(Lost):
+    """A device that is lost again and again at one place: to run the same command again would not help."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first; its type's name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -222,8 +222,7 @@ class Ensemble:
         else:
             start = jnp.asarray(noise, jnp.float32)
             self.check_latent(start, len(prompts))
-        if preview_every and self.codec.scaled and jax.default_backend() != "cpu":
-            raise Refused("preview_every: this codec needs the device, which is at work; leave previews out")
+        request.check_previews(preview_every, self.codec.scaled, self._mesh)
         if kept is not None:
             request.check_kept(kept, start.shape)
         if given:
@@ -236,7 +235,7 @@ class Ensemble:
         how, dropped = how | {"steps": steps}, request.clusters_of(drop)
         while True:
             plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps, kept)
-            draw = functools.partial(self._draw, plan, start, keys, grid, told, forced)
+            draw = functools.partial(self._draw, plan, (start, keys, grid, told, forced))
             try:
                 watched = progress or preview is not None
                 z, trace = watching.Watch(steps, progress, preview_every, preview).run(draw) if watched else draw()
@@ -260,9 +259,9 @@ class Ensemble:
             raise Refused("The sampled video is not finite, though every expert's answers are; lower guidance")
         return made(z, trace)
 
-    def _draw(self, plan: sampler.Plan, *inputs: Any, ask: Any = None) -> tuple[np.ndarray, Any]:
+    def _draw(self, plan: sampler.Plan, inputs: Any, asking: Any = None, look_every: int = 0) -> tuple[np.ndarray, Any]:
         """The sampler's latents and trace, on the host."""
-        found = self._run(functools.partial(sampler.sample, watch=ask), plan, *inputs)
+        found = self._run(functools.partial(sampler.sample, asking=asking), plan, *inputs, look_every)
         return jax.tree.map(np.asarray, found)
 
     def velocity(

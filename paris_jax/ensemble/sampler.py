@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
@@ -144,23 +145,16 @@ class Plan:
         return dispatch.block_size(video_tokens(shape[1:]), R, R * used / experts, branches, jax.default_backend())
 
 
-def expert_velocity(plan: Plan, places: Any, stacks: Any, expert: jax.Array, x, t_B, text: Text, kept) -> jax.Array:
-    """The velocity, for all rows given, of the expert whose kind and place in the kind's stack is places[expert]."""
-    kinds, members = (jnp.asarray(each, jnp.int32) for each in zip(*places, strict=True))
+def expert_velocity(plan: Plan, kind: int, stack: Any, member_S: jax.Array, expert: jax.Array, rows: Any) -> jax.Array:
+    """The velocity, for all rows given, of the expert at place member_S[expert] of a kind's stack."""
+    x, t_B, text, kept = rows
+    network, told = plan.networks[kind], (text.tokens, text.length, text.pooled)
+    told = (*told, kept) if network.kept_frames else told
 
-    def run(kind: int, member: jax.Array) -> jax.Array:
-        network, told = plan.networks[kind], (text.tokens, text.length, text.pooled)
-        told = (*told, kept) if network.kept_frames else told
+    def predict(x: jax.Array, t_B: jax.Array) -> jax.Array:
+        return functional.apply_member(network, stack, member_S[expert], x, t_B, *told)
 
-        def predict(x: jax.Array, t_B: jax.Array) -> jax.Array:
-            return functional.apply_member(network, stacks[kind], member, x, t_B, *told)
-
-        return predictions.velocity(network.predicts, predict, x, t_B)
-
-    if len(plan.networks) == 1:
-        return run(0, members[expert])
-    of_kind = [functools.partial(run, kind) for kind in range(len(plan.networks))]
-    return jax.lax.switch(kinds[expert], of_kind, members[expert])
+    return predictions.velocity(network.predicts, predict, x, t_B)
 
 
 def route(plan: Plan, arrays: Weights, x: jax.Array, t_B: jax.Array, pooled: jax.Array, kept: Any = None) -> jax.Array:
@@ -183,15 +177,21 @@ def merge(
     spread, experts = "expert" in mesh.shape, weight_RE.shape[1]
     held_GS, places = held_by(plan.places, mesh.shape["expert"] if spread else 1)
     weight_GRS = jnp.moveaxis(jnp.where(held_GS >= 0, weight_RE[:, held_GS], 0.0), 1, 0)
-    most = min(plan.routing.most(experts), len(places))
+    most = plan.routing.most(experts)
 
     def of_group(stacks: Any, weight_1RS: jax.Array, rows: Any, held_1S: Any, **how: Any) -> tuple[Any, Any]:
-        run = lambda expert, rows: expert_velocity(plan, places, stacks, expert, *rows)  # noqa: E731
-        block = plan.rows_at_once(rows[0].shape)
-        v, broken_S = dispatch.merge(run, weight_1RS[0], rows, most, block, **how)
-        return v, jnp.zeros(experts, jnp.int32).at[held_1S[0]].add(broken_S)  # an empty place breaks nothing
+        """The sum over the experts of one group: a kind at a time, so that all groups are at the same network."""
+        total, broken_E = jnp.zeros(rows[0].shape), jnp.zeros(experts, jnp.int32)
+        for kind, stack in enumerate(stacks):
+            held = np.array([s for s, place in enumerate(places) if place[0] == kind])
+            member_S = jnp.asarray([places[s][1] for s in held], jnp.int32)
+            run = functools.partial(expert_velocity, plan, kind, stack, member_S)
+            block = plan.rows_at_once(rows[0].shape)
+            v, broken_S = dispatch.merge(run, weight_1RS[0][:, held], rows, min(most, len(held)), block, **how)
+            total, broken_E = total + v, broken_E.at[held_1S[0][held]].add(broken_S)  # an empty place breaks nothing
+        return total, broken_E
 
-    if not spread:
+    if not spread or mesh.shape["expert"] * mesh.shape["data"] == 1:
         return of_group(arrays.experts, weight_GRS, (x, t_R, text, kept), held_GS)
 
     # Where the devices of a group talk to each other, all groups take as many turns as the busiest one: some of XLA's
@@ -277,7 +277,20 @@ def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.A
     return v, trace
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "watch"))
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """Functions of the host that a sampler calls; where one answers False, nothing more is computed.
+
+    Attributes:
+      step: called before each step with its index.
+      look: called with that and the data predicted so far (B, T, H, W, C), every `look_every` steps.
+    """
+
+    step: Callable[[jax.Array], Any]
+    look: Callable[[jax.Array, jax.Array], Any]
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "asking"))
 def sample(
     plan: Plan,
     arrays: Weights,
@@ -286,7 +299,8 @@ def sample(
     times: jax.Array,
     told: Condition,
     forced_S: jax.Array,
-    watch: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    look_every: jax.Array | int = 0,
+    asking: Asking | None = None,
 ) -> tuple[jax.Array, Trace]:
     """Solves from noise to data.
 
@@ -296,8 +310,8 @@ def sample(
       times: (S + 1,) from 1 to 0.
       told: prompts and guidance.
       forced_S: (S,) int32, the expert of each step for the rule "forced".
-      watch: called on the host before each step with its index and the data predicted so far (B, T, H, W, C); once it
-        answers False, nothing more is computed, and that data is returned.
+      look_every: steps between two looks of the host at the data, which cost a transfer; 0: none.
+      asking: what is asked of the host; once it says no, the data predicted so far are returned.
 
     Returns:
       The latent (B, T, H, W, C) in units of the training data's spread, and what was told of each step, (S, ...).
@@ -312,13 +326,18 @@ def sample(
         return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), noise.shape[1:])
 
     def go_on(step: jax.Array, data: jax.Array) -> jax.Array:
-        assert watch is not None
-        return io_callback(watch, jax.ShapeDtypeStruct((), jnp.bool_), step, data)
+        assert asking is not None
+        answer, look = jax.ShapeDtypeStruct((), jnp.bool_), asking.look
+        data = _whole(data)
+        going = io_callback(asking.step, answer, step)
+        due = going & (look_every > 0) & (step > 0) & (step % jnp.maximum(look_every, 1) == 0)
+        return jax.lax.cond(due, lambda: io_callback(look, answer, step, data), lambda: going)
 
-    asking = go_on if watch else None
-    z, traces = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, asking)
+    z, traces = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, go_on if asking else None)
     # Of a step's evaluations, the first tells the weights, and all of them who broke.
-    found = z, Trace(traces.weight[:, 0], traces.broken.sum(1))
-    if jax.sharding.get_abstract_mesh().empty:
-        return found
-    return jax.lax.with_sharding_constraint(found, P())  # every process reads all of it
+    return _whole((z, Trace(traces.weight[:, 0], traces.broken.sum(1))))  # every process reads all of it
+
+
+def _whole(tree: Any) -> Any:
+    """The same arrays, on a mesh whole on every device."""
+    return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(tree, P())

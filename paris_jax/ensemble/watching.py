@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
+from paris_jax.ensemble import sampler
+
 Preview = Callable[[int, np.ndarray], None]  # (steps done, the data predicted so far (N, T, H, W, C))
 
 
@@ -35,23 +37,27 @@ class Watch:
         self.failure: BaseException | None = None
         self._bar = Progress(disable=not bar)
 
-    def step(self, step: int, data: np.ndarray) -> bool:
+    def step(self, step: int) -> bool:
         """Called before each step; answers whether to take it."""
-        if self._ended:
-            return False
-        self.done = step
-        self._bar.update(self._task, completed=step, description="sampling" if step else "first step")
-        if self._preview and self._every and step and step % self._every == 0 and not self._stopped.is_set():
-            try:
-                self._preview(step, data)
-            except BaseException as error:  # raised where the sampler was called, not in the runtime's thread
-                self.failure = error
-                self._stopped.set()
+        if not self._ended:
+            self.done = step
+            self._bar.update(self._task, completed=step, description="sampling" if step else "first step")
+            self._ended = self._stopped.is_set()
+        return not self._ended
+
+    def look(self, step: int, data: np.ndarray) -> bool:
+        """Called before the steps that are to be looked at; answers whether to take them."""
+        assert self._preview
+        try:
+            self._preview(step, data)
+        except BaseException as error:  # raised where the sampler was called, not in the runtime's thread
+            self.failure = error
+            self._stopped.set()
         self._ended = self._stopped.is_set()
         return not self._ended
 
     def run(self, call: Callable[..., Any]) -> Any:
-        """The result of `call(ask=...)`; `ask` is to be handed to the compiled loop.
+        """The result of `call(asking, look_every)`, which are to be handed to the compiled loop.
 
         Raises:
           Interrupted: with the result in `samples`, which the caller turns into what it would have returned.
@@ -61,9 +67,11 @@ class Watch:
             raise RuntimeError("on_preview cannot draw with a bar or previews of its own; draw without them there")
         with _one_at_a_time, self._bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
             self._task, _current = self._bar.add_task("compiling", total=self._steps), self
-            result = pool.submit(lambda: jax.block_until_ready(call(ask=_ask)))
+            every = self._every if self._preview else 0
+            result = pool.submit(lambda: jax.block_until_ready(call(_ASKING, every)))
             try:
-                result.result()
+                while not result.done():  # a wait without an end would not always hear of Ctrl-C
+                    concurrent.futures.wait([result], timeout=0.2)
             except KeyboardInterrupt:
                 self._stopped.set()
                 found = result.result()
@@ -84,10 +92,17 @@ _one_at_a_time = threading.Lock()
 _asking: int | None = None  # the thread that is in a preview
 
 
-def _ask(step: Any, data: Any) -> np.ndarray:
+def _asked(answer: Callable[[Watch], bool]) -> np.ndarray:
+    """What the watch of the call at hand answers."""
     global _asking
     watch, _asking = _current, threading.get_ident()
     try:
-        return np.array(watch is None or watch.step(int(step), np.asarray(data)))
+        return np.array(watch is None or answer(watch))
     finally:
         _asking = None
+
+
+_ASKING = sampler.Asking(
+    step=lambda step: _asked(lambda watch: watch.step(int(step))),
+    look=lambda step, data: _asked(lambda watch: watch.look(int(step), np.asarray(data))),
+)

@@ -194,7 +194,7 @@ def _with(job: Job, remat: str | None = None, **settings: int) -> Job:
 def _largest_batch(found: Planned, devices: list) -> int:
     """Temporaries grow with the batch by the same amount for every row: two batches tell where the third must end."""
     assert found.footprint.memory
-    rows = found.slice.size // (found.job.settings.tensor * found.job.settings.sequence)
+    rows = _rows(found)
     small = found.job.settings.batch
     double = _compile(_with(found.job, batch=2 * small), found.slice, devices).footprint.peak
     each = max((double - found.footprint.peak) / small, 1.0)  # bytes a sample of the batch
@@ -204,6 +204,12 @@ def _largest_batch(found: Planned, devices: list) -> int:
             return batch
         batch = max(small, int(0.95 * batch) // rows * rows)
     return small
+
+
+def _rows(p: Planned) -> int:
+    """What a batch must be a multiple of: one sample for every share of it, of each batch that is accumulated."""
+    settings = p.job.settings
+    return p.slice.size // (settings.tensor * settings.sequence) * settings.accumulate
 
 
 def _smallest_slice(found: Planned) -> Planned:
@@ -230,13 +236,14 @@ def _smallest_slice(found: Planned) -> Planned:
 def _over_all(job: Job, devices: int) -> Job | None:
     """The same job with its parameters split over so many devices, or None where that does not divide."""
     fsdp, left = divmod(devices, job.settings.tensor * job.settings.sequence)
-    if left or not fsdp or job.settings.batch % fsdp or job.config.hidden % (fsdp * job.settings.sequence):
+    rows = fsdp * job.settings.accumulate
+    if left or not fsdp or job.settings.batch % rows or job.config.hidden % (fsdp * job.settings.sequence):
         return None
     return _with(job, fsdp=fsdp)
 
 
 def _remedies(found: Planned, devices: list) -> Iterator[str]:
-    """Tries what could make it fit: all devices for the parameters and full recomputation, then smaller batches."""
+    """Tries what could make it fit: all devices for the parameters, then full recomputation, then smaller batches."""
     needed, there = in_gib(found.footprint.peak), in_gib(found.footprint.memory or 0)
     yield f"does not fit: {needed} are needed of each device, which has {there}"
     tried = found
@@ -258,18 +265,13 @@ def _next_remedy(tried: Planned) -> Job | None:
     memory, arguments, temporaries = need.memory or 0.0, need.arguments, need.temporaries
     split = _over_all(job, tried.slice.size)
     if split and split.settings.fsdp > settings.fsdp:
-        arguments *= settings.fsdp / split.settings.fsdp
-        job = split
+        return split
     if job.config.remat in ("none", "named"):
-        job = _with(job, remat="full")  # how much that saves is seen when it is tried
-    elif arguments + temporaries > memory:
-        rows = tried.slice.size // (settings.tensor * settings.sequence)
-        batch = int(0.6 * max(0.0, memory - arguments) / temporaries * settings.batch)
-        batch = min(batch, settings.batch // 2) // rows * rows
-        if not batch:
-            return None
-        job = _with(job, batch=batch)
-    return job if job != tried.job else None
+        return _with(job, remat="full")  # how much that saves is seen when it is tried
+    rows = _rows(tried)
+    batch = int(0.6 * max(0.0, memory - arguments) / temporaries * settings.batch)
+    batch = min(batch, settings.batch // 2) // rows * rows
+    return _with(job, batch=batch) if batch else None
 
 
 def _changes(before: Job, after: Job) -> list[str]:

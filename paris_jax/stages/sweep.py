@@ -21,7 +21,8 @@ from paris_jax.errors import Refused
 from paris_jax.experiment import Experiment
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages.train import batches_of, check_role, cluster_folders, make_job, read_cluster
-from paris_jax.training import failures, loop, metrics
+from paris_jax.training import failures, loop, metrics, starting
+from paris_jax.training.program import Job
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,9 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     folders = cluster_folders(experiment, run, role)
     data = [read_cluster(folder, experiment, run) for folder in folders]
     told = []
-    for variant in found:
-        loss = _train(variant, run, role, folders, data[0])
+    jobs = [_job(variant, run, role, data[0]) for variant in found]  # what cannot start is refused before any starts
+    for variant, job in zip(found, jobs, strict=True):
+        loss = _train(job, folders)
         logger.info("%s: %s", variant.name, "not finite" if loss is None else f"loss {loss:.4f}")
         told.append({"changes": list(variant.changes), "loss": loss})
     finite = [entry for entry in told if entry["loss"] is not None]
@@ -118,18 +120,23 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     return results
 
 
-def _train(variant: Variant, run: RunFolder, role: Role, clusters: Sequence[epath.Path], data: Any) -> float | None:
+def _job(variant: Variant, run: RunFolder, role: Role, data: Any) -> Job:
+    """The job of a variant, in a folder of its settings and of the weights that it starts from."""
+    job = make_job(variant.experiment, run, role, data)
+    key = variant.experiment.hash
+    if job.settings.start:
+        key = manifest.hash_text(f"{key} {manifest.canonical_json(starting.hashes(job.settings.start, job.config))}")
+    return dataclasses.replace(job, name=variant.name, folder=run.sweep(role) / key[:12], steps=job.settings.steps)
+
+
+def _train(job: Job, clusters: Sequence[epath.Path]) -> float | None:
     """The mean loss of the last steps, or None where it is not finite."""
-    folder = run.sweep(role) / variant.experiment.hash[:12]
-    result = folder / "result.json"
+    result = job.folder / "result.json"
     if result.exists():
         return manifest.read_json(result)["loss"]
-    job = make_job(variant.experiment, run, role, data)
-    own = {"name": variant.name, "folder": folder, "steps": job.settings.steps, "null": read_null(clusters[0])}
-    job = dataclasses.replace(job, **own)
     try:
-        loop.train(job, batches_of(job, clusters))
-        lines = metrics.read(folder / "metrics.jsonl")
+        loop.train(dataclasses.replace(job, null=read_null(clusters[0])), batches_of(job, clusters))
+        lines = metrics.read(job.folder / "metrics.jsonl")
         loss = float(np.mean([line["loss"] for line in lines if line["step"] > (1 - JUDGED) * job.steps]))
     except failures.NotFinite:
         loss = None

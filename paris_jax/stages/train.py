@@ -98,8 +98,7 @@ def check_start(run: RunFolder, role: Role, job: Job) -> dict[str, str] | None:
     kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
     if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
         return manifest.read_json(kept)
-    found = starting.check(job.settings.start, job.config)
-    hashes = {name: promise["sha256"] for name, promise in found["files"].items()}
+    hashes = starting.hashes(job.settings.start, job.config)
     manifest.write_json(kept, hashes, shared=True)
     return hashes
 

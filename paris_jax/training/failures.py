@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from paris_jax.errors import Lost, Refused, first_line
+from paris_jax import manifest
+from paris_jax.errors import Lost, LostAgain, Preempted, Refused, first_line
 from paris_jax.training import hosts, metrics, slices
 from paris_jax.training.checkpoints import Checkpoints
 from paris_jax.training.program import Job, Program
+from paris_jax.training.watch import Watch
 
 REMEDY = (
     "share it among more devices (training.fsdp), choose a smaller network.preset, or let 'paris-jax plan' find what "
     "fits"
 )
+
+LOSSES = 3  # of a device, with no new checkpoint in between, after which it is no accident
 
 
 def check_room(program: Program) -> None:
@@ -71,9 +75,43 @@ def losing(job: Job) -> Iterator[None]:
         if not hosts.lost(error):
             raise
         said = first_line(error)[:300]
+        if _times_lost(job) >= LOSSES:
+            raise LostAgain(
+                f"{job.name} lost its device {LOSSES} times without a new checkpoint in between ({said}); look at the "
+                "device and its driver, or save more often (training.checkpoint_every), then run the same command again"
+            ) from error
         raise Lost(
             f"{job.name} lost a device or another process of its job ({said}); its finished checkpoints are kept"
         ) from error
+
+
+def _times_lost(job: Job) -> int:
+    """How often this job has lost its device since its newest checkpoint, now included.
+
+    Not counted (0) for several processes, of which one may be taken away at any time.
+    """
+    if jax.process_count() > 1:
+        return 0
+    path, checkpoints = job.folder / "lost.json", job.folder / "checkpoints"
+    newest = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=-1)
+    before = manifest.read_json(path) if path.exists() else {}
+    times = before["times"] + 1 if before.get("step") == newest else 1
+    manifest.write_json(path, {"step": newest, "times": times})
+    return times
+
+
+@contextlib.contextmanager
+def placed(job: Job, watch: Watch, start: int, clip_ids: Callable[[int], list[str]] | None) -> Iterator[None]:
+    """Notes on an error, for its traceback, at which step it came and with which clips."""
+    try:
+        yield
+    except (Refused, Preempted, metrics.FoundNotFinite):
+        raise
+    except Exception as error:
+        step = start if watch.handed is None else watch.handed
+        clips = f", whose clips are {', '.join(clip_ids(step))}" if clip_ids else ""
+        error.add_note(f"{job.name} ended in, or next to, step {step + 1}{clips}")
+        raise
 
 
 def _kept(saved: Checkpoints) -> str:

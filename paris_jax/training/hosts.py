@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds
 FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 # What is said when another process of the job is gone, and what XLA says of a device that is.
 GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
-LOST = re.compile(r"^(UNAVAILABLE|DATA_LOSS)|CUDA_ERROR|device lost|NCCL")
+LOST = re.compile(r"^(UNAVAILABLE|DATA_LOSS)|CUDA_ERROR(?!_OUT_OF_MEMORY)|device lost|NCCL")
 
 
 def why_join(environment: Mapping[str, str]) -> str:

@@ -2,47 +2,21 @@
 
 import contextlib
 import logging
-import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from paris_jax.errors import Lost, Preempted, Refused
 from paris_jax.training import checkpoints, failures, metrics, sharding
 from paris_jax.training.program import Job, Program
 from paris_jax.training.state import TrainState
+from paris_jax.training.stopping import StopRequest
 from paris_jax.training.watch import Clocks, Console, Watch
 
 logger = logging.getLogger(__name__)
-
-
-class StopRequest:
-    """SIGTERM: finish the step, save, and leave with exit code 75; processes of one job agree on the step."""
-
-    def __init__(self):
-        self._asked = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "StopRequest":
-        # Joined processes are told by jax.distributed, which listens to the signal from the moment it is set up.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop before making update `step`; to be called at every step."""
-        return self._asked or multihost_utils.reached_preemption_sync_point(step)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 class Profile:
@@ -59,6 +33,12 @@ class Profile:
 
     def __enter__(self) -> "Profile":
         return self
+
+    def starting(self, step: int) -> None:
+        """Says so where the steps to record are done already."""
+        if 0 <= self._first < step:
+            asked = f"--profile_steps={self._first}:{self._end}"
+            logger.warning("%s: nothing is profiled, as %s goes on from step %d", asked, self._job.name, step)
 
     def before(self, step: int) -> None:
         if step == self._first:
@@ -109,6 +89,7 @@ def train(
         with contextlib.ExitStack() as stack, failures.losing(job), failures.told(job, saved, clip_ids):
             stack.enter_context(jax.set_mesh(program.mesh))
             start, state, clocks = _first_state(program, saved, iterator)
+            recorded.starting(start)
             first = jax.process_index() == 0
             writer = metrics.Metrics(job.folder, start, tracker) if first else metrics.Nothing()
             stack.callback(writer.close)
@@ -116,6 +97,7 @@ def train(
             watch = Watch(job, program.mesh, clocks, writer, console)
             stop = stack.enter_context(StopRequest())
             stack.enter_context(recorded)
+            stack.enter_context(failures.placed(job, watch, start, clip_ids))
             return _run(program, state, start, iterator, saved, watch, clocks, stop, recorded)
     finally:
         if not isinstance(sys.exception(), Lost):  # the checkpoints' writers wait for each other
@@ -136,11 +118,13 @@ def _first_state(program: Program, saved: checkpoints.Checkpoints, iterator: Any
 
 def _run(program, state, start, iterator, saved, watch, clocks, stop, profile) -> TrainState:
     job, last_saved = program.job, start if start else -1
+    make_step: Any = None
     for step in range(start, job.steps + 1):
         stopping = stop.asked(step)
         due = step == job.steps or stopping or (step > start and step % job.settings.checkpoint_every == 0)
         if due and step != last_saved:
             watch.line(step)  # what is not finite is not saved
+            watch.flush()
             saved.save(step, state, iterator.get_state(), {"trained": clocks.total()})
             last_saved = step
         if step == job.steps:
@@ -151,9 +135,12 @@ def _run(program, state, start, iterator, saved, watch, clocks, stop, profile) -
             raise Preempted(f"{job.name} was asked to stop and is saved at step {step} of {job.steps}")
         with clocks.waiting():
             batch = sharding.place_batch(next(iterator), program.mesh)
+        if make_step is None:
+            make_step = stop.compiled(job.name, program.step.lower(state, batch))
+            clocks.lined = time.perf_counter()
         profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, values = program.step(state, batch)
+            state, values = make_step(state, batch)
         watch.add(step, values)
         profile.after(step, state)
     raise AssertionError("the loop ends by returning")

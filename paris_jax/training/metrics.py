@@ -27,26 +27,31 @@ class FoundNotFinite(Exception):
 class Writer(Protocol):
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class _TensorBoardX:
-    """TensorBoard files without TensorFlow."""
+    """TensorBoard files without TensorFlow. What a run that was stopped wrote after step `start` is not shown."""
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, start: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=10)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        self._writer.flush()  # of what its thread has taken up; the rest follows within ten seconds
+
     def close(self) -> None:
         self._writer.close()
 
 
-def tensorboard(folder: epath.PathLike) -> Writer:
+def tensorboard(folder: epath.PathLike, start: int) -> Writer:
     """clu's writer where TensorFlow is installed, otherwise one that needs none."""
     if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
         import tensorflow as tf
@@ -54,7 +59,7 @@ def tensorboard(folder: epath.PathLike) -> Writer:
 
         tf.config.set_visible_devices([], "GPU")  # it would take the memory that the network needs
         return metric_writers.SummaryWriter(str(folder))
-    return _TensorBoardX(folder)
+    return _TensorBoardX(folder, start)
 
 
 class _WeightsAndBiases:
@@ -75,6 +80,9 @@ class _WeightsAndBiases:
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
 
+    def flush(self) -> None:
+        pass  # it sends on its own
+
     def close(self) -> None:
         self._run.finish()
 
@@ -83,6 +91,9 @@ class Nothing:
     """The metrics of a job's other processes: the first one writes for all."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:
@@ -106,17 +117,17 @@ class _Lines:
             return
         self._text += line
         if time.monotonic() - self._written > self.PAUSE:
-            self._write()
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._file:
+            self._path.write_text(self._text)
+            self._written = time.monotonic()
 
     def close(self) -> None:
+        self.flush()
         if self._file:
             self._file.close()
-        else:
-            self._write()
-
-    def _write(self) -> None:
-        self._path.write_text(self._text)
-        self._written = time.monotonic()
 
 
 class Metrics:
@@ -129,13 +140,18 @@ class Metrics:
         self.path = epath.Path(folder) / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
         self._lines = _Lines(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writers = [tensorboard(epath.Path(folder) / "tensorboard")]
+        self._writers = [tensorboard(epath.Path(folder) / "tensorboard", start)]
         self._writers += [_WeightsAndBiases(tracker)] if tracker else []
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._lines.add(json.dumps({"step": step, **scalars}) + "\n")
         for writer in self._writers:
             writer.write_scalars(step, scalars)
+
+    def flush(self) -> None:
+        """Puts every line where it outlives this process: a checkpoint must not be newer than what led to it."""
+        for each in (*self._writers, self._lines):
+            each.flush()
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:

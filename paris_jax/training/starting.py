@@ -50,6 +50,11 @@ def check(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
     return found
 
 
+def hashes(folder: epath.PathLike, config: functional.Config) -> dict[str, str]:
+    """SHA-256 of the files of weights that a network of this config can start from; refuses others as `check` does."""
+    return {name: promise["sha256"] for name, promise in check(folder, config)["files"].items()}
+
+
 def load(folder: epath.PathLike, state: TrainState) -> TrainState:
     """The state with its parameters, and their average, from `folder`: each device reads its own part of each array.
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import logging
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Steps that the devices may have before them: they never wait for the host, and a job that has to stop soon can.
 IN_FLIGHT = 2
 LINE_EVERY = 10.0  # seconds, where there is no terminal
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 @dataclasses.dataclass
@@ -50,6 +52,7 @@ class Watch:
         self._job, self._mesh, self._clocks, self._writer, self._console = job, mesh, clocks, writer, console
         self._window: list[dict[str, jax.Array]] = []
         self._running: collections.deque[jax.Array] = collections.deque()
+        self.handed: int | None = None  # the last step (from 0) that the devices were given
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the values of step `step` (from 0), just handed to the devices; a line that is due is of those before.
@@ -57,6 +60,7 @@ class Watch:
         Raises:
           metrics.FoundNotFinite: a step before has a loss, gradient or parameter that is not a number.
         """
+        self.handed = step
         if step % self._job.settings.log_every == 0:
             self.line(step)
         self._window.append(values)
@@ -77,6 +81,10 @@ class Watch:
         self._writer.write(step, scalars)
         self._console.show(step, scalars)
 
+    def flush(self) -> None:
+        """Puts all lines where they outlive this process."""
+        self._writer.flush()
+
 
 def speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Step time, clips a second, share of peak and share of time spent waiting for data, since the last line."""
@@ -88,7 +96,7 @@ def speed(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dict
         "clips_per_second": steps * job.settings.batch / elapsed,
         "data_wait": waited / elapsed,
         "seconds_trained": clocks.total(),
-        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # bytes, the most so far
+        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,  # bytes, the most so far
     }
     if stats := mesh.local_devices[0].memory_stats():  # CPUs have none
         scalars["device_memory"] = stats["peak_bytes_in_use"]
@@ -101,7 +109,7 @@ class Console:
     """A progress bar on a terminal; elsewhere a log line at least every ten seconds. A context manager."""
 
     def __init__(self, job: Job, start: int):
-        self._job, self._last, self._compiled = job, 0.0, False
+        self._job, self._last = job, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn())
         self._task = self._bar.add_task(job.name, total=job.steps, completed=start, note="compiling")
@@ -124,12 +132,5 @@ class Console:
         now = time.perf_counter()
         if not self._bar.console.is_terminal and (now - self._last > LINE_EVERY or step == self._job.steps):
             self._last = now
-            logger.info(
-                "%s: step %d of %d, %s%s", self._job.name, step, self._job.steps, note, self._left(step, scalars)
-            )
-        self._compiled = True
-
-    def _left(self, step: int, scalars: dict[str, float]) -> str:
-        """The time to go, from the last line's steps, unless they had to wait for the compiler."""
-        left = datetime.timedelta(seconds=round((self._job.steps - step) * scalars["seconds_per_step"]))
-        return f", {left} left" if self._compiled else ""
+            left = datetime.timedelta(seconds=round((self._job.steps - step) * scalars["seconds_per_step"]))
+            logger.info("%s: step %d of %d, %s, %s left", self._job.name, step, self._job.steps, note, left)

@@ -1,5 +1,7 @@
 """An ensemble on several devices: groups with experts of their own, equal to one device, on one process and on two."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -18,9 +20,11 @@ from paris_jax.cli import run
 from paris_jax.data import video
 from paris_jax.ensemble import placement, sampler
 from paris_jax.ensemble.placement import held_by
+from paris_jax.ensemble.routing import Routing
 from paris_jax.errors import Refused
 from paris_jax.stages.sample import sample
 from tests.conftest import QUICK
+from tests.ensemble.test_mixture import NETWORK, inputs, random_params
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [
@@ -35,6 +39,7 @@ MESHES = [
     {"expert": 4, "data": 2},  # one group has nothing to do
     {"expert": 2, "fsdp": 2, "data": 2},
     {"tensor": 7},
+    {"fsdp": 2},
     {"data": 3},  # four prompts over three
 ]
 HOW = {"num_steps": 3, "seed": [3, 1, 4, 5], "guidance": 2.0}
@@ -65,6 +70,11 @@ def on_eight_devices() -> dict:
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({kinds})\(", text)]
     found["latent"] = x.size
+    found["crossing"] = crossing({"expert": 2, "fsdp": 2})
+    found["videos"]["watched"] = [
+        drawn(Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2}), progress=True, top_k=1)
+    ]
+    found["two kinds"] = [two_kinds(mesh) for mesh in ({}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2})]
     found["pieces"] = sorted(
         {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._arrays.experts)}
     )
@@ -84,6 +94,55 @@ def on_eight_devices() -> dict:
         jax.effects_barrier()
         found["passes"].append(-1)
     return found
+
+
+def crossing(mesh: dict[str, int]) -> dict:
+    """The largest array that groups of devices exchange with each other, and within a group, for one prompt."""
+    ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
+    plan, told, _ = ensemble._planned({"guidance": 2.0, "top_k": 1}, ensemble.encode("a"), None, None, [], 1, None)
+    x = ensemble.noise(1)
+    assert ensemble._mesh
+    with jax.set_mesh(ensemble._mesh):
+        given = placement.everywhere((x, jnp.full(1, 0.5), told, jnp.int32(0)), ensemble._mesh)
+        text = sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
+    group_of = np.arange(ensemble._mesh.size) // (ensemble._mesh.size // mesh["expert"])
+    most = {"between groups": 0, "within a group": 0}
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    for shapes, _, rest in re.findall(rf"= (\S+|\([^=]*\)) ({kinds})(?:-start)?\((.*)", text):
+        sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
+        which = "between groups" if any(len(set(group_of[d])) > 1 for d in talkers(rest)) else "within a group"
+        most[which] = max(most[which], *sizes)
+    return most | {"latents": plan.branches * x.size}
+
+
+def talkers(rest: str) -> list[np.ndarray]:
+    """Sets of devices that exchange something, from the end of a line of XLA's text."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
+        return [np.array([int(n) for n in group.split(",")]) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    assert found, rest
+    dims = [int(n) for n in found[3].split(",")]
+    order = [int(n) for n in found[4].split(",")] if found[4] else list(range(len(dims)))
+    return list(np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(int(found[1]), int(found[2])))
+
+
+def two_kinds(mesh: dict[str, int]) -> list[float]:
+    """Merged velocities of rows that chose experts of two depths, one of which is held by each group."""
+    shallow = dataclasses.replace(NETWORK, hidden=128, heads=2, rope_axes=(16, 24, 24))
+    deep = dataclasses.replace(shallow, single_blocks=2)
+    keeping = placement.keeping(mesh, "auto", False)
+    kinds = ((shallow, [0]), (deep, [1, 2]))
+    stacks = [
+        keeping.place(network, [jax.tree.map(np.asarray, random_params(network, e)) for e in experts])
+        for network, experts in kinds
+    ]
+    plan = sampler.Plan((shallow, deep), ((0, 0), (1, 0), (1, 1)), None, Routing("top_k", 1))
+    arrays = sampler.Weights(tuple(stacks), None, placement.everywhere(jnp.arange(3), keeping.mesh))
+    weight = jnp.asarray(np.eye(3, dtype=np.float32)[[1, 2, 2]])
+    merged = jax.jit(sampler.merge, static_argnums=0)
+    with jax.set_mesh(keeping.mesh) if keeping.mesh else contextlib.nullcontext():
+        v, _ = merged(plan, arrays, *placement.everywhere((weight, *inputs()), keeping.mesh))
+    return np.asarray(v).ravel().tolist()
 
 
 def in_another_process(code: str, devices: int) -> subprocess.Popen:
@@ -116,7 +175,20 @@ def test_groups_may_keep_their_experts_small_and_in_the_hosts_memory(found):
     np.testing.assert_allclose(found["videos"]["kept on four"], found["videos"]["kept on one"], atol=2e-3)
 
 
+def test_a_bar_is_seen_on_a_mesh_and_changes_nothing(found):
+    np.testing.assert_allclose(found["videos"]["watched"][0], found["videos"]["one, every way"][0], atol=2e-3)
+
+
+def test_groups_that_are_at_experts_of_different_kinds_do_not_wait_for_each_other(found):
+    one, *spread = found["two kinds"]
+    assert np.std(one) > 0.1
+    for there in spread:
+        np.testing.assert_allclose(there, one, rtol=1e-4, atol=1e-4)
+
+
 def test_only_latents_cross_from_group_to_group(found):
+    sizes = found["crossing"]
+    assert 0 < sizes["between groups"] <= sizes["latents"] < sizes["within a group"]
     assert found["collectives"]
     for shape, kind in found["collectives"]:
         sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shape)]

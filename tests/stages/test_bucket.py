@@ -64,12 +64,15 @@ Metrics._board = None
 import paris_jax.training.metrics as metrics
 class NoBoard:
     def write_scalars(self, step, scalars): pass
+    def flush(self): pass
     def close(self): pass
-metrics.tensorboard = lambda folder: NoBoard()
+metrics.tensorboard = lambda folder, start: NoBoard()
 for start, steps in ((0, (4, 8)), (4, (8, 12))):
     job = Metrics(run.role(Role("router")), start)
     for step in steps:
         job.write(step, {"loss": step + start})
+        job.flush()
+        assert metrics.read(job.path)[-1]["step"] == step
     job.close()
 lines = metrics.read(run.metrics(Role("router")))
 assert [(line["step"], line["loss"]) for line in lines] == [(4, 4), (8, 12), (12, 16)], lines

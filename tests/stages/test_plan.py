@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import types
@@ -179,9 +178,23 @@ def test_what_makes_it_fit_is_tried_and_said(pretended):
     compiler = pretended(4 * GIB)
     said = look_further(compiler, batch=128)
     assert said[0].startswith("does not fit: 40.00 GiB are needed of each device, which has 4.00 GiB")
-    assert re.search(r"--config.training.fsdp=8 --config.network.remat=full: 9.00 GiB$", said[1])
+    assert said[1] == "tried --config.training.fsdp=8: 33.00 GiB"
+    assert said[2] == "tried --config.training.fsdp=8 --config.network.remat=full: 9.00 GiB"
     assert said[-1].endswith("which fits")
     assert compiler.compiled[-1][0] < 128 and compiler.compiled[-1][1:] == (8, "full")
+
+
+def test_one_change_that_is_enough_is_the_only_one(pretended):
+    said = look_further(pretended(6 * GIB), batch=8)
+    assert said[1:] == ["tried --config.training.fsdp=8: 3.00 GiB, which fits"]
+
+
+@pytest.mark.parametrize("memory", [4, 32])
+def test_every_batch_that_is_tried_divides_into_the_parts_that_are_accumulated(memory, pretended):
+    compiler = pretended(memory * GIB)
+    look_further(compiler, batch=144, accumulate=3)
+    assert len(compiler.compiled) > 2 and all(batch % (3 * fsdp) == 0 for batch, fsdp, _ in compiler.compiled)
+    assert all(batch % 24 == 0 for batch, *_ in compiler.compiled)
 
 
 def test_what_nothing_helps_is_said(pretended):

@@ -1,5 +1,6 @@
 """Short trainings that compare settings: the same data for all, nothing trained twice, the best one named."""
 
+import dataclasses
 import json
 import logging
 
@@ -80,6 +81,17 @@ def test_what_cannot_be_varied_is_refused(vary, sentence, micro, run):
 def test_trainings_that_would_be_the_same_are_refused(role, vary, micro):
     with pytest.raises(Refused, match=r"1 of the 2 trainings of (router|expert 0) would be the same"):
         variants(micro, role, [vary], steps=8)
+
+
+def test_a_sweep_starts_from_the_weights_that_training_would_start_from(micro, run, trained):
+    def loss(start):
+        experiment = dataclasses.replace(micro, training=dataclasses.replace(micro.training, start=str(start)))
+        return sweep(experiment, run, EXPERT, ["training.learning_rate=1e-9"], steps=8)["variants"][0]["loss"]
+
+    losses = [loss(start) for start in ("", trained.export(EXPERT), trained.export(Role("expert", 1)))]
+    assert len(set(losses)) == 3  # none is taken for another one's
+    with pytest.raises(Refused, match=r"holds another network: .*; choose network.preset to fit, or other weights"):
+        loss(trained.export(Role("router")))
 
 
 def test_too_few_steps_are_refused(micro, run):

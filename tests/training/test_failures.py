@@ -1,12 +1,13 @@
 """What ends a job before its time, in one sentence that says what is kept and what to do."""
 
 import dataclasses
+import re
 import types
 
 import jax
 import pytest
 
-from paris_jax.errors import Lost, Refused
+from paris_jax.errors import Lost, LostAgain, Refused
 from paris_jax.experiment import Network
 from paris_jax.run_folder import Role
 from paris_jax.stages import train as stage
@@ -58,6 +59,37 @@ def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
     assert exports[0] == exports[1]
 
 
+def test_a_device_lost_again_and_again_at_one_place_is_no_accident(micro, run, monkeypatch):
+    def fails(batch, mesh):
+        raise GONE
+
+    monkeypatch.setattr(loop.sharding, "place_batch", fails)
+    kinds = []
+    for _ in range(3):
+        with pytest.raises(Lost) as lost:
+            stage.train(micro, run, EXPERT)
+        kinds.append(lost.type)
+    assert kinds == [Lost, Lost, LostAgain]
+    assert "lost its device 3 times without a new checkpoint in between (INTERNAL: CUDA_ERROR" in str(lost.value)
+    assert "run the same command again" in str(lost.value)
+
+
+def test_an_unexpected_error_says_at_which_step_and_with_which_clips_it_came(micro, run, monkeypatch):
+    real, seen = loop.sharding.place_batch, []
+
+    def fails_at_the_third_step(batch, mesh):
+        seen.append(batch)
+        if len(seen) == 3:
+            raise RuntimeError("no one knows why")
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "place_batch", fails_at_the_third_step)
+    with pytest.raises(RuntimeError, match="no one knows why") as error:
+        stage.train(micro, run, EXPERT)
+    (note,) = error.value.__notes__
+    assert re.fullmatch(r"expert 0 ended in, or next to, step 2, whose clips are \S+, \S+, \S+, \S+", note)
+
+
 GLOO = "UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"
 
 
@@ -65,6 +97,7 @@ GLOO = "UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"
     "error, alone, together",
     [
         (GONE, True, True),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), False, False),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: the TPU worker is gone"), True, True),
         (jax.errors.JaxRuntimeError(GLOO), False, True),
         (ValueError(GLOO), False, True),

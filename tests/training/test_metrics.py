@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def write(folder: Path) -> None:
-    writer = metrics.tensorboard(folder)
+    writer = metrics.tensorboard(folder, 0)
     writer.write_scalars(4, {"loss": 0.5, "loss_t/0.125": 0.25})
     writer.write_scalars(8, {"loss": 0.375})
     writer.close()
@@ -53,7 +54,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 def test_with_tensorflow_it_is_clu_that_writes(tmp_path):
     from clu import metric_writers
 
-    assert isinstance(metrics.tensorboard(tmp_path), metric_writers.SummaryWriter)
+    assert isinstance(metrics.tensorboard(tmp_path, 0), metric_writers.SummaryWriter)
 
 
 @pytest.mark.skipif(HERE, reason="TensorFlow is installed, and the test above runs")
@@ -66,7 +67,7 @@ def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "clu.metric_writers", writers)
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("tensorflow", "tensorboard"))
-    metrics.tensorboard(tmp_path)
+    metrics.tensorboard(tmp_path, 0)
     assert opened == [([], "GPU"), str(tmp_path)]  # the accelerator stays JAX's
 
 
@@ -149,6 +150,30 @@ def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):
         job.close()
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in lines] == [(4, 1 / 4), (8, 1 / 8), (12, 1 / 20), (16, 1 / 24)]
+
+
+@pytest.mark.skipif(HERE, reason="clu's writer, used where TensorFlow is installed, has no such event")
+def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
+    """The session that starts at step 9 makes TensorBoard forget what it has of that step and later ones."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    for start in (0, 8):
+        writer = metrics.tensorboard(tmp_path / str(start), start)
+        writer.write_scalars(start + 4, {"loss": 0.5})
+        until = time.monotonic() + 10
+        while not scalars(tmp_path / str(start)) and time.monotonic() < until:  # a thread takes it up
+            writer.flush()
+        assert scalars(tmp_path / str(start)) == {"loss": [(start + 4, 0.5)]}  # before it is closed
+        writer.close()
+        (path,) = (tmp_path / str(start)).glob("events*")
+        data, begin, sessions = path.read_bytes(), 0, []
+        while begin < len(data):
+            length = int.from_bytes(data[begin : begin + 8], "little")
+            event = Event.FromString(data[begin + 12 : begin + 12 + length])
+            begin += 16 + length
+            if event.session_log.status == SessionLog.START:
+                sessions.append(event.step)
+        assert sessions == [start + 1]
 
 
 def test_a_disk_that_is_full_at_a_new_start_keeps_the_lines(tmp_path, monkeypatch):

@@ -120,6 +120,34 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
     assert 0 < step < 5000
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_job_asked_to_stop_while_its_step_is_compiled_leaves_at_once(number, code, micro, run):
+    """The compiler is made to take minutes, in which Python hears of nothing that the main thread is told."""
+    # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
+    slow = """
+import hashlib, signal, sys, jax
+from paris_jax.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+real = jax.stages.Lowered.compile
+jax.stages.Lowered.compile = lambda self: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) and real(self)
+main()
+"""
+    python, _, _, *arguments = command(run, micro, "--role=expert", "--cluster=0")
+    process = subprocess.Popen([python, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    said = ""
+    while "compiling its step" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == code, said + rest
+    assert "run the same command again" in rest and "Traceback" not in rest
+    assert not metrics.read(run.role(EXPERT) / "metrics.jsonl")
+    stage.train(micro, run, EXPERT)
+
+
 def test_a_role_is_trained_by_one_process_at_a_time(micro, run):
     """A second one, as after the loss of a launcher that left its roles running, would write over the first."""
     experiment = with_training(micro, steps=5000, checkpoint_every=5000)
@@ -349,6 +377,7 @@ def test_metrics_tell_loss_by_time_norms_and_speed(trained):
     wanted = {"loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "seconds_per_step", "data_wait"}
     assert wanted <= lines[0].keys() and any(name.startswith("loss_t/") for name in lines[0])
     assert list(Path(trained.role(EXPERT) / "tensorboard").glob("events*"))
+    assert max(line["seconds_per_step"] for line in lines) < 1.0  # the compiler's time is not in it
     assert json.dumps(lines)
 
 

@@ -22,6 +22,10 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "top_k": (int, "experts a step"),
     "threshold": (float, "smallest set of experts with this weight"),
     "temperature": (float, "of the router: above 1 more even, towards 0 one expert"),
+    "rows_at_once": (
+        int,
+        "samples, or branches of guidance, in one pass of an expert; 0 chooses, 1 takes least memory",
+    ),
     "routed_by": (str, "what the router reads: prompt, branch or nothing"),
 }
 

@@ -280,11 +280,18 @@ class Ensemble:
 
         `kept` (N, T, H, W, 1 + C) tells of frames that are given (`diffusion.masks.kept`). The rest is as in `sample`,
         without guidance unless it is given.
+
+        Raises:
+          Refused: an expert answers a finite x with values that are not, naming it.
         """
         request.check_names(how)
         how, dropped = {"guidance": 1.0, "guidance_image": 1.0} | how, request.clusters_of(drop)
         plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1, kept)
-        return self._run(sampler.velocity, plan, x, t, told, forced[0])[0]
+        v, trace = self._run(sampler.velocity, plan, x, t, told, forced[0])
+        if failed := request.first_broken(np.asarray(trace.broken)[None], self.clusters):
+            advice = f"leave out with drop={failed[1]}" if experts is None else "ask others"
+            raise Refused(f"{request.who_broke(None, failed[1])}; {advice}")
+        return v
 
     def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, kept: jax.Array | None = None) -> jax.Array:
         """p(cluster | x_t, t, text, kept frames) over the experts that are present, (N, experts)."""
@@ -352,9 +359,9 @@ class Ensemble:
         chosen = request.routing(settings, how, experts is not None, int(present.sum()))
         by_image = kept is not None and settings.guidance_image != 1.0
         method = settings.guidance_method if settings.guidance != 1.0 else "classifier_free" if by_image else ""
-        plan = sampler.Plan(
-            self._networks, self._places, self._router, chosen, settings.solver, method, by_image, settings.routed_by
-        )
+        kinds = self._networks, self._places, self._router
+        rules = chosen, settings.solver, method, by_image, settings.routed_by, settings.rows_at_once
+        plan = sampler.Plan(*kinds, *rules)
         if kept is not None:
             self._check_keeps_frames(present)
         forced = request.schedule(experts, steps, self.clusters, present)

@@ -83,18 +83,19 @@ class Keeping:
         groups = self.mesh.shape["expert"] if self.mesh else 1
         experts = [*experts, *[jax.tree.map(np.zeros_like, experts[0])] * (-len(experts) % groups)]
 
-        def stacked(path: Any, *leaves: np.ndarray) -> np.ndarray:
+        def laid(path: Any, *leaves: np.ndarray) -> Any:
+            keys = [key.key for key in path]
             # What only enters products is rounded to their type there anyway.
-            return np.stack([leaf.astype(dtype) if path[-1].key == "kernel" else leaf for leaf in leaves])
+            stack = np.stack([leaf.astype(dtype) if keys[-1] == "kernel" else leaf for leaf in leaves])
+            if self.weights != "int8" or keys[-1] != "kernel" or keys[0] not in functional.BLOCKS:
+                return self._put(keys, stack)
+            found = stacks.Int8.of(stack)
+            return stacks.Int8(self._put([*keys, "values"], found.values), self._put([*keys, "scale"], found.scale))
 
-        whole: Any = jax.tree_util.tree_map_with_path(stacked, *experts)
-        if self.weights == "int8":
-            whole |= {name: stacks.quantised(whole[name]) for name in functional.BLOCKS if name in whole}
-        return jax.tree_util.tree_map_with_path(self._put, whole)
+        return jax.tree_util.tree_map_with_path(laid, *experts)
 
-    def _put(self, path: Any, leaf: np.ndarray) -> Any:
+    def _put(self, keys: list[str], leaf: np.ndarray) -> Any:
         """One stacked array in its place."""
-        keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
         sizes = self.mesh.shape if self.mesh else {}
         named = ".".join(key for key in keys if key != "values")
         away = self.offload and keys[0] in functional.BLOCKS and keys[-1] in ("kernel", "values")

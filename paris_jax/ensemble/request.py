@@ -1,6 +1,7 @@
 """What a caller asks of an ensemble, checked before anything is computed: rules, times, seeds and sizes."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def check_kept(kept: jax.Array, start: tuple[int, ...]) -> None:
 
 def clusters_of(drop: int | Sequence[int]) -> list[int]:
     """The clusters named, one or several."""
-    return [int(k) for k in np.atleast_1d(np.asarray(drop, int))]
+    return [whole("drop", k) for k in np.atleast_1d(np.asarray(drop, object))]
 
 
 def present(clusters: list[int], dropped: list[int]) -> np.ndarray:
@@ -130,16 +131,16 @@ def first_broken(broken_SE: np.ndarray, clusters: list[int]) -> tuple[int, list[
     return (int(steps[0]), [clusters[e] for e in np.flatnonzero(broken_SE[steps[0]])]) if len(steps) else None
 
 
-def who_broke(step: int, clusters: list[int]) -> str:
-    who = f"expert{'s' * (len(clusters) > 1)} {', '.join(map(str, clusters))}"
-    return f"At step {step}, {who} answered with values that are not finite"
+def who_broke(step: int | None, clusters: list[int]) -> str:
+    who = f"xpert{'s' * (len(clusters) > 1)} {', '.join(map(str, clusters))} answered with values that are not finite"
+    return f"E{who}" if step is None else f"At step {step}, e{who}"
 
 
 def schedule(experts: int | Sequence[int] | None, steps: int, clusters: list[int], present: np.ndarray) -> jax.Array:
     """Positions of the forced experts, (S,) int32; zeros where none is forced."""
     if experts is None:
         return jnp.zeros(steps, jnp.int32)
-    named = [int(k) for k in np.atleast_1d(experts)]
+    named = [whole("experts", k) for k in np.atleast_1d(np.asarray(experts, object))]
     named = named * steps if np.ndim(experts) == 0 else named
     if len(named) != steps:
         raise Refused(f"experts names {len(named)} steps where num_steps={steps}; give one expert for each step")
@@ -165,9 +166,17 @@ def grid(given: Sequence[float] | None, num_steps: int | None, default: int, shi
     return jnp.asarray(points)
 
 
+def whole(name: str, value: Any) -> int:
+    """The whole number that a value is; refuses one that it is not."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise Refused(f"{name}={value}: must be a whole number") from None
+
+
 def keys(seed: int | Sequence[int], count: int) -> jax.Array:
     """A key for each of `count` samples, from one seed and the sample's index or from a seed of its own."""
-    seeds = [int(s) for s in np.atleast_1d(np.asarray(seed, object))]
+    seeds = [whole("seed", s) for s in np.atleast_1d(np.asarray(seed, object))]
     for problem in (p for s in seeds for p in checks.seed(seed=s)):
         raise Refused(problem)
     if np.ndim(seed) == 0:

@@ -30,6 +30,7 @@ class Sampling:
     top_k: int = 1
     threshold: float = 0.9
     temperature: float = 1.0  # of the router's softmax: above 1 more even, towards 0 the heaviest alone
+    rows_at_once: int = 0  # of one expert (1: guidance in passes of its own); more or fewer change the speed; 0: chosen
     routed_by: str = "prompt"  # what the router reads; "branch": for guidance's other branch its own text; "nothing"
 
     def problems(self) -> Problems:
@@ -40,6 +41,7 @@ class Sampling:
         yield from checks.choice("routed_by", self.routed_by, ROUTED_BY)
         yield from checks.choice("guidance_oscillation", self.guidance_oscillation, OSCILLATIONS)
         yield from checks.at_least(0, guidance=self.guidance, guidance_image=self.guidance_image)
+        yield from checks.at_least(0, rows_at_once=self.rows_at_once)
         yield from checks.above(0, guidance_radius=self.guidance_radius)
         yield from checks.at_least(1e-4, temperature=self.temperature)
         yield from checks.between(0.0, 1.0, threshold=self.threshold, guidance_rescale=self.guidance_rescale)

@@ -26,11 +26,16 @@ class Int8:
     scale: Any
 
     @classmethod
-    def of(cls, matrix: np.ndarray) -> "Int8":
+    def of(cls, matrices: np.ndarray) -> "Int8":
         """Rounds to the nearest of 255 steps, the largest of each output's weights being the last one."""
-        scale = np.abs(matrix.astype(np.float32)).max(-2, keepdims=True) / 127
-        scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        return cls(np.round(matrix / scale).astype(np.int8), scale)
+        values = np.empty(matrices.shape, np.int8)
+        scale = np.empty((*matrices.shape[:-2], 1, matrices.shape[-1]), np.float32)
+        for each in np.ndindex(matrices.shape[:-2]):  # one at a time: in float32 all would take twice their memory
+            matrix = matrices[each].astype(np.float32)
+            largest = np.abs(matrix).max(-2, keepdims=True) / 127
+            scale[each] = np.where(largest > 0, largest, 1)
+            values[each] = np.round(matrix / scale[each])
+        return cls(values, scale)
 
     def matrix(self) -> Any:
         values = self.values if self.values.dtype == jnp.int8 else _bytes(self.values)
@@ -76,15 +81,6 @@ class OnHost:
 
 def _is_int8(leaf: Any) -> bool:
     return isinstance(leaf, Int8)
-
-
-def quantised(blocks: Any) -> Any:
-    """A stack of blocks of numpy with its matrices as `Int8`; biases and norms stay."""
-
-    def of(path: Any, leaf: np.ndarray) -> Any:
-        return Int8.of(leaf) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(of, blocks)
 
 
 def _away(leaf: Any) -> bool:

@@ -40,6 +40,8 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     if folder.exists() and not folder.is_dir():
         raise Refused(f"{folder} is a file; choose another --out")
     others = sorted(p.name for p in folder.iterdir() if p.name not in NAMES) if folder.exists() else []
+    if not others and (folder / CARD).exists() and not (folder / "experts").exists():
+        others = [CARD]  # of somebody else: a copy that was cut short has experts first
     if others:
         raise Refused(f"{folder} holds {', '.join(others[:3])}, which is no part of this; choose another --out")
     pieces = {f"experts/{k}": part for k, part in found.experts.items()} | {"router": found.router}

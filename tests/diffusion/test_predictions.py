@@ -48,6 +48,14 @@ def test_points_of_both_paths_with_the_same_ratio_are_the_same_point():
     assert bool((jnp.diff(asked["s"]) > 0).all())
 
 
+@pytest.mark.parametrize("t, data", [(0.9, 0.2), (0.98, 1.0), (0.99, 2.0), (0.995, 2.0), (1.0, 2.0)])
+def test_in_the_heaviest_noise_data_are_divided_by_a_hundredth(t, data):
+    """A network that finds no noise in 0.02: the data are what is left over their share, or over 0.01."""
+    x_t = jnp.full((1, 4), 0.02)
+    v = predictions.velocity("noise", lambda x, s: jnp.zeros_like(x), x_t, jnp.array([t]))
+    np.testing.assert_allclose(-v, jnp.full((1, 4), data), rtol=0.02)  # but for the norm of the point
+
+
 @pytest.mark.parametrize("t", [0.0, 0.5, 0.99, 0.9999, 1.0])
 def test_a_wrong_prediction_stays_bounded(t):
     x = jax.random.normal(jax.random.key(2), (3, 4))

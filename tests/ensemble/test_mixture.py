@@ -202,6 +202,17 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
     branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, no_text(text))]
     np.testing.assert_allclose(guided, branches[1] + scale * (branches[0] - branches[1]), rtol=1e-3, atol=1e-3)
 
+    def difference(method):
+        """Between guiding the merged velocity and merging what each expert, guided on its own, says."""
+        outside, *each = (
+            sampler.velocity(plan_of(rule, guidance=method), arrays, x, t, told(text, scale), jnp.int32(expert))[0]
+            for rule, expert in ((FULL, 0), *((Routing("forced"), k) for k in range(3)))
+        )
+        inside = jnp.einsum("be,ebthwc->bthwc", w, jnp.stack(each))
+        return jnp.linalg.norm(outside - inside) / jnp.linalg.norm(outside)
+
+    assert difference("classifier_free") < 1e-3 < difference("projected")  # what is linear may change places
+
 
 def test_a_sample_does_not_depend_on_its_batch_mates():
     x, t, text = inputs()

@@ -149,6 +149,10 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
         ({"noise": np.zeros((1, 2, 2, 2, 2))}, "noise has shape"),
         ({"seed": [1, 2, 3]}, "seed names 3 for 2 prompts; give one seed for all, or one for each"),
         ({"seed": [1, -2]}, "seed=-2: must be from 0"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"experts": 0.5}, "experts=0.5: must be a whole number"),
+        ({"drop": [1.5]}, "drop=1.5: must be a whole number"),
+        ({"rows_at_once": -1}, "rows_at_once=-1: must be at least 0"),
         ({"num_steps": None, "times": [1, 0.5]}, "times=1, 0.5: must fall from 1"),
         ({"num_steps": None, "times": [1, 0.5, 0.5, 0]}, "times=1, 0.5, 0.5, 0: must fall"),
         ({"times": [1, 0]}, "times has 1 steps where num_steps=3; leave num_steps out"),
@@ -168,6 +172,15 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
 def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
     with pytest.raises(Refused, match=named):
         ensemble.sample(PROMPTS, **({"num_steps": 3} | how))
+
+
+def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):
+    how = {"num_steps": 2, "seed": 5, "guidance": 3.0, "top_k": 2}
+    one, *others = (ensemble.sample(PROMPTS, rows_at_once=rows, **how).videos for rows in (0, 1, 2, 99))
+    for other in others:
+        np.testing.assert_allclose(other, one, atol=1e-4)
+    passes = [ensemble._planned({"rows_at_once": n}, ensemble.encode(PROMPTS), None, None, [], 1, None) for n in (0, 1)]
+    assert [plan.rows_at_once((4, 4, 10, 10, 24)) for plan, *_ in passes] == [2, 1]  # both branches, or one
 
 
 @pytest.mark.parametrize("prompt, named", [("", "empty"), ("  ", "empty"), ("word " * 100, "100 words; at most 24")])

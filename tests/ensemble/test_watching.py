@@ -125,6 +125,12 @@ def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, cap
     assert (both.routing[..., [0, 2]] > 0).all()
     with pytest.raises(Refused, match=r"expert 1 answered with values that are not finite; lower guidance"):
         broken.sample(PROMPTS, num_steps=3, experts=1, broken="drop")
+    x, t, text = broken.noise(2), jnp.array([0.3, 0.8]), broken.encode(PROMPTS)
+    with pytest.raises(Refused, match=r"^Expert 1 answered .* not finite; leave out with drop=\[1\]$"):
+        broken.velocity(x, t, text, routing="full")
+    with pytest.raises(Refused, match=r"^Expert 1 answered .* not finite; ask others$"):
+        broken.disagreement(x, t, text)
+    assert np.isfinite(broken.disagreement(x, t, text, drop=1)).all()
     fine = broken.sample(PROMPTS, experts=0, **(how | {"routing": None}))  # whoever is not asked does no harm
     assert np.isfinite(fine.videos).all()
 

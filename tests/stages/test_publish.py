@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from paris_jax import Ensemble, cli, manifest
 from paris_jax.ensemble import parts
@@ -13,6 +14,7 @@ from paris_jax.errors import Refused
 from paris_jax.run_folder import Role
 from paris_jax.stages import publish as stage
 from paris_jax.stages.publish import publish
+from paris_jax.stages.sample import _default_paths
 
 PROMPT = "a small red circle moving left slowly on a white ground"
 
@@ -41,6 +43,7 @@ def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
     snapshot = as_a_hub_keeps_it(tmp_path / "published", tmp_path / "cache")
     shutil.rmtree(tmp_path / "published")
     np.testing.assert_array_equal(drawn(snapshot), expected)
+    assert _default_paths(str(snapshot), "a ball", 0)[0] == epath.Path("samples/a-ball-seed0.mp4")  # not in the cache
     assert (snapshot / "experts" / "1" / parts.WEIGHTS).read_bytes() == weights
     card = (snapshot / stage.CARD).read_text()
     for k in range(3):
@@ -75,6 +78,10 @@ def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_p
     (tmp_path / "mine" / "diary.txt").write_text("dear")
     with pytest.raises(Refused, match=r"mine holds diary.txt, which is no part of this; choose another --out"):
         publish(finished.ensemble, tmp_path / "mine")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "README.md").write_text("mine")
+    with pytest.raises(Refused, match=r"page holds README.md, which is no part of this; choose another --out"):
+        publish(finished.ensemble, tmp_path / "page")
     with pytest.raises(Refused, match=r"diary.txt is a file; choose another --out"):
         publish(finished.ensemble, tmp_path / "mine" / "diary.txt")
     with pytest.raises(Refused, match="is a single network, whose folder holds all of it"):

@@ -51,6 +51,7 @@ def test_every_flag_reaches_the_sampler(asked):
         *("--frames=6", "--height=12", "--width=16", "--solver=ab2", "--guidance=2.5", "--guidance_method=projected"),
         *("--guidance_low=0.1", "--guidance_high=0.8", "--guidance_rescale=0.5", "--guidance_momentum=-0.2"),
         *("--guidance_radius=3", "--guidance_parallel=0.5", "--temperature=2", "--routed_by=branch", "--top_k=2"),
+        "--rows_at_once=1",
     )
     assert found["keeping"] == {
         **{"mesh": {"expert": 3, "fsdp": 2}, "weights": "int8", "offload": True},
@@ -63,7 +64,7 @@ def test_every_flag_reaches_the_sampler(asked):
     how |= {"guidance_rescale": 0.5, "guidance_momentum": -0.2, "guidance_radius": 3.0, "guidance_parallel": 0.5}
     how |= {"image": "a.png", "last_image": "b.png", "fit": "crop", "guidance_image": 2.0}
     how |= {"guidance_oscillation": "both", "guidance_ramp": True}
-    how |= {"temperature": 2.0, "routed_by": "branch", "top_k": 2, "progress": True}
+    how |= {"temperature": 2.0, "routed_by": "branch", "top_k": 2, "progress": True, "rows_at_once": 1}
     assert {k: v for k, v in found["how"].items() if k != "on_preview"} == how
 
 

@@ -144,6 +144,18 @@ class RunFolder:
         return stored
 
 
+def around(path: epath.PathLike) -> RunFolder | None:
+    """The run folder that an ensemble or the export of a role lies in."""
+    for folder in list(epath.Path(path).parents)[:3]:
+        if str(folder) in ("/", "gs://"):
+            break
+        with contextlib.suppress(Refused):  # other people's config.json
+            run = RunFolder(folder)
+            run.stored_config()
+            return run
+    return None
+
+
 def _holds_files(path: epath.Path) -> bool:
     return any(map(_holds_files, path.iterdir())) if path.is_dir() else True
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -288,7 +289,8 @@ class Ensemble:
         how, dropped = {"guidance": 1.0, "guidance_image": 1.0} | how, request.clusters_of(drop)
         plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1, kept)
         v, trace = self._run(sampler.velocity, plan, x, t, told, forced[0])
-        if failed := request.first_broken(np.asarray(trace.broken)[None], self.clusters):
+        traced = isinstance(v, jax.core.Tracer)  # inside a caller's jit, nobody can be told
+        if not traced and (failed := request.first_broken(np.asarray(trace.broken)[None], self.clusters)):
             advice = f"leave out with drop={failed[1]}" if experts is None else "ask others"
             raise Refused(f"{request.who_broke(None, failed[1])}; {advice}")
         return v

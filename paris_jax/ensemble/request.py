@@ -21,6 +21,7 @@ from paris_jax.models.dit import PATCH
 
 ENCODERS = ("vae", "t5", "clip")  # published ones, whose folders a caller names
 NAMES = sorted({field.name for field in dataclasses.fields(Sampling)} - {"steps"})  # of settings, as keywords
+WHOLE = {field.name for field in dataclasses.fields(Sampling) if field.type is int}
 
 
 def check_names(given: dict[str, Any]) -> None:
@@ -32,6 +33,7 @@ def check_names(given: dict[str, Any]) -> None:
 def settings(defaults: Sampling, given: dict[str, Any]) -> Sampling:
     """The defaults with what a caller gives (None: nothing); a routing rule is implied by its own number."""
     given = {name: value for name, value in given.items() if value is not None}
+    given |= {name: whole(name, given[name]) for name in WHOLE & given.keys()}
     implied = next((rule for rule in ("top_k", "threshold") if rule in given), None)
     if implied and "routing" not in given:
         given["routing"] = implied

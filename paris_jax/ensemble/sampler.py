@@ -274,7 +274,7 @@ def _memory(plan: Plan, x: jax.Array) -> Any:
 def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.Array) -> tuple[jax.Array, Trace]:
     """The ensemble's velocity (B, T, H, W, C), each sample at its own time, and what there is to tell."""
     v, _, trace = _field(plan, arrays, x, t_B, told, forced, _memory(plan, x))
-    return v, trace
+    return v, _whole(trace)
 
 
 @dataclasses.dataclass(frozen=True)

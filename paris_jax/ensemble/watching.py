@@ -82,8 +82,9 @@ class Watch:
                 _current = None
             if self.failure is not None:
                 raise self.failure
+            found = result.result()
             self._bar.update(self._task, completed=self._steps, description="sampling")
-            return result.result()
+            return found
 
 
 # The compiled loop knows one function for all calls, so that none compiles again.

@@ -16,7 +16,7 @@ from paris_jax.ensemble.api import Ensemble
 from paris_jax.ensemble.samples import FORMATS, Samples
 from paris_jax.ensemble.watching import Interrupted
 from paris_jax.errors import Refused
-from paris_jax.run_folder import RunFolder
+from paris_jax.run_folder import around
 from paris_jax.training.hosts import SWITCH
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ def _write(samples: Samples, paths: list[epath.Path], console: Console) -> list[
 
 def _default_paths(ensemble: str, prompt: str, seed: int | list[int]) -> list[epath.Path]:
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    around = [] if ensemble.startswith("bundled:") else list(epath.Path(ensemble).parents)[:3]
-    runs = [folder for folder in around if RunFolder(folder).config.exists()]
-    folder = runs[0] / "samples" if runs else epath.Path("samples")
+    run = None if ensemble.startswith("bundled:") else around(ensemble)
+    folder = run.samples if run else epath.Path("samples")
     seeds = "-".join(map(str, np.atleast_1d(seed)[:3]))
     return [folder / f"{name}-seed{seeds}{ending}" for ending in (".mp4", ".gif", ".png")]

@@ -58,7 +58,7 @@ def told(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | No
         ) from None
     except jax.errors.JaxRuntimeError as error:
         said = first_line(error)[:300]
-        if "RESOURCE_EXHAUSTED" not in said:
+        if "RESOURCE_EXHAUSTED" not in said and "OUT_OF_MEMORY" not in said:
             raise
         raise Refused(
             f"{job.name} does not fit ({said}); {_kept(saved)}: lower training.batch={job.settings.batch}, raise "
@@ -92,11 +92,15 @@ def _times_lost(job: Job) -> int:
     """
     if jax.process_count() > 1:
         return 0
-    path, checkpoints = job.folder / "lost.json", job.folder / "checkpoints"
-    newest = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=-1)
-    before = manifest.read_json(path) if path.exists() else {}
-    times = before["times"] + 1 if before.get("step") == newest else 1
-    manifest.write_json(path, {"step": newest, "times": times})
+    path, checkpoints, times = job.folder / "lost.json", job.folder / "checkpoints", 1
+    with contextlib.suppress(OSError, Refused, KeyError):  # the loss is what there is to tell
+        newest = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=-1)
+        before = manifest.read_json(path) if path.exists() else {"step": newest, "times": 0}
+        times = before["times"] + 1 if before["step"] == newest else 1
+        if times >= LOSSES:
+            path.unlink()  # who has seen to it begins anew
+        else:
+            manifest.write_json(path, {"step": newest, "times": times})
     return times
 
 
@@ -105,11 +109,12 @@ def placed(job: Job, watch: Watch, start: int, clip_ids: Callable[[int], list[st
     """Notes on an error, for its traceback, at which step it came and with which clips."""
     try:
         yield
-    except (Refused, Preempted, metrics.FoundNotFinite):
+    except (Refused, Preempted):
         raise
     except Exception as error:
-        step = start if watch.handed is None else watch.handed
-        clips = f", whose clips are {', '.join(clip_ids(step))}" if clip_ids else ""
+        step, clips = start if watch.handed is None else watch.handed, ""
+        with contextlib.suppress(Exception):  # the data may be what fails
+            clips = f", whose clips are {', '.join(clip_ids(step))}" if clip_ids else ""
         error.add_note(f"{job.name} ended in, or next to, step {step + 1}{clips}")
         raise
 

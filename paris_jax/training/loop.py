@@ -137,7 +137,7 @@ def _run(program, state, start, iterator, saved, watch, clocks, stop, profile) -
             batch = sharding.place_batch(next(iterator), program.mesh)
         if make_step is None:
             make_step = stop.compiled(job.name, program.step.lower(state, batch))
-            clocks.lined = time.perf_counter()
+            clocks.lined, clocks.waited = time.perf_counter(), 0.0
         profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, values = make_step(state, batch)

@@ -149,7 +149,7 @@ class Metrics:
             writer.write_scalars(step, scalars)
 
     def flush(self) -> None:
-        """Puts every line where it outlives this process: a checkpoint must not be newer than what led to it."""
+        """Puts every line of `metrics.jsonl` where it outlives this process: what led to a checkpoint is not lost."""
         for each in (*self._writers, self._lines):
             each.flush()
 

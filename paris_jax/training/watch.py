@@ -82,7 +82,7 @@ class Watch:
         self._console.show(step, scalars)
 
     def flush(self) -> None:
-        """Puts all lines where they outlive this process."""
+        """Puts the lines where they outlive this process."""
         self._writer.flush()
 
 

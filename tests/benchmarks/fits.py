@@ -17,10 +17,11 @@ from jax.sharding import SingleDeviceSharding
 
 from paris_jax import config_file
 from paris_jax.diffusion.guidance import Strength
-from paris_jax.ensemble import sampler
+from paris_jax.ensemble import dispatch, sampler
 from paris_jax.ensemble.routing import Routing
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets, stacks
+from paris_jax.models.dit import video_tokens
 from paris_jax.training.slices import Slice
 
 GIB = 2**30
@@ -71,8 +72,11 @@ def main() -> None:
     told = sampler.Condition(text, text, Strength(of()), temperature=of(), present=of(given.experts, dtype=jnp.bool_))
     routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
     places = tuple((0, k) for k in range(given.experts))
-    plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=1)
-    print(f"{given.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}, batch {B}, {given.chip}")
+    rows = 2 * B  # with text and without; as many at once as on the chip itself
+    block = dispatch.block_size(video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu")
+    plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block)
+    size = f"{given.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}"
+    print(f"{size}, batch {B} ({block} rows at once), {given.chip}")
     for way in given.ways.split(","):
         weights, _, offload = way.partition("+")
         experts = abstract(network, given.experts, weights, bool(offload), device)

@@ -152,6 +152,8 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
         ({"seed": 1.5}, "seed=1.5: must be a whole number"),
         ({"experts": 0.5}, "experts=0.5: must be a whole number"),
         ({"drop": [1.5]}, "drop=1.5: must be a whole number"),
+        ({"rows_at_once": 1.5}, "rows_at_once=1.5: must be a whole number"),
+        ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
         ({"rows_at_once": -1}, "rows_at_once=-1: must be at least 0"),
         ({"num_steps": None, "times": [1, 0.5]}, "times=1, 0.5: must fall from 1"),
         ({"num_steps": None, "times": [1, 0.5, 0.5, 0]}, "times=1, 0.5, 0.5, 0: must fall"),
@@ -172,6 +174,12 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
 def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
     with pytest.raises(Refused, match=named):
         ensemble.sample(PROMPTS, **({"num_steps": 3} | how))
+
+
+def test_the_velocity_may_stand_in_a_callers_own_program(ensemble):
+    x, t, text = ensemble.noise(2), jnp.array([0.3, 0.8]), ensemble.encode(PROMPTS)
+    inside = jax.jit(lambda x: ensemble.velocity(x, t, text))(x)
+    np.testing.assert_allclose(inside, ensemble.velocity(x, t, text), atol=1e-5)
 
 
 def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):

@@ -43,6 +43,7 @@ def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
     snapshot = as_a_hub_keeps_it(tmp_path / "published", tmp_path / "cache")
     shutil.rmtree(tmp_path / "published")
     np.testing.assert_array_equal(drawn(snapshot), expected)
+    (snapshot.parent / "config.json").write_text('{"model_type": "of somebody else"}')
     assert _default_paths(str(snapshot), "a ball", 0)[0] == epath.Path("samples/a-ball-seed0.mp4")  # not in the cache
     assert (snapshot / "experts" / "1" / parts.WEIGHTS).read_bytes() == weights
     card = (snapshot / stage.CARD).read_text()

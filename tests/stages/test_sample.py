@@ -3,6 +3,7 @@
 import pytest
 
 from paris_jax import cli
+from paris_jax.run_folder import RunFolder
 from paris_jax.stages import sample as stage
 
 PROMPT = "--prompt=a large red circle moving right fast on a white ground"
@@ -99,3 +100,12 @@ def test_a_command_with_many_flags_writes_its_file_and_touches_no_other(tmp_path
     prompts = [PROMPT, "--prompt=a small blue ball"]
     assert cli.run(["sample", "--ensemble=bundled:shapes", *prompts, *flags, f"--out={out}", "--weights=int8"]) == 0
     assert out.stat().st_size > 1000 and own.read_text() == "of the user"
+
+
+def test_samples_of_a_run_lie_in_its_folder(tmp_path):
+    RunFolder(tmp_path).claim({}, "0")
+    for inside in ("ensemble", "monolith/export", "experts/0/export"):
+        assert (
+            stage._default_paths(str(tmp_path / inside), "a ball", [1, 2])[0] == tmp_path / "samples/a-ball-seed1-2.mp4"
+        )
+    assert str(stage._default_paths("bundled:shapes", "a ball", 0)[0]) == "samples/a-ball-seed0.mp4"

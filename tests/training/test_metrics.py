@@ -190,3 +190,17 @@ def test_a_disk_that_is_full_at_a_new_start_keeps_the_lines(tmp_path, monkeypatc
         metrics.Metrics(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert json.loads(before)["loss"] == 1.0
+
+
+def test_where_there_is_no_terminal_lines_tell_speed_and_the_time_that_is_left(caplog, monkeypatch):
+    now = iter([100.0, 105.0, 111.0, 112.0])
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(now))
+    console = watch.Console(types.SimpleNamespace(name="expert 0", steps=4000), 0)
+    said = {"loss": 1.25, "seconds_per_step": 0.5, "data_wait": 0.01}
+    with caplog.at_level("INFO"), console:
+        for step in (1000, 1010, 1022, 4000):
+            console.show(step, said | {"share_of_peak": 0.42})
+    assert caplog.messages == [
+        f"expert 0: step {step} of 4000, loss 1.2500, 500 ms a step, 42% of peak, 1.0% waiting for data, {left} left"
+        for step, left in ((1000, "0:25:00"), (1022, "0:24:49"), (4000, "0:00:00"))
+    ]

@@ -378,6 +378,7 @@ def test_metrics_tell_loss_by_time_norms_and_speed(trained):
     assert wanted <= lines[0].keys() and any(name.startswith("loss_t/") for name in lines[0])
     assert list(Path(trained.role(EXPERT) / "tensorboard").glob("events*"))
     assert max(line["seconds_per_step"] for line in lines) < 1.0  # the compiler's time is not in it
+    assert max(line["data_wait"] for line in lines) <= 1.0
     assert json.dumps(lines)
 
 

@@ -151,8 +151,15 @@ def _stop(*_: Any) -> None:
     raise Preempted("what was finished is kept")
 
 
+def _unraisable(error: Any) -> None:
+    """Of a checkpoint that could not be written, hundreds of parts report to nobody; it is told in a sentence."""
+    if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(error)
+
+
 def main() -> None:
     keep_freed_memory()
+    sys.unraisablehook = _unraisable
     signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
     # The sentence stands last: threads of a failed write must not add their tracebacks, nor a compiler be waited for.

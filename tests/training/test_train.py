@@ -417,6 +417,7 @@ def test_a_full_disk_is_refused_and_training_goes_on_once_there_is_room(micro, r
     done = subprocess.run(limited, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr[-3000:]
     assert done.stderr.strip().splitlines()[-1].startswith("refused: Cannot save"), done.stderr[-3000:]
+    assert "Event loop is closed" not in done.stderr
     assert not manifest.exists(run.export(EXPERT))
     subprocess.run(arguments, check=True, capture_output=True)
     assert export_bytes(run) == export_bytes(trained)

@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -105,12 +105,9 @@ def run(arguments: Sequence[str]) -> int:
         start(name, call)
         COMMANDS[name].run(call)
         return 0
-    except Refused as refusal:
+    except (Refused, LostAgain) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
-    except LostAgain as lost:
-        print(f"refused: {lost}", file=sys.stderr)
-        _leave(REFUSED)
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
         if isinstance(preempted, Lost):
@@ -140,7 +137,7 @@ def run(arguments: Sequence[str]) -> int:
         return REFUSED
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int) -> None:
     """Ends this process at once."""
     sys.stdout.flush()
     sys.stderr.flush()

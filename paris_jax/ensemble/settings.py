@@ -40,8 +40,8 @@ class Sampling:
         yield from checks.choice("guidance_method", self.guidance_method, METHODS)
         yield from checks.choice("routed_by", self.routed_by, ROUTED_BY)
         yield from checks.choice("guidance_oscillation", self.guidance_oscillation, OSCILLATIONS)
-        yield from checks.at_least(0, guidance=self.guidance, guidance_image=self.guidance_image)
-        yield from checks.at_least(0, rows_at_once=self.rows_at_once)
+        amounts = {"guidance": self.guidance, "guidance_image": self.guidance_image, "rows_at_once": self.rows_at_once}
+        yield from checks.at_least(0, **amounts)
         yield from checks.above(0, guidance_radius=self.guidance_radius)
         yield from checks.at_least(1e-4, temperature=self.temperature)
         yield from checks.between(0.0, 1.0, threshold=self.threshold, guidance_rescale=self.guidance_rescale)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ MESHES = [
     {"fsdp": 2},
     {"data": 3},  # four prompts over three
 ]
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 HOW = {"num_steps": 3, "seed": [3, 1, 4, 5], "guidance": 2.0}
 WAYS = [{"top_k": 1}, {"top_k": 2}, {"routing": "full"}, {"threshold": 0.9}, {"experts": [2, 0, 1]}]
 
@@ -62,13 +64,8 @@ def on_eight_devices() -> dict:
     for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
         found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
-    plan, told, _ = ensemble._planned({"guidance": 1.0, "top_k": 1}, ensemble.encode(PROMPTS), None, None, [], 1, None)
-    x = ensemble.noise(4)
-    with jax.set_mesh(ensemble._mesh):
-        given = placement.everywhere((x, jnp.full(4, 0.5), told, jnp.int32(0)), ensemble._mesh)
-        text = sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({kinds})\(", text)]
+    plan, told, x, text = compiled_velocity(ensemble, PROMPTS, 1.0)
+    found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({COLLECTIVES})\(", text)]
     found["latent"] = x.size
     found["crossing"] = crossing({"expert": 2, "fsdp": 2})
     found["videos"]["watched"] = [
@@ -96,19 +93,25 @@ def on_eight_devices() -> dict:
     return found
 
 
+def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -> tuple[Any, Any, Any, str]:
+    """An ensemble's velocity on its mesh: the plan, what it is told, the latents, and XLA's text."""
+    how = {"guidance": guidance, "top_k": 1}
+    plan, told, _ = ensemble._planned(how, ensemble.encode(prompts), None, None, [], 1, None)
+    x = ensemble.noise(len(prompts))
+    assert ensemble._mesh
+    with jax.set_mesh(ensemble._mesh):
+        given = placement.everywhere((x, jnp.full(len(prompts), 0.5), told, jnp.int32(0)), ensemble._mesh)
+        return plan, told, x, sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
+
+
 def crossing(mesh: dict[str, int]) -> dict:
     """The largest array that groups of devices exchange with each other, and within a group, for one prompt."""
     ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
-    plan, told, _ = ensemble._planned({"guidance": 2.0, "top_k": 1}, ensemble.encode("a"), None, None, [], 1, None)
-    x = ensemble.noise(1)
+    plan, _, x, text = compiled_velocity(ensemble, ["a"], 2.0)
     assert ensemble._mesh
-    with jax.set_mesh(ensemble._mesh):
-        given = placement.everywhere((x, jnp.full(1, 0.5), told, jnp.int32(0)), ensemble._mesh)
-        text = sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
     group_of = np.arange(ensemble._mesh.size) // (ensemble._mesh.size // mesh["expert"])
     most = {"between groups": 0, "within a group": 0}
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    for shapes, _, rest in re.findall(rf"= (\S+|\([^=]*\)) ({kinds})(?:-start)?\((.*)", text):
+    for shapes, _, rest in re.findall(rf"= (\S+|\([^=]*\)) ({COLLECTIVES})(?:-start)?\((.*)", text):
         sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
         which = "between groups" if any(len(set(group_of[d])) > 1 for d in talkers(rest)) else "within a group"
         most[which] = max(most[which], *sizes)

@@ -6,7 +6,9 @@ import json
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,21 +22,26 @@ from paris_jax.training.step import TIME_BINS
 HERE = importlib.util.find_spec("tensorflow") is not None and importlib.util.find_spec("tensorboard") is not None
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard would read: (step, value) by name, decoded from the event files' own records."""
+def events(folder: Path) -> Iterator[Any]:
+    """What TensorBoard would read, decoded from the event files' own records."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events*")):
         data, start = path.read_bytes(), 0
         while start < len(data):  # length (8 bytes), its checksum (4), an event, its checksum (4)
             length = int.from_bytes(data[start : start + 8], "little")
-            event = Event.FromString(data[start + 12 : start + 12 + length])
+            yield Event.FromString(data[start + 12 : start + 12 + length])
             start += 16 + length
-            for value in event.summary.value:
-                packed = np.frombuffer(value.tensor.tensor_content, np.float32)  # TensorFlow's way
-                number = float(packed[0]) if packed.size else value.simple_value
-                found.setdefault(value.tag, []).append((event.step, number))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            packed = np.frombuffer(value.tensor.tensor_content, np.float32)  # TensorFlow's way
+            number = float(packed[0]) if packed.size else value.simple_value
+            found.setdefault(value.tag, []).append((event.step, number))
     return found
 
 
@@ -155,7 +162,7 @@ def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):
 @pytest.mark.skipif(HERE, reason="clu's writer, used where TensorFlow is installed, has no such event")
 def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
     """The session that starts at step 9 makes TensorBoard forget what it has of that step and later ones."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import SessionLog
 
     for start in (0, 8):
         writer = metrics.tensorboard(tmp_path / str(start), start)
@@ -165,14 +172,8 @@ def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
             writer.flush()
         assert scalars(tmp_path / str(start)) == {"loss": [(start + 4, 0.5)]}  # before it is closed
         writer.close()
-        (path,) = (tmp_path / str(start)).glob("events*")
-        data, begin, sessions = path.read_bytes(), 0, []
-        while begin < len(data):
-            length = int.from_bytes(data[begin : begin + 8], "little")
-            event = Event.FromString(data[begin + 12 : begin + 12 + length])
-            begin += 16 + length
-            if event.session_log.status == SessionLog.START:
-                sessions.append(event.step)
+        read = events(tmp_path / str(start))
+        sessions = [event.step for event in read if event.session_log.status == SessionLog.START]
         assert sessions == [start + 1]
 
 

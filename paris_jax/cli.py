@@ -20,7 +20,7 @@ from paris_jax import __version__, command_flags
 from paris_jax.commands import COMMANDS, Call
 from paris_jax.errors import Lost, LostAgain, Preempted, Refused, nearest
 from paris_jax.stages.devices import keep_freed_memory
-from paris_jax.training.stopping import compiler_at_work
+from paris_jax.training.waiting import somebody_at_work
 
 REFUSED, PREEMPTED = 1, 75
 
@@ -159,8 +159,8 @@ def main() -> None:
     sys.unraisablehook = _unraisable
     signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
-    # The sentence stands last: threads of a failed write must not add their tracebacks, nor a compiler be waited for.
-    if code == REFUSED or compiler_at_work():
+    # The sentence stands last: threads of a failed write must not add their tracebacks, nor is anybody waited for.
+    if code == REFUSED or somebody_at_work():
         _leave(code)
     sys.exit(code)
 

@@ -40,9 +40,12 @@ def euler(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, 
 
 
 def heun(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
-    """Second order (explicit trapezoid): both slopes are evaluated afresh, guidance included."""
+    """Second order (explicit trapezoid): both slopes are evaluated afresh, guidance included.
+
+    The memory is that of the first: it moves once a step, as with every solver.
+    """
     first, memory = look(x, at.t, at.index, memory)
-    second, memory = look(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
+    second, _ = look(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
     return x + (at.t_next - at.t) * 0.5 * (first + second), past, memory
 
 

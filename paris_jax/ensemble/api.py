@@ -238,16 +238,15 @@ class Ensemble:
             plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps, kept)
             draw = functools.partial(self._draw, plan, (start, keys, grid, told, forced))
             try:
-                watched = progress or preview is not None
+                watched, stopped = progress or preview is not None, None
                 z, trace = watching.Watch(steps, progress, preview_every, preview).run(draw) if watched else draw()
             except watching.Interrupted as stop:
-                stop.samples = made(*stop.samples, steps=stop.done) if stop.done else None
-                raise
+                stopped, (z, trace) = stop, stop.samples
             failed = request.first_broken(trace.broken, self.clusters)
             if failed:
                 dropped = [*dropped, *failed[1]]
             left = len(self.clusters) - len(set(dropped))
-            if not failed or broken == "refuse" or experts is not None or not left:
+            if not failed or stopped or broken == "refuse" or experts is not None or not left:
                 break
             logger.warning("%s; left out", request.who_broke(*failed))
             how = how | ({"top_k": min(how["top_k"], left)} if how.get("top_k") else {})
@@ -258,6 +257,9 @@ class Ensemble:
             raise Refused("The router answered with weights that are not finite; give experts=K, or train it again")
         if not np.isfinite(z).all() or not np.isfinite(trace.weight).all():
             raise Refused("The sampled video is not finite, though every expert's answers are; lower guidance")
+        if stopped:
+            stopped.samples = made(z, trace, stopped.done) if stopped.done else None
+            raise stopped
         return made(z, trace)
 
     def _draw(self, plan: sampler.Plan, inputs: Any, asking: Any = None, look_every: int = 0) -> tuple[np.ndarray, Any]:
@@ -301,7 +303,9 @@ class Ensemble:
         return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled, kept))
 
     def _run(self, function: Callable[..., Any], plan: sampler.Plan, *inputs: Any) -> Any:
-        """Calls a compiled function of the sampler where the ensemble lies."""
+        """Calls a compiled function of the sampler, on latents and more, where the ensemble lies."""
+        if self._mesh:  # of other sizes than trained, perhaps
+            placement.check(self._networks, self._mesh, video_tokens(inputs[0].shape[1:]))
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
             return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
 

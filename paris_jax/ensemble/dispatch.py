@@ -16,24 +16,29 @@ from paris_jax.diffusion import path
 # Run(expert, rows) -> velocities (m, ...): () int32, and the inputs of m rows.
 Run = Callable[[jax.Array, Any], jax.Array]
 
-# Video tokens that keep a device busy: so many rows are worked on together. A CPU is busy with one row.
+# Video tokens that keep a device busy: up to so many, more rows together cost nothing. A CPU is busy with one row.
 BUSY = {"cpu": 1, "gpu": 4096, "tpu": 4096}
+# Video tokens beyond which rows together are not worked on faster each, either.
+ENOUGH = {"cpu": 256, "gpu": 4096, "tpu": 4096}
 
 
-def block_size(tokens: int, rows: int, pairs_each: float, together: int, platform: str) -> int:
+def block_size(tokens: int, rows: int, pairs_each: float, together: int, platform: str, streamed: bool = False) -> int:
     """Rows of one expert that are worked on together.
 
-    The most of: as many as keep the device busy; half of what an expert gets on average, so that few blocks are left
-    half empty; and the rows that go to the same expert anyway. But not more than there are.
+    The most of: as many as keep the device busy; the rows that go to the same expert anyway; and as many as go faster
+    together, but at most half of what an expert gets on average, so that few blocks are left half empty. Not more than
+    there are.
 
     Args:
       tokens: video tokens of a row.
       rows: of the batch.
       pairs_each: rows that an expert gets on average.
       together: rows of one sample, its branches.
+      streamed: whether each block fetches its expert from the host, so that every row more is worth it.
     """
-    busy = -(-BUSY.get(platform, 1) // tokens)
-    return max(1, min(rows, max(busy, int(pairs_each / 2), together)))
+    busy, enough = (-(-of.get(platform, 1) // tokens) for of in (BUSY, ENOUGH))
+    faster = int(pairs_each / 2) if streamed else min(enough, int(pairs_each / 2))
+    return max(1, min(rows, max(busy, together, faster)))
 
 
 def merge(

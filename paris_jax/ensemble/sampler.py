@@ -25,7 +25,7 @@ from paris_jax.diffusion import guidance, path, predictions, randomness, solvers
 from paris_jax.ensemble import dispatch
 from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing, weights
-from paris_jax.models import functional
+from paris_jax.models import functional, stacks
 from paris_jax.models.dit import video_tokens
 
 ROUTED_BY = ("prompt", "branch", "nothing")
@@ -132,8 +132,8 @@ class Plan:
         """Rows of a sample: with a condition, without its text, without its frames, too."""
         return 3 if self.by_image else 2 if self.guidance else 1
 
-    def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """`block`, or the one chosen for rows of this shape (R, T, H, W, C)."""
+    def rows_at_once(self, shape: tuple[int, ...], streamed: bool = False) -> int:
+        """`block`, or the one chosen for rows of this shape (R, T, H, W, C), and experts `streamed` from the host."""
         R = shape[0]
         branches, experts = self.branches, len(self.places)
         if self.block:
@@ -142,7 +142,8 @@ class Plan:
             return -(-R // branches)  # every expert sees every sample
         # How many experts a threshold needs is not known; mostly it is one.
         used = 1 if self.routing.rule == "threshold" else self.routing.most(experts)
-        return dispatch.block_size(video_tokens(shape[1:]), R, R * used / experts, branches, jax.default_backend())
+        tokens, platform = video_tokens(shape[1:]), jax.default_backend()
+        return dispatch.block_size(tokens, R, R * used / experts, branches, platform, streamed)
 
 
 def expert_velocity(plan: Plan, kind: int, stack: Any, member_S: jax.Array, expert: jax.Array, rows: Any) -> jax.Array:
@@ -179,14 +180,14 @@ def merge(
     weight_GRS = jnp.moveaxis(jnp.where(held_GS >= 0, weight_RE[:, held_GS], 0.0), 1, 0)
     most = plan.routing.most(experts)
 
-    def of_group(stacks: Any, weight_1RS: jax.Array, rows: Any, held_1S: Any, **how: Any) -> tuple[Any, Any]:
+    def of_group(kinds: Any, weight_1RS: jax.Array, rows: Any, held_1S: Any, **how: Any) -> tuple[Any, Any]:
         """The sum over the experts of one group: a kind at a time, so that all groups are at the same network."""
         total, broken_E = jnp.zeros(rows[0].shape), jnp.zeros(experts, jnp.int32)
-        for kind, stack in enumerate(stacks):
+        for kind, stack in enumerate(kinds):
             held = np.array([s for s, place in enumerate(places) if place[0] == kind])
             member_S = jnp.asarray([places[s][1] for s in held], jnp.int32)
             run = functools.partial(expert_velocity, plan, kind, stack, member_S)
-            block = plan.rows_at_once(rows[0].shape)
+            block = plan.rows_at_once(rows[0].shape, stacks.on_host(stack))
             v, broken_S = dispatch.merge(run, weight_1RS[0][:, held], rows, min(most, len(held)), block, **how)
             total, broken_E = total + v, broken_E.at[held_1S[0][held]].add(broken_S)  # an empty place breaks nothing
         return total, broken_E

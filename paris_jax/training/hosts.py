@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from paris_jax.errors import Refused
+from paris_jax.training import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +70,29 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
     if address and count is None and number is None and environment.get("OMPI_COMM_WORLD_SIZE"):
         ranks = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
         count, number, own_devices = (_number(environment, name) for name in ranks)  # a process a device
-    # Where the others do not come in time, JAX ends the process itself, with a stack trace: so this is said before.
     where = address or "the address that JAX finds"
     logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
+    if not address:
+        logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # names it
+    until = time.monotonic() + timeout
     if address and number:
         _wait_for(address, timeout)
     import jax
 
+    def join() -> None:  # when its own time is over, JAX ends the process with a stack trace: ours is over before
+        jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout + 60)
+
+    def look() -> None:
+        if time.monotonic() > until:
+            there = address or "the address that JAX found (above)"
+            raise Refused(
+                f"Not all{f' {count}' if count else ''} processes of this job came to {there} within {timeout} "
+                f"seconds; start those that are missing, see that their hosts can reach it, or set {SWITCH}=0 to run "
+                "this process alone"
+            )
+
     try:
-        jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout)
+        waiting.result_of("joining", join, look)
     except (RuntimeError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise Refused(

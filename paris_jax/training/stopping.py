@@ -10,11 +10,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from paris_jax.errors import Preempted
+from paris_jax.training import waiting
 
 logger = logging.getLogger(__name__)
-
-COMPILER = "compiler"  # name of the thread; who leaves the process while it is at work must not wait for it
-LOOK_EVERY = 0.2  # seconds between looks at whether to stop
 
 
 class StopRequest:
@@ -46,31 +44,15 @@ class StopRequest:
         """
         began = time.perf_counter()
         logger.info("%s: compiling its step", name)
-        made: list[jax.stages.Compiled] = []
-        failed: list[BaseException] = []
 
-        def work() -> None:
-            try:
-                made.append(lowered.compile())
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=work, name=COMPILER, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(LOOK_EVERY)  # a signal's handler runs between two looks
+        def look() -> None:
             if self._asked:
                 raise Preempted(f"{name} was asked to stop while its step was compiled, with nothing new to save")
-        if failed:
-            raise failed[0]
+
+        compiled = waiting.result_of("compiling", lowered.compile, look)
         logger.info("%s: compiled in %.1f s", name, time.perf_counter() - began)
-        return made[0]
+        return compiled
 
     def __exit__(self, *_: Any) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
-
-
-def compiler_at_work() -> bool:
-    """Whether a compiler was left at work: the end of the process would wait for it, or take its memory from it."""
-    return any(thread.name == COMPILER for thread in threading.enumerate())

@@ -73,12 +73,14 @@ def main() -> None:
     routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
     places = tuple((0, k) for k in range(given.experts))
     rows = 2 * B  # with text and without; as many at once as on the chip itself
-    block = dispatch.block_size(video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu")
-    plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block)
     size = f"{given.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}"
-    print(f"{size}, batch {B} ({block} rows at once), {given.chip}")
+    print(f"{size}, batch {B}, {given.chip}")
     for way in given.ways.split(","):
         weights, _, offload = way.partition("+")
+        block = dispatch.block_size(
+            video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu", streamed=bool(offload)
+        )
+        plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block)
         experts = abstract(network, given.experts, weights, bool(offload), device)
         arrays = sampler.Weights((experts,), routers, of(given.experts, dtype=jnp.int32))
         begun = time.perf_counter()

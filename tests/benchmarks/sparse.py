@@ -1,9 +1,12 @@
 """Times ways to run the k chosen of K experts, with k passes of one expert over the same batch as the yardstick.
 
     python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--experts=3,8,16] [--batch=1,8,32] [--k=1]
-        [--ways=blocks,pairs,switch,skip,dense] [--rounds=20] [--config.a.b=value ...]
+        [--ways=velocity,blocks,pairs,switch,skip,dense] [--rounds=20] [--config.a.b=value ...]
 
-    blocks N    what the sampler does: pairs of (sample, expert) sorted by expert, N of one expert at a time
+    each alone  the other yardstick: every sample's passes of its own experts, one sample at a time, nothing stacked
+    velocity    the sampler's velocity, router and all, against k passes and one of the router
+    blocks N    the same without the router: pairs of (sample, expert) sorted by expert, N of one expert at a time;
+                the sampler's own N has a star
     pairs       one pair at a time, its expert's parameters taken out of the stack first
     switch      one pair at a time, `lax.switch` between the experts
     skip        every expert that anybody chose, on the whole batch
@@ -11,11 +14,12 @@
     ragged      the matrix products of a pass as grouped products (`jax.lax.ragged_dot`), against plain ones
 
 The samples of a batch choose different experts. Calls of all ways take turns, so that a slow moment of the machine
-meets them all; figures are the median of each way over that of the yardstick, its temporary memory, and the seconds
-that it took to compile.
+meets them all; figures are the median, over the turns, of each way's time over that of k passes over the batch and
+over that of each alone; its temporary memory; and the seconds that it took to compile.
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 
@@ -24,7 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paris_jax import config_file
-from paris_jax.ensemble import dispatch
+from paris_jax.diffusion.guidance import Strength
+from paris_jax.ensemble import dispatch, sampler
+from paris_jax.ensemble.routing import Routing
 from paris_jax.experiment import Experiment
 from paris_jax.models import functional, presets
 from paris_jax.models.dit import video_tokens
@@ -133,32 +139,99 @@ def ways_of(config, stacks, weight_BE, rows, k, wanted):
     return made
 
 
-def compare(config, shape, experts, batch, k, wanted, rounds):
-    stacks, rows, weight = made(config, experts), inputs(shape, batch), chosen(batch, experts, k)
-    first = jax.tree.map(lambda a: jnp.array(a[0]), stacks)
-    ways = {"one expert": lambda first, w, r: functional.apply(config, first, *r)} | ways_of(
-        config, stacks, weight, rows, k, wanted
-    )
-    params = {name: first if name == "one expert" else stacks for name in ways}
-    compiled, compiling = {}, {}
-    for name, way in ways.items():
-        begun = time.perf_counter()
-        compiled[name] = jax.jit(way).lower(params[name], weight, rows).compile()
-        compiling[name] = time.perf_counter() - begun
-    taken = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in compiled.items():
+@dataclasses.dataclass(frozen=True)
+class Led:
+    """A router whose logits are computed and then led to the choices given beside its parameters."""
+
+    network: functional.Config
+    kept_frames: bool = False
+
+    def apply(self, params, *inputs):
+        return 1e-3 * functional.apply(self.network, params["router"], *inputs) + params["choices"]
+
+
+def velocity(config, router, k):
+    """The sampler's velocity for weights (B, E) that its router is led to."""
+    led = Led(router)
+
+    def of(stacks, weight_BE, rows, router_params):
+        experts = weight_BE.shape[1]
+        plan = sampler.Plan((config,), tuple((0, e) for e in range(experts)), led, Routing("top_k", k))
+        params = {"router": router_params, "choices": jnp.where(weight_BE > 0, 0.0, -1e3)}
+        arrays = sampler.Weights((stacks,), params, jnp.arange(experts))
+        text = sampler.Text(*rows[2:])
+        told = sampler.Condition(text, text, Strength(1.0))
+        return sampler.velocity(plan, arrays, *rows[:2], told, jnp.int32(0))[0]
+
+    return of
+
+
+def each_alone(config, k):
+    """Every sample's own passes, one sample at a time: `apart` holds each expert on its own."""
+    one = jax.jit(lambda params, row: functional.apply(config, params, *row))
+
+    def of(apart, weight_BE, rows):
+        found = []
+        for b in range(len(weight_BE)):
+            row = [a[b] for a in rows]
+            found += [one(apart[(b + i) % len(apart)], row) for i in range(k)]
+        return found
+
+    return of
+
+
+def timed(calls, rounds):
+    """Seconds of each call, {name: (rounds,)}: all of them in turn, a round to warm up before."""
+    taken = {name: np.empty(rounds) for name in calls}
+    for turn in range(-1, rounds):
+        for name, call in calls.items():
             begun = time.perf_counter()
-            jax.block_until_ready(way(params[name], weight, rows))
-            if turn:
-                taken[name].append(time.perf_counter() - begun)
-    median = {name: np.median(times) for name, times in taken.items()}
-    unit = k * median["one expert"]
-    print(f"K = {experts}, k = {k}, batch {batch}: one expert {1e3 * median['one expert']:.1f} ms", flush=True)
-    for name in list(ways)[1:]:
-        yardstick = median["products, plain"] if name.startswith("products") else unit
-        memory = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
-        print(f"  {name:18s} {median[name] / yardstick:6.2f} {memory:8.1f} MiB {compiling[name]:6.1f} s", flush=True)
+            jax.block_until_ready(call())
+            if turn >= 0:
+                taken[name][turn] = time.perf_counter() - begun
+    return taken
+
+
+def compare(config, router, shape, experts, batch, k, wanted, rounds):
+    stacks, rows, weight = made(config, experts), inputs(shape, batch), chosen(batch, experts, k)
+    apart = [jax.tree.map(lambda a, e=e: jnp.array(a[e]), stacks) for e in range(experts)]
+    rows_apart = [jnp.split(a, batch) for a in rows]
+    router = dataclasses.replace(router, clusters=experts)
+    router_params = jax.tree.map(lambda a: a[0], made(router, 1))
+    ways = {
+        "one expert": (lambda first, w, r: functional.apply(config, first, *r), (apart[0], weight, rows)),
+        "router": (
+            lambda p, x, t, pooled: functional.apply(router, p, x, t, pooled),
+            (router_params, *rows[:2], rows[4]),
+        ),
+    }
+    for name, way in ways_of(config, stacks, weight, rows, k, wanted).items():
+        ways[name] = way, (stacks, weight, rows)
+    if "velocity" in wanted:
+        ways["velocity"] = velocity(config, router, k), (stacks, weight, rows, router_params)
+    calls, memory, compiling = {}, {}, {}
+    for name, (way, given) in ways.items():
+        begun = time.perf_counter()
+        compiled = jax.jit(way).lower(*given).compile()
+        compiling[name] = time.perf_counter() - begun
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        calls[name] = functools.partial(compiled, *given)
+    calls["each alone"] = functools.partial(each_alone(config, k), apart, weight, rows_apart)
+    taken = timed(calls, rounds)
+    milliseconds = {name: f"{1e3 * np.median(taken[name]):.1f} ms" for name in ("one expert", "router", "each alone")}
+    print(
+        f"K = {experts}, k = {k}, batch {batch}:", ", ".join(f"{n} {ms}" for n, ms in milliseconds.items()), flush=True
+    )
+    chosen_size = dispatch.block_size(video_tokens(shape), batch, batch * k / experts, 1, jax.default_backend())
+    for name in [n for n in memory if n not in milliseconds]:
+        passes, alone = k * taken["one expert"], taken["each alone"]
+        if name == "velocity":
+            passes, alone = passes + taken["router"], alone + taken["router"]
+        if name.startswith("products"):
+            passes = taken["products, plain"]
+        star = "*" if name == f"blocks {chosen_size}" else ""
+        figures = f"{np.median(taken[name] / passes):6.2f} {np.median(taken[name] / alone):6.2f}"
+        print(f"  {name + star:18s} {figures} {memory[name]:8.1f} MiB {compiling[name]:6.1f} s", flush=True)
 
 
 def numbers(text: str) -> list[int]:
@@ -172,7 +245,7 @@ def main() -> None:
     parser.add_argument("--experts", type=numbers, default=[3, 8, 16])
     parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
     parser.add_argument("--k", type=numbers, default=[1])
-    parser.add_argument("--ways", default="blocks,pairs,switch,skip,dense")
+    parser.add_argument("--ways", default="velocity,blocks,pairs,switch,skip,dense")
     parser.add_argument("--rounds", type=int, default=20)
     given, changes = parser.parse_known_args()
     config = config_file.load(given.config)
@@ -180,13 +253,14 @@ def main() -> None:
     experiment = Experiment.from_config(config)
     shape = experiment.latent_shape
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    sizes = {"channels": shape[-1], "text_width": TEXT[0], "pooled_width": TEXT[1], "dtype": dtype}
-    network = presets.network_config(experiment.network, **sizes)
+    sizes = {"channels": shape[-1], "pooled_width": TEXT[1], "dtype": dtype}
+    network = presets.network_config(experiment.network, text_width=TEXT[0], **sizes)
+    router = presets.router_config(experiment.router, clusters=1, **sizes)
     print(f"{functional.count(network) / 1e6:.2f}M parameters, latent {shape}, {jax.devices()[0].device_kind}")
     for experts in given.experts:
         for batch in given.batch:
             for k in given.k:
-                compare(network, shape, experts, batch, k, given.ways.split(","), given.rounds)
+                compare(network, router, shape, experts, batch, k, given.ways.split(","), given.rounds)
 
 
 if __name__ == "__main__":

@@ -169,16 +169,18 @@ def test_one_step_of_any_solver_lands_on_the_mean_that_the_noise_predicts(solver
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_solvers_look_as_often_as_they_say_and_keep_what_the_field_remembers(solver):
+def test_solvers_look_as_often_as_they_say_and_what_the_field_remembers_moves_once_a_step(solver):
     looked = []
 
     def field(x, t, step, memory):
         looked.append(t)
-        return x, memory + 1, step
+        return x, memory + 1, (step, memory)
 
-    _, traces = solvers.solve(field, jnp.ones((3, 1)), jnp.linspace(1, 0, 5), solver, jnp.int32(0), lambda n: 0.0)
+    x, times = jnp.ones((3, 1)), jnp.linspace(1, 0, 5)
+    _, (steps, memories) = solvers.solve(field, x, times, solver, jnp.int32(0), lambda n: 0.0)
     assert len(looked) == solvers.EVALUATIONS[solver]  # traced once
-    np.testing.assert_array_equal(traces, jnp.arange(4)[:, None] * jnp.ones(len(looked), int))  # of every look
+    np.testing.assert_array_equal(steps, jnp.arange(4)[:, None] * jnp.ones(len(looked), int))  # of every look
+    np.testing.assert_array_equal(memories, jnp.arange(4)[:, None] + jnp.arange(len(looked)))
 
 
 def test_heun_evaluates_guidance_afresh_at_both_ends():

@@ -73,6 +73,9 @@ def test_who_broke_is_counted_and_who_was_given_nonsense_is_not_blamed():
     [
         (100, 8, 1.0, 1, "cpu", 1),  # eight samples, eight experts
         (100, 32, 4.0, 1, "cpu", 2),  # half of what an expert gets on average
+        (100, 32, 10.7, 1, "cpu", 3),  # no more than go faster together
+        (400, 32, 10.7, 1, "cpu", 1),
+        (1024, 32, 10.7, 1, "streamed", 5),  # a block costs the way of its expert
         (100, 2, 0.25, 2, "cpu", 2),  # both branches of one sample
         (100, 8, 1.0, 1, "gpu", 8),  # few tokens do not keep it busy
         (1024, 8, 1.0, 1, "gpu", 4),
@@ -80,7 +83,9 @@ def test_who_broke_is_counted_and_who_was_given_nonsense_is_not_blamed():
     ],
 )
 def test_a_block_is_as_large_as_pays(tokens, rows, pairs_each, together, platform, expected):
-    assert dispatch.block_size(tokens, rows, pairs_each, together, platform) == expected
+    streamed = platform == "streamed"
+    where = "gpu" if streamed else platform
+    assert dispatch.block_size(tokens, rows, pairs_each, together, where, streamed) == expected
 
 
 def plan_of(routing, experts, **how):

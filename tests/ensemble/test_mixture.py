@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.diffusion import solvers
 from paris_jax.diffusion.guidance import METHODS, Strength, projected
 from paris_jax.ensemble import sampler
 from paris_jax.ensemble.routing import Routing, weights
@@ -134,21 +133,52 @@ def test_exact_experts_and_router_give_the_marginal_flow(routing):
     np.testing.assert_allclose(v, marginal_velocity(0.5 * x, t), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_samples_of_the_exact_ensemble_follow_the_mixture(solver):
-    count = 4000
+EVERY_TIME = jnp.array([0.01, 0.03, 0.1, 0.3, 0.7, 0.9, 0.97, 0.999])
+
+
+@pytest.mark.parametrize("routing", [FULL, Routing("top_k", 3), Routing("threshold", p=1.0)])
+def test_the_marginal_flow_is_met_from_next_to_data_to_next_to_noise(routing):
+    """At points that the path goes through, where the weights go from one-hot to the prior's."""
+    count = len(EVERY_TIME)
     _, _, text = inputs(count)
-    noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 1))
-    plan = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver=solver)
-    keys, forced = key_data(4, count), jnp.zeros(128, jnp.int32)
-    z, _ = sampler.sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, 129), told(text), forced)
-    rng = np.random.default_rng(0)
-    component = rng.choice(3, count, p=np.asarray(MIXTURE["prior"]))
-    data = np.asarray(MIXTURE["mean"])[component] + np.asarray(MIXTURE["std"])[component] * rng.normal(size=count)
-    both = np.sort(np.concatenate([np.ravel(z), data]))
-    empirical = [np.searchsorted(np.sort(s), both, side="right") / count for s in (np.ravel(z), data)]
-    kolmogorov = np.abs(empirical[0] - empirical[1]).max()
-    assert kolmogorov < 1.95 * np.sqrt(2 / count)  # two-sample Kolmogorov-Smirnov at level 0.001
+    data, rng = mixture_data(count, 4, seed=5), np.random.default_rng(6)
+    t = EVERY_TIME[:, None]
+    x = ((1 - t) * data + t * rng.normal(size=(count, 4))).reshape(-1, 1, 2, 2, 1).astype(np.float32)
+    v, w = velocity(
+        routing, mixture_arrays(), network=GaussianVelocity(), router=GaussianPosterior(), at=(x, EVERY_TIME, text)
+    )
+    assert float(w[0].max()) > 0.999 and float(jnp.abs(w[-1] - MIXTURE["prior"]).max()) < 0.01
+    np.testing.assert_allclose(v, marginal_velocity(x, EVERY_TIME), rtol=1e-5, atol=1e-5)
+
+
+def mixture_data(count, elements, seed=0):
+    """Draws of the mixture itself, (count, elements): all elements of one draw belong to one component."""
+    rng = np.random.default_rng(seed)
+    of = rng.choice(3, (count, 1), p=np.asarray(MIXTURE["prior"]))
+    return np.asarray(MIXTURE["mean"])[of] + np.asarray(MIXTURE["std"])[of] * rng.normal(size=(count, elements))
+
+
+def kolmogorov(first, second):
+    """The two-sample Kolmogorov-Smirnov statistic of two sets of as many numbers."""
+    both = np.sort(np.concatenate([first, second]))
+    empirical = [np.searchsorted(np.sort(s), both, side="right") / len(s) for s in (first, second)]
+    return np.abs(empirical[0] - empirical[1]).max()
+
+
+@pytest.mark.parametrize(
+    "solver, steps", [("euler", 150), ("heun", 40), ("ab2", 60), ("dpm++2m", 100), ("ancestral", 250)]
+)
+def test_samples_of_the_exact_ensemble_follow_the_data(solver, steps):
+    """20,000 draws of three elements, which are what they are together: every one, and their mean and spread."""
+    count = 20_000
+    text = Text(jnp.zeros((count, 1, 3)), jnp.ones(count, jnp.int32), jnp.zeros((count, 4)))
+    noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 3))
+    plan = plan_of(Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, block=count)
+    keys, forced = key_data(4, count), jnp.zeros(steps, jnp.int32)
+    z, _ = sampler.sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), forced)
+    drawn, data = np.asarray(z).reshape(count, 3), mixture_data(count, 3)
+    for look in (*(lambda a, i=i: a[:, i] for i in range(3)), lambda a: a.mean(1), lambda a: a.std(1)):
+        assert kolmogorov(look(drawn), look(data)) < 1.95 * np.sqrt(2 / count)  # at level 0.001: 0.0195
 
 
 def test_a_missing_expert_is_the_softmax_over_the_rest():

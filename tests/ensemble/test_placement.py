@@ -71,7 +71,9 @@ def on_eight_devices() -> dict:
     found["videos"]["watched"] = [
         drawn(Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2}), progress=True, top_k=1)
     ]
-    found["two kinds"] = [two_kinds(mesh) for mesh in ({}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2})]
+    meshes = {}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2}
+    found["two kinds"] = [two_kinds(mesh)[0] for mesh in meshes]
+    found["broken"] = [two_kinds(mesh, breaking=2)[1] for mesh in meshes]
     found["pieces"] = sorted(
         {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._arrays.experts)}
     )
@@ -129,23 +131,25 @@ def talkers(rest: str) -> list[np.ndarray]:
     return list(np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(int(found[1]), int(found[2])))
 
 
-def two_kinds(mesh: dict[str, int]) -> list[float]:
-    """Merged velocities of rows that chose experts of two depths, one of which is held by each group."""
+def two_kinds(mesh: dict[str, int], breaking: int | None = None) -> tuple[list[float], list[int]]:
+    """Rows that chose experts of two depths, one of which is held by each group: merged velocities, and who broke."""
     shallow = dataclasses.replace(NETWORK, hidden=128, heads=2, rope_axes=(16, 24, 24))
     deep = dataclasses.replace(shallow, single_blocks=2)
     keeping = placement.keeping(mesh, "auto", False)
     kinds = ((shallow, [0]), (deep, [1, 2]))
-    stacks = [
-        keeping.place(network, [jax.tree.map(np.asarray, random_params(network, e)) for e in experts])
-        for network, experts in kinds
-    ]
+
+    def params(network: Any, expert: int) -> Any:
+        huge = 3e38 if expert == breaking else 1.0
+        return jax.tree.map(lambda a: np.asarray(huge * a), random_params(network, expert))
+
+    stacks = [keeping.place(network, [params(network, e) for e in experts]) for network, experts in kinds]
     plan = sampler.Plan((shallow, deep), ((0, 0), (1, 0), (1, 1)), None, Routing("top_k", 1))
     arrays = sampler.Weights(tuple(stacks), None, placement.everywhere(jnp.arange(3), keeping.mesh))
     weight = jnp.asarray(np.eye(3, dtype=np.float32)[[1, 2, 2]])
     merged = jax.jit(sampler.merge, static_argnums=0)
     with jax.set_mesh(keeping.mesh) if keeping.mesh else contextlib.nullcontext():
-        v, _ = merged(plan, arrays, *placement.everywhere((weight, *inputs()), keeping.mesh))
-    return np.asarray(v).ravel().tolist()
+        v, broken = merged(plan, arrays, *placement.everywhere((weight, *inputs()), keeping.mesh))
+    return np.asarray(v).ravel().tolist(), np.asarray(broken).tolist()
 
 
 def in_another_process(code: str, devices: int) -> subprocess.Popen:
@@ -187,6 +191,10 @@ def test_groups_that_are_at_experts_of_different_kinds_do_not_wait_for_each_othe
     assert np.std(one) > 0.1
     for there in spread:
         np.testing.assert_allclose(there, one, rtol=1e-4, atol=1e-4)
+
+
+def test_who_broke_is_known_whichever_group_holds_it(found):
+    assert found["broken"] == 3 * [[0, 0, 2]]  # of three rows, two chose it
 
 
 def test_only_latents_cross_from_group_to_group(found):
@@ -268,3 +276,14 @@ def test_a_mesh_that_does_not_divide_the_network_is_refused():
     ensemble = Ensemble.load("bundled:shapes")
     with pytest.raises(Refused, match="mesh tensor=2 x mesh sequence=1: 2 does not divide the network's 7 heads"):
         placement.check(ensemble._networks, Mesh(), 100)
+
+
+def test_a_size_whose_tokens_cannot_be_shared_is_refused():
+    class Mesh:
+        shape = {"expert": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 2}  # noqa: RUF012
+
+    ensemble = Ensemble.load("bundled:shapes")
+    ensemble._networks = (dataclasses.replace(NETWORK, hidden=32, heads=2),)
+    ensemble._mesh = Mesh()
+    with pytest.raises(Refused, match="mesh sequence=2: 2 does not divide the network's 75 tokens of a clip"):
+        ensemble.sample("a ball", num_steps=1, guidance=1.0, frames=6)

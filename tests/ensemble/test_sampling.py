@@ -258,6 +258,9 @@ def test_an_ensemble_works_without_one_of_its_experts(trained, micro, tmp_path):
     assert remaining.clusters == [0, 2]
     samples = remaining.sample(PROMPTS, num_steps=2, routing="full")
     assert samples.routing.shape == (2, 2, 2)
+    dropped = Ensemble.load(trained.ensemble).sample(PROMPTS, num_steps=2, routing="full", drop=1)
+    np.testing.assert_allclose(samples.videos, dropped.videos, atol=1e-5)
+    np.testing.assert_allclose(samples.routing, dropped.routing[..., [0, 2]], atol=1e-6)
     with pytest.raises(Refused, match="experts=\\[1\\]: this ensemble has the experts 0, 2"):
         remaining.sample(PROMPTS, experts=1)
     states = {stage: state for stage, state, _ in status(run)}

@@ -53,14 +53,20 @@ def test_a_preview_that_fails_ends_the_call_with_its_own_error(ensemble):
         ensemble.sample(PROMPTS, num_steps=6, preview_every=2, on_preview=fails)
 
 
-@pytest.mark.usefixtures("usual_interrupt")
-def test_an_interrupt_keeps_what_was_predicted(ensemble):
-    def stop(step, videos):
-        if step == 4:
+def interrupting(at):
+    """A preview that presses Ctrl-C at a step."""
+
+    def preview(step, videos):
+        if step == at:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
 
-    seen = {}
+    return preview
+
+
+@pytest.mark.usefixtures("usual_interrupt")
+def test_an_interrupt_keeps_what_was_predicted(ensemble):
+    seen, stop = {}, interrupting(4)
     with pytest.raises(Interrupted, match=r"interrupted after \d of 9 steps") as interrupted:
         ensemble.sample(
             PROMPTS, num_steps=9, preview_every=1, on_preview=lambda *at: (seen.__setitem__(*at), stop(*at))
@@ -133,6 +139,12 @@ def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, cap
     assert np.isfinite(broken.disagreement(x, t, text, drop=1)).all()
     fine = broken.sample(PROMPTS, experts=0, **(how | {"routing": None}))  # whoever is not asked does no harm
     assert np.isfinite(fine.videos).all()
+
+
+@pytest.mark.usefixtures("usual_interrupt")
+def test_an_interrupt_keeps_nothing_that_an_expert_broke(broken):
+    with pytest.raises(Refused, match="At step 0, expert 1 answered with values that are not finite"):
+        broken.sample(PROMPTS, num_steps=9, routing="full", preview_every=1, on_preview=interrupting(2))
 
 
 def test_a_router_that_breaks_is_told(ensemble):

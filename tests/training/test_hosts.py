@@ -95,6 +95,39 @@ def test_a_coordinator_that_does_not_answer_is_named_with_the_time_waited(addres
         join_hosts(told, timeout=1)
 
 
+OPEN_MPI_4 = {  # JAX makes the address of this
+    **{"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "preempted", "code", "said"),
+    [
+        ({}, False, 1, "refused: Not all 2 processes of this job came to ADDRESS within 2 seconds; start those that"),
+        ({}, True, 75, "preempted: what was finished is kept; run the same command again"),
+        (OPEN_MPI_4, False, 1, "refused: Not all processes of this job came to the address that JAX found (above)"),
+    ],
+)
+def test_a_job_whose_other_processes_never_come_ends_with_a_sentence(environment, preempted, code, said, address):
+    command = (
+        "import os, signal, sys, threading; from paris_jax import cli; from paris_jax.training import hosts; "
+        "hosts.join_hosts.__defaults__ = (os.environ, 2); "
+        + ("threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start(); " if preempted else "")
+        + "cli.main()"
+    )
+    told = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"] if not environment else []
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "train", "--workdir=nowhere", "--role=router", *told],
+        **{"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 120},
+    )
+    assert ended.returncode == code, ended.stderr
+    last = " ".join(ended.stderr.strip().splitlines()[-1].split())
+    assert last.startswith(said.replace("ADDRESS", address)), ended.stderr
+    if environment:
+        assert "Connecting to JAX distributed service on 127.0.0.1:" in " ".join(ended.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [

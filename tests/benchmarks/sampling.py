@@ -9,6 +9,8 @@ single expert's, and what its first call took more, which is compiling.
 """
 
 import argparse
+import contextlib
+import io
 import time
 
 import numpy as np
@@ -42,7 +44,8 @@ def compare(ensemble: Ensemble, ways: list[str], clips: int, steps: int, rounds:
     for turn in range(-1, rounds):
         for way in ways:
             begun = time.perf_counter()
-            ensemble.sample(prompts, seed=turn + 1, num_steps=steps, **keywords(way))
+            with contextlib.redirect_stdout(io.StringIO()):  # bars are drawn, but not here
+                ensemble.sample(prompts, seed=turn + 1, num_steps=steps, **keywords(way))
             took = time.perf_counter() - begun
             if turn < 0:
                 first[way] = took

@@ -107,51 +107,67 @@ def no_noise(step: jax.Array) -> jax.Array:
     raise ValueError("a stochastic solver needs noise")
 
 
-def solve(
-    field: Field,
-    x: jax.Array,
-    times: jax.Array,
-    solver: str,
-    memory: Any = (),
-    noise: Noise = no_noise,
-    go_on: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, Any]:
-    """Walks x along `times` (S + 1 points from 1 to 0) in one `lax.scan`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a solver stands.
 
-    Args:
-      go_on: asked before each step, with its index and the data that the step before predicted (at first zeros). Once
-        it is False nothing more is computed, and the data predicted last is what is returned.
-
-    Returns:
-      The final x, and the traces of the S steps and their evaluations, stacked on two leading axes (S, EVALUATIONS).
+    Attributes:
+      x: the point.
+      past: what the next step needs of this one.
+      memory: what the field remembers.
+      data: as the last step predicted them (at first zeros).
+      traces: of the field at every step and evaluation, stacked on two leading axes (S, EVALUATIONS); zeros for the
+        steps to come.
     """
+
+    x: jax.Array
+    past: jax.Array
+    memory: Any
+    data: jax.Array
+    traces: Any
+
+
+def begin(x: jax.Array, memory: Any, traces: Any) -> State:
+    """Before the first step."""
+    return State(x, jnp.zeros_like(x), memory, jnp.zeros_like(x), traces)
+
+
+def walk(
+    field: Field,
+    state: State,
+    times: jax.Array,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    solver: str,
+    noise: Noise,
+) -> State:
+    """Takes the steps from `first` up to `last` of the grid `times` (S + 1 points from 1 to 0), in one loop."""
     step_of = SOLVERS[solver]
 
-    def step(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-        x, past, memory, _ = carry
-        predicted, traces = [], []
+    def step(index: jax.Array, state: State) -> State:
+        predicted, told = [], []
 
         def look(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
             v, memory, trace = field(x, t, step, memory)
             predicted.append(path.data_from_velocity(x, v, t))
-            traces.append(trace)
+            told.append(trace)
             return v, memory
 
         at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
-        x, past, memory = step_of(look, x, at, past, memory, noise)
-        return (x, past, memory, predicted[0]), jax.tree.map(lambda *each: jnp.stack(each), *traces)
+        x, past, memory = step_of(look, state.x, at, state.past, state.memory, noise)
+        traces = jax.tree.map(lambda all_steps, *each: all_steps.at[index].set(jnp.stack(each)), state.traces, *told)
+        return State(x, past, memory, predicted[0], traces)
 
-    def asked(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-        assert go_on is not None
-        going, inner = carry
-        going = going & go_on(index, inner[3])
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(step, inner, index)[1])
-        inner, trace = jax.lax.cond(going, step, lambda inner, _: (inner, empty), inner, index)
-        return (going, inner), trace
+    return jax.lax.fori_loop(first, last, step, state)
 
-    begin, steps = (x, jnp.zeros_like(x), memory, jnp.zeros_like(x)), jnp.arange(times.shape[0] - 1)
-    if go_on is None:
-        (x, _, _, _), traces = jax.lax.scan(step, begin, steps)
-        return x, traces
-    (going, (x, _, _, data)), traces = jax.lax.scan(asked, (jnp.array(True), begin), steps)
-    return jnp.where(going, x, data), traces
+
+def solve(
+    field: Field, x: jax.Array, times: jax.Array, solver: str, memory: Any = (), noise: Noise = no_noise
+) -> tuple[jax.Array, Any]:
+    """Walks x along all of `times`; returns the final x, and the traces (S, EVALUATIONS, ...) of the field."""
+    told = jax.eval_shape(lambda x, t, step, memory: field(x, t, step, memory)[2], x, times[0], jnp.int32(0), memory)
+    lead = times.shape[0] - 1, EVALUATIONS[solver]
+    state = begin(x, memory, jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), told))
+    state = walk(field, state, times, 0, lead[0], solver, noise)
+    return state.x, state.traces

@@ -5,7 +5,6 @@ samples = ensemble.sample(["a small red circle moving left slowly on a white gro
 samples.save("out.mp4")
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,13 @@ from paris_jax.diffusion import path, randomness
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, placement, request, sampler, watching
 from paris_jax.ensemble.frames import Given, Picture
+from paris_jax.ensemble.placed import Placed
 from paris_jax.ensemble.prompts import Prompts
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.samples import Samples
 from paris_jax.ensemble.settings import Sampling
 from paris_jax.errors import Refused
-from paris_jax.models.dit import PATCH, video_tokens
+from paris_jax.models.dit import PATCH
 
 logger = logging.getLogger(__name__)
 
@@ -52,28 +52,10 @@ class Ensemble:
         self.shift: float = shared["shift"]
         self.defaults = Sampling(**parts.sampling)
         self.scale = codecs.LatentScale.from_manifest(shared["latent"])
-        experts = [parts.experts[k] for k in self.clusters]
-        self._networks = tuple(dict.fromkeys(expert.config for expert in experts))  # each kind once
-        members = [[e for e in experts if e.config == kind] for kind in self._networks]
-        self._places = tuple(
-            (kind, members[kind].index(e)) for e in experts for kind in [self._networks.index(e.config)]
-        )
-        self._router = parts.router.config if parts.router else None
-        keeping = keeping or placement.Keeping()
-        self._mesh = keeping.mesh
-        if self._mesh:
-            placement.check(self._networks, self._mesh, video_tokens(self.latent_shape))
-
-        def place() -> sampler.Weights:
-            stacks = tuple(keeping.place(each[0].config, [expert.params for expert in each]) for each in members)
-            router = placement.everywhere(parts.router.params if parts.router else None, self._mesh)
-            clusters = placement.everywhere(np.asarray(self.clusters, np.int32), self._mesh)
-            return sampler.Weights(stacks, router, clusters)
-
+        self._placed = Placed(parts, self.clusters, keeping or placement.Keeping())
         self._prompts = Prompts(self.text, shared["text_length"], drop_encoders)
-        self._place = place
         if not drop_encoders:
-            _ = self._arrays
+            _ = self._placed.arrays
 
     @classmethod
     def load(
@@ -109,13 +91,6 @@ class Ensemble:
     ) -> "Ensemble":
         """Loads one trained network on its own, such as the monolith's export folder; the rest as in `load`."""
         return cls(bundle.single(part, sampling), None, encoders, drop_encoders)
-
-    @functools.cached_property
-    def _arrays(self) -> sampler.Weights:
-        """The experts and the router, where they are used."""
-        arrays = self._place()
-        del self._place  # and with it what it was read into
-        return arrays
 
     def encode(self, prompts: Sequence[str]) -> sampler.Text:
         """Encodes prompts, padded to the longest caption trained on (longer ones to the most the encoder takes).
@@ -223,7 +198,6 @@ class Ensemble:
         else:
             start = jnp.asarray(noise, jnp.float32)
             self.check_latent(start, len(prompts))
-        request.check_previews(preview_every, self.codec.scaled, self._mesh)
         if kept is not None:
             request.check_kept(kept, start.shape)
         if given:
@@ -236,12 +210,12 @@ class Ensemble:
         how, dropped = how | {"steps": steps}, request.clusters_of(drop)
         while True:
             plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps, kept)
-            draw = functools.partial(self._draw, plan, (start, keys, grid, told, forced))
+            stopped, inputs = None, (keys, grid, told, forced)
             try:
-                watched, stopped = progress or preview is not None, None
-                z, trace = watching.Watch(steps, progress, preview_every, preview).run(draw) if watched else draw()
+                state = self._placed.draw(plan, start, inputs, progress, preview_every, preview)
             except watching.Interrupted as stop:
-                stopped, (z, trace) = stop, stop.samples
+                stopped, state = stop, stop.samples
+            z, trace = jax.tree.map(np.asarray, (state.data if stopped else state.x, sampler.trace_of(state)))
             failed = request.first_broken(trace.broken, self.clusters)
             if failed:
                 dropped = [*dropped, *failed[1]]
@@ -261,11 +235,6 @@ class Ensemble:
             stopped.samples = made(z, trace, stopped.done) if stopped.done else None
             raise stopped
         return made(z, trace)
-
-    def _draw(self, plan: sampler.Plan, inputs: Any, asking: Any = None, look_every: int = 0) -> tuple[np.ndarray, Any]:
-        """The sampler's latents and trace, on the host."""
-        found = self._run(functools.partial(sampler.sample, asking=asking), plan, *inputs, look_every)
-        return jax.tree.map(np.asarray, found)
 
     def velocity(
         self,
@@ -290,7 +259,7 @@ class Ensemble:
         request.check_names(how)
         how, dropped = {"guidance": 1.0, "guidance_image": 1.0} | how, request.clusters_of(drop)
         plan, told, forced = self._planned(how, encoded, negative, experts, dropped, 1, kept)
-        v, trace = self._run(sampler.velocity, plan, x, t, told, forced[0])
+        v, trace = self._placed.run(sampler.velocity, plan, x, t, told, forced[0])
         traced = isinstance(v, jax.core.Tracer)  # inside a caller's jit, nobody can be told
         if not traced and (failed := request.first_broken(np.asarray(trace.broken)[None], self.clusters)):
             advice = f"leave out with drop={failed[1]}" if experts is None else "ask others"
@@ -299,15 +268,8 @@ class Ensemble:
 
     def route(self, x: jax.Array, t: jax.Array, encoded: sampler.Text, kept: jax.Array | None = None) -> jax.Array:
         """p(cluster | x_t, t, text, kept frames) over the experts that are present, (N, experts)."""
-        plan = sampler.Plan(self._networks, self._places, self._router, Routing("full"))
-        return jax.nn.softmax(self._run(_route, plan, x, t, encoded.pooled, kept))
-
-    def _run(self, function: Callable[..., Any], plan: sampler.Plan, *inputs: Any) -> Any:
-        """Calls a compiled function of the sampler, on latents and more, where the ensemble lies."""
-        if self._mesh:  # of other sizes than trained, perhaps
-            placement.check(self._networks, self._mesh, video_tokens(inputs[0].shape[1:]))
-        with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-            return function(plan, self._arrays, *(placement.everywhere(each, self._mesh) for each in inputs))
+        plan = sampler.Plan(self._placed.networks, self._placed.places, self._placed.router, Routing("full"))
+        return jax.nn.softmax(self._placed.run(_route, plan, x, t, encoded.pooled, kept))
 
     def disagreement(
         self,
@@ -365,7 +327,7 @@ class Ensemble:
         chosen = request.routing(settings, how, experts is not None, int(present.sum()))
         by_image = kept is not None and settings.guidance_image != 1.0
         method = settings.guidance_method if settings.guidance != 1.0 else "classifier_free" if by_image else ""
-        kinds = self._networks, self._places, self._router
+        kinds = self._placed.networks, self._placed.places, self._placed.router
         rules = chosen, settings.solver, method, by_image, settings.routed_by, settings.rows_at_once
         plan = sampler.Plan(*kinds, *rules)
         if kept is not None:
@@ -375,8 +337,8 @@ class Ensemble:
 
     def _check_keeps_frames(self, present: np.ndarray) -> None:
         """Refuses frames where an expert that is used has no input for them."""
-        places = zip(self.clusters, self._places, present, strict=True)
-        deaf = [str(k) for k, (kind, _), used in places if used and not self._networks[kind].kept_frames]
+        places = zip(self.clusters, self._placed.places, present, strict=True)
+        deaf = [str(k) for k, (kind, _), used in places if used and not self._placed.networks[kind].kept_frames]
         if deaf:
             who = f"Expert{'s' * (len(deaf) > 1)} {', '.join(deaf)}"
             raise Refused(f"{who} cannot be given frames; train with config.masks, as configs/shapes.py:image does")

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from paris_jax import checks
 from paris_jax.diffusion import randomness, times
@@ -84,15 +83,6 @@ def check_watching(broken: str, preview_every: int, previewed: bool) -> None:
         raise Refused(problem)
     if previewed != (preview_every > 0):
         raise Refused("preview_every and on_preview go together: after how many steps, and what to call then")
-
-
-def check_previews(every: int, scaled: bool, mesh: Mesh | None) -> None:
-    """Refuses previews where what is needed to draw them is at work, or waits for it."""
-    if every and scaled and jax.default_backend() != "cpu":
-        raise Refused("preview_every: this codec needs the device, which is at work; leave previews out")
-    split = [n for n, size in mesh.shape.items() if n in ("fsdp", "tensor", "sequence") and size > 1] if mesh else []
-    if every and split and jax.default_backend() == "cpu":  # the threads of a CPU's devices wait for each other
-        raise Refused(f"preview_every: not where CPU devices share a network (mesh {split[0]}); leave previews out")
 
 
 def check_encoders(folders: Mapping[str, str] | None) -> None:

@@ -12,13 +12,11 @@ Experts of one architecture stand stacked on a leading axis, so that the expert 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from paris_jax.diffusion import guidance, path, predictions, randomness, solvers
@@ -278,44 +276,36 @@ def velocity(plan: Plan, arrays: Weights, x, t_B, told: Condition, forced: jax.A
     return v, _whole(trace)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asking:
-    """Functions of the host that a sampler calls; where one answers False, nothing more is computed.
-
-    Attributes:
-      step: called before each step with its index.
-      look: called with that and the data predicted so far (B, T, H, W, C), every `look_every` steps.
-    """
-
-    step: Callable[[jax.Array], Any]
-    look: Callable[[jax.Array, jax.Array], Any]
+def begin(plan: Plan, noise: jax.Array, steps: int) -> solvers.State:
+    """Before the first of so many steps, from noise (B, T, H, W, C)."""
+    lead, B, E = (steps, solvers.EVALUATIONS[plan.solver]), noise.shape[0], len(plan.places)
+    traces = Trace(jnp.zeros((*lead, B, E), jnp.float32), jnp.zeros((*lead, E), jnp.int32))
+    return solvers.begin(noise, _memory(plan, noise), traces)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "asking"))
-def sample(
+@functools.partial(jax.jit, static_argnames=("plan",))
+def advance(
     plan: Plan,
     arrays: Weights,
-    noise: jax.Array,
+    state: solvers.State,
+    first: jax.Array | int,
+    last: jax.Array | int,
     keys_B2: jax.Array,
     times: jax.Array,
     told: Condition,
     forced_S: jax.Array,
-    look_every: jax.Array | int = 0,
-    asking: Asking | None = None,
-) -> tuple[jax.Array, Trace]:
-    """Solves from noise to data.
+) -> solvers.State:
+    """Takes the steps from `first` up to `last` on the way from noise to data, with one program for any two of them.
 
     Args:
-      noise: (B, T, H, W, C) standard normal.
+      state: from `begin`, or from the steps before.
       keys_B2: (B, 2) uint32, data of a key for each sample, for the noise that a stochastic solver adds.
       times: (S + 1,) from 1 to 0.
       told: prompts and guidance.
       forced_S: (S,) int32, the expert of each step for the rule "forced".
-      look_every: steps between two looks of the host at the data, which cost a transfer; 0: none.
-      asking: what is asked of the host; once it says no, the data predicted so far are returned.
 
     Returns:
-      The latent (B, T, H, W, C) in units of the training data's spread, and what was told of each step, (S, ...).
+      The state, whose `x` is the latent (B, T, H, W, C) in units of the training data's spread after the last step.
     """
 
     def field(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any, Trace]:
@@ -324,19 +314,22 @@ def sample(
 
     def fresh(step: jax.Array) -> jax.Array:
         keys_B = jax.random.wrap_key_data(keys_B2)
-        return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), noise.shape[1:])
+        return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), state.x.shape[1:])
 
-    def go_on(step: jax.Array, data: jax.Array) -> jax.Array:
-        assert asking is not None
-        answer, look = jax.ShapeDtypeStruct((), jnp.bool_), asking.look
-        data = _whole(data)
-        going = io_callback(asking.step, answer, step)
-        due = going & (look_every > 0) & (step > 0) & (step % jnp.maximum(look_every, 1) == 0)
-        return jax.lax.cond(due, lambda: io_callback(look, answer, step, data), lambda: going)
+    # Every process reads all of it.
+    return _whole(solvers.walk(field, state, times, first, last, plan.solver, fresh))
 
-    z, traces = solvers.solve(field, noise, times, plan.solver, _memory(plan, noise), fresh, go_on if asking else None)
-    # Of a step's evaluations, the first tells the weights, and all of them who broke.
-    return _whole((z, Trace(traces.weight[:, 0], traces.broken.sum(1))))  # every process reads all of it
+
+def trace_of(state: solvers.State) -> Trace:
+    """What was told of each step, (S, ...): the weights of its first evaluation, and who broke in any of them."""
+    return Trace(state.traces.weight[:, 0], state.traces.broken.sum(1))
+
+
+def sample(plan: Plan, arrays: Weights, noise: jax.Array, *inputs: Any) -> tuple[jax.Array, Trace]:
+    """All steps at once: the latent and what was told of them. `inputs` are those of `advance` from the keys on."""
+    steps = inputs[1].shape[0] - 1
+    state = advance(plan, arrays, begin(plan, noise, steps), 0, steps, *inputs)
+    return state.x, trace_of(state)
 
 
 def _whole(tree: Any) -> Any:

@@ -1,11 +1,10 @@
 """What people see while videos are drawn: a bar, previews, and an end when they ask for one.
 
-The solver loop is one compiled call that asks the host before each step. It runs in a thread, so that the one that
-called can be interrupted.
+The steps are taken by one compiled program that takes any number of them: a few at a time, so that what lies between
+two calls costs next to nothing of them, and nothing is at work on the device while a preview is made.
 """
 
-import concurrent.futures
-import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,11 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from paris_jax.ensemble import sampler
+from paris_jax.diffusion import solvers
 
+LONG = 0.1  # seconds; calls that take less than half of it take more steps, calls of more than twice that take fewer
+# Takes the steps from one up to another.
+Advance = Callable[[solvers.State, int, int], solvers.State]
 Preview = Callable[[int, np.ndarray], None]  # (steps done, the data predicted so far (N, T, H, W, C))
 
 
@@ -27,83 +29,30 @@ class Interrupted(KeyboardInterrupt):
         self.done, self.steps, self.samples = done, steps, samples
 
 
-class Watch:
-    """One call of the sampler as it is seen from outside."""
+def watched(
+    advance: Advance, state: solvers.State, steps: int, bar: bool, every: int = 0, preview: Preview | None = None
+) -> solvers.State:
+    """The state after all steps; every so many of them, `preview` is called with what is predicted by then.
 
-    def __init__(self, steps: int, bar: bool, every: int = 0, preview: Preview | None = None):
-        self._steps, self._every, self._preview = steps, every, preview
-        self._stopped = threading.Event()
-        self.done, self._ended = 0, False
-        self.failure: BaseException | None = None
-        self._bar = Progress(disable=not bar)
+    The processes of one job take one step at a time, all of them; the first shows the bar and the previews.
 
-    def step(self, step: int) -> bool:
-        """Called before each step; answers whether to take it."""
-        if not self._ended:
-            self.done = step
-            self._bar.update(self._task, completed=step, description="sampling" if step else "first step")
-            self._ended = self._stopped.is_set()
-        return not self._ended
-
-    def look(self, step: int, data: np.ndarray) -> bool:
-        """Called before the steps that are to be looked at; answers whether to take them."""
-        assert self._preview
-        try:
-            self._preview(step, data)
-        except BaseException as error:  # raised where the sampler was called, not in the runtime's thread
-            self.failure = error
-            self._stopped.set()
-        self._ended = self._stopped.is_set()
-        return not self._ended
-
-    def run(self, call: Callable[..., Any]) -> Any:
-        """The result of `call(asking, look_every)`, which are to be handed to the compiled loop.
-
-        Raises:
-          Interrupted: with the result in `samples`, which the caller turns into what it would have returned.
-        """
-        global _current
-        if threading.get_ident() == _asking:
-            raise RuntimeError("on_preview cannot draw with a bar or previews of its own; draw without them there")
-        with _one_at_a_time, self._bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            self._task, _current = self._bar.add_task("compiling", total=self._steps), self
-            every = self._every if self._preview else 0
-            result = pool.submit(lambda: jax.block_until_ready(call(_ASKING, every)))
-            try:
-                while not result.done():  # a wait without an end would not always hear of Ctrl-C
-                    concurrent.futures.wait([result], timeout=0.2)
-            except KeyboardInterrupt:
-                self._stopped.set()
-                found = result.result()
-                raise Interrupted(self.done if self._ended else self._steps, self._steps, found) from None
-            finally:
-                self._stopped.set()  # whatever ended the wait: the loop does not go on unseen
-                concurrent.futures.wait([result])
-                _current = None
-            if self.failure is not None:
-                raise self.failure
-            found = result.result()
-            self._bar.update(self._task, completed=self._steps, description="sampling")
-            return found
-
-
-# The compiled loop knows one function for all calls, so that none compiles again.
-_current: Watch | None = None
-_one_at_a_time = threading.Lock()
-_asking: int | None = None  # the thread that is in a preview
-
-
-def _asked(answer: Callable[[Watch], bool]) -> np.ndarray:
-    """What the watch of the call at hand answers."""
-    global _asking
-    watch, _asking = _current, threading.get_ident()
+    Raises:
+      Interrupted: with the state that was reached in `samples`, which the caller turns into what is kept.
+    """
+    reached, at_once, several, first = (0, state), 1, jax.process_count() > 1, jax.process_index() == 0
     try:
-        return np.array(watch is None or answer(watch))
-    finally:
-        _asking = None
-
-
-_ASKING = sampler.Asking(
-    step=lambda step: _asked(lambda watch: watch.step(int(step))),
-    look=lambda step, data: _asked(lambda watch: watch.look(int(step), np.asarray(data))),
-)
+        with Progress(disable=not (bar and first)) as shown:
+            task = shown.add_task("compiling", total=steps)
+            while (done := reached[0]) < steps:
+                due = (done // every + 1) * every if every else steps
+                until, begun = min(done + at_once, due, steps), time.perf_counter()
+                reached = until, jax.block_until_ready(advance(reached[1], done, until))
+                took = time.perf_counter() - begun
+                shown.update(task, completed=until, description="sampling")
+                if done and not several:  # the first call compiled
+                    at_once = 2 * at_once if took < LONG / 2 else max(1, at_once // 2) if took > 2 * LONG else at_once
+                if preview and first and until == due < steps:
+                    preview(until, np.asarray(reached[1].data))
+    except KeyboardInterrupt:
+        raise Interrupted(reached[0], steps, reached[1]) from None
+    return reached[1]

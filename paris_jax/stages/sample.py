@@ -45,9 +45,8 @@ def sample(
         )
     if out and epath.Path(out).suffix.lower() not in FORMATS:
         raise Refused(f"--out={out} has the ending {epath.Path(out).suffix!r}; allowed are {', '.join(FORMATS)}")
-    several = jax.process_count() > 1
-    if several:
-        _check_several(keeping or {}, how)
+    if jax.process_count() > 1:
+        _check_several(keeping or {})
     loaded = Ensemble.load(ensemble, **keeping or {}, drop_encoders=True)  # all prompts are known
     unknown = sorted({word for prompt in prompts for word in loaded.text.unknown_words(prompt)})
     if unknown:
@@ -63,10 +62,10 @@ def sample(
 
     previewing = {"on_preview": preview} if how.get("preview_every") else {}
     try:
-        samples = loaded.sample(prompts, progress=not several, **previewing, **how)
+        samples = loaded.sample(prompts, progress=True, **previewing, **how)
     except Interrupted as stop:
         partial = [path.parent / f"{path.stem}-step{stop.done}of{stop.steps}{path.suffix}" for path in paths]
-        _write(stop.samples, partial if stop.done else [], console)
+        _write(stop.samples, partial if stop.done and not jax.process_index() else [], console)
         raise
     finally:
         if previews:
@@ -77,16 +76,14 @@ def sample(
     return _write(samples, paths, console)
 
 
-def _check_several(keeping: dict[str, Any], how: dict[str, Any]) -> None:
-    """Refuses what several processes cannot do together."""
+def _check_several(keeping: dict[str, Any]) -> None:
+    """Refuses several processes that are not told how they share the work."""
     count, devices = jax.process_count(), jax.device_count()
     if not keeping.get("mesh"):
         raise Refused(
             f"--mesh is missing: this job has {count} processes with {devices} devices together; say how they share "
             f"the work, such as --mesh=expert:{devices}, or set {SWITCH}=0 to run this process alone"
         )
-    if how.get("preview_every"):
-        raise Refused(f"--preview_every={how['preview_every']}: previews are for one process, and this job has {count}")
 
 
 def _write(samples: Samples, paths: list[epath.Path], console: Console) -> list[epath.Path]:

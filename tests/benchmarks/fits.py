@@ -1,14 +1,14 @@
-"""Memory of sampling at full size, by compiling the ensemble's velocity for a chip that is not here.
+"""Memory of sampling at full size, by compiling the ensemble's sampler for a chip that is not here.
 
     python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--experts=3] [--batch=1]
         [--ways=auto,int8,auto+offload,int8+offload]
 
 For every way to keep the experts (as they compute or as 8-bit integers, on the chip or in the host's memory): bytes of
-arguments on the chip and on the host, and the most memory of the chip while one guided velocity is computed. Needs
-libtpu.
+arguments on the chip and on the host, and the most memory of the chip while guided videos are drawn. Needs libtpu.
 """
 
 import argparse
+import functools
 import time
 
 import jax
@@ -25,6 +25,7 @@ from paris_jax.models.dit import video_tokens
 from paris_jax.training.slices import Slice
 
 GIB = 2**30
+STEPS = 50
 
 
 def abstract(config, experts, weights, offload, device):
@@ -84,9 +85,16 @@ def main() -> None:
         experts = abstract(network, given.experts, weights, bool(offload), device)
         arrays = sampler.Weights((experts,), routers, of(given.experts, dtype=jnp.int32))
         begun = time.perf_counter()
-        inputs = of(B, T, H, W, C), of(B), told, of(dtype=jnp.int32)
+        state = jax.tree.map(
+            lambda a: of(*a.shape, dtype=a.dtype),
+            jax.eval_shape(functools.partial(sampler.begin, plan, steps=STEPS), of(B, T, H, W, C)),
+        )
+        span, keys = [of(dtype=jnp.int32)] * 2, of(B, 2, dtype=jnp.uint32)
         try:
-            found = sampler.velocity.lower(plan, arrays, *inputs).compile().memory_analysis()
+            lowered = sampler.advance.lower(
+                plan, arrays, state, *span, keys, of(STEPS + 1), told, of(STEPS, dtype=jnp.int32)
+            )
+            found = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             print(f"{way:14s} does not fit: {' '.join(str(error).split())[:1500]}", flush=True)
             continue

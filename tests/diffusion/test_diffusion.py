@@ -178,9 +178,24 @@ def test_solvers_look_as_often_as_they_say_and_what_the_field_remembers_moves_on
 
     x, times = jnp.ones((3, 1)), jnp.linspace(1, 0, 5)
     _, (steps, memories) = solvers.solve(field, x, times, solver, jnp.int32(0), lambda n: 0.0)
-    assert len(looked) == solvers.EVALUATIONS[solver]  # traced once
-    np.testing.assert_array_equal(steps, jnp.arange(4)[:, None] * jnp.ones(len(looked), int))  # of every look
-    np.testing.assert_array_equal(memories, jnp.arange(4)[:, None] + jnp.arange(len(looked)))
+    looks = solvers.EVALUATIONS[solver]
+    assert len(looked) == 1 + looks  # for the trace's shape, and traced once
+    np.testing.assert_array_equal(steps, jnp.arange(4)[:, None] * jnp.ones(looks, int))  # of every look
+    np.testing.assert_array_equal(memories, jnp.arange(4)[:, None] + jnp.arange(looks))
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_steps_taken_a_few_at_a_time_are_those_taken_at_once(solver):
+    def field(x, t, step, memory):
+        return jnp.sin(3 * x) + t * memory, memory + x, (step, x)
+
+    x, times, noise = jnp.array([[0.3], [-1.0]]), jnp.linspace(1, 0, 8), lambda n: jnp.cos(n + x)
+    end, traces = solvers.solve(field, x, times, solver, jnp.zeros_like(x), noise)
+    state = solvers.begin(x, jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, traces))
+    for first, last in ((0, 1), (1, 4), (4, 4), (4, 7)):
+        state = solvers.walk(field, state, times, first, last, solver, noise)
+    np.testing.assert_allclose(state.x, end, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.traces, traces)
 
 
 def test_heun_evaluates_guidance_afresh_at_both_ends():

@@ -24,7 +24,7 @@ def plain():
 
 def of_blocks(ensemble):
     """The leaves of the blocks, by name."""
-    (stack,) = ensemble._arrays.experts
+    (stack,) = ensemble._placed.arrays.experts
     found = jax.tree_util.tree_leaves_with_path({name: stack[name] for name in functional.BLOCKS})
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 

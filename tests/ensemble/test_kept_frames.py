@@ -249,9 +249,9 @@ def ensemble(trained):
 
 
 def test_training_makes_use_of_the_input(ensemble):
-    (stack,) = ensemble._arrays.experts
+    (stack,) = ensemble._placed.arrays.experts
     assert float(jnp.abs(stack["kept_in"]["kernel"]).max()) > 0
-    assert float(jnp.abs(ensemble._arrays.router["kept_in"]["kernel"]).max()) > 0
+    assert float(jnp.abs(ensemble._placed.arrays.router["kept_in"]["kernel"]).max()) > 0
 
 
 def test_videos_are_drawn_from_images_and_told_apart_from_those_without(ensemble):

@@ -285,14 +285,14 @@ def test_new_values_do_not_recompile():
     """Prompt, seed, guidance and times are arguments of one compiled program a shape."""
     x, _, text = inputs()
     plan, keys = plan_of(Routing("top_k", 2), guidance="classifier_free"), key_data(0, 3)
-    before = sampler.sample._cache_size()
+    before = sampler.advance._cache_size()
     for scale, shift, seed in ((2.0, 1.0, 0), (5.0, 0.5, 1), (7.5, 0.25, 2)):
         changed = dataclasses.replace(text, tokens=text.tokens * (1 + seed))
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
         forced = jnp.zeros(4, jnp.int32)
         sampler.sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
-    assert sampler.sample._cache_size() == before + 1
+    assert sampler.advance._cache_size() == before + 1
 
 
 def guided(x, t, text, negative=None, plan=None, **strength):

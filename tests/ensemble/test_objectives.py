@@ -85,7 +85,7 @@ def test_an_expert_of_another_run_size_and_objective_is_admitted_and_sampled(mic
     assert found["conventions"]["prediction"] == PREDICTIONS["noise"]
     assemble(micro, finished, elsewhere={1: theirs})
     ensemble = Ensemble.load(finished.ensemble)
-    assert {network.predicts for network in ensemble._networks} == {"velocity", "noise"}
+    assert {network.predicts for network in ensemble._placed.networks} == {"velocity", "noise"}
     prompt = ["a large red circle moving right fast on a white ground"]
     samples = ensemble.sample(prompt, num_steps=3, routing="full")
     assert np.isfinite(samples.videos).all()

@@ -68,14 +68,15 @@ def on_eight_devices() -> dict:
     found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({COLLECTIVES})\(", text)]
     found["latent"] = x.size
     found["crossing"] = crossing({"expert": 2, "fsdp": 2})
-    found["videos"]["watched"] = [
-        drawn(Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2}), progress=True, top_k=1)
-    ]
+    seen, sharing = [], Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2})
+    watching = {"progress": True, "preview_every": 2, "on_preview": lambda step, videos: seen.append(step)}
+    found["videos"]["watched"] = [drawn(sharing, top_k=1, **watching)]
+    found["seen"], found["programs"] = seen, len(one_program_a_shape(sharing))
     meshes = {}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2}
     found["two kinds"] = [two_kinds(mesh)[0] for mesh in meshes]
     found["broken"] = [two_kinds(mesh, breaking=2)[1] for mesh in meshes]
     found["pieces"] = sorted(
-        {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._arrays.experts)}
+        {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._placed.arrays.experts)}
     )
     run = sampler.expert_velocity
 
@@ -87,12 +88,24 @@ def on_eight_devices() -> dict:
     sampler.velocity.clear_cache()
     for experts in (np.arange(4) % 3, np.zeros(4, int)):  # samples that disagree, and samples that agree
         weight = jnp.asarray(np.eye(3, dtype=np.float32)[experts])
-        with jax.set_mesh(ensemble._mesh):
+        with jax.set_mesh(ensemble._placed.mesh):
             merged = jax.jit(sampler.merge, static_argnums=0)
-            jax.block_until_ready(merged(plan, ensemble._arrays, weight, x, jnp.full(4, 0.5), told.text))
+            jax.block_until_ready(merged(plan, ensemble._placed.arrays, weight, x, jnp.full(4, 0.5), told.text))
         jax.effects_barrier()
         found["passes"].append(-1)
     return found
+
+
+def one_program_a_shape(ensemble: Ensemble) -> list[str]:
+    """What is compiled for a draw like the one before it, with a bar and in one call."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    for progress in (True, False):
+        drawn(ensemble, top_k=1, progress=progress)
+    jax.monitoring.clear_event_listeners()
+    return compiled
 
 
 def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -> tuple[Any, Any, Any, str]:
@@ -100,18 +113,18 @@ def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -
     how = {"guidance": guidance, "top_k": 1}
     plan, told, _ = ensemble._planned(how, ensemble.encode(prompts), None, None, [], 1, None)
     x = ensemble.noise(len(prompts))
-    assert ensemble._mesh
-    with jax.set_mesh(ensemble._mesh):
-        given = placement.everywhere((x, jnp.full(len(prompts), 0.5), told, jnp.int32(0)), ensemble._mesh)
-        return plan, told, x, sampler.velocity.lower(plan, ensemble._arrays, *given).compile().as_text()
+    assert ensemble._placed.mesh
+    with jax.set_mesh(ensemble._placed.mesh):
+        given = placement.everywhere((x, jnp.full(len(prompts), 0.5), told, jnp.int32(0)), ensemble._placed.mesh)
+        return plan, told, x, sampler.velocity.lower(plan, ensemble._placed.arrays, *given).compile().as_text()
 
 
 def crossing(mesh: dict[str, int]) -> dict:
     """The largest array that groups of devices exchange with each other, and within a group, for one prompt."""
     ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
     plan, _, x, text = compiled_velocity(ensemble, ["a"], 2.0)
-    assert ensemble._mesh
-    group_of = np.arange(ensemble._mesh.size) // (ensemble._mesh.size // mesh["expert"])
+    assert ensemble._placed.mesh
+    group_of = np.arange(ensemble._placed.mesh.size) // (ensemble._placed.mesh.size // mesh["expert"])
     most = {"between groups": 0, "within a group": 0}
     for shapes, _, rest in re.findall(rf"= (\S+|\([^=]*\)) ({COLLECTIVES})(?:-start)?\((.*)", text):
         sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
@@ -186,6 +199,10 @@ def test_a_bar_is_seen_on_a_mesh_and_changes_nothing(found):
     np.testing.assert_allclose(found["videos"]["watched"][0], found["videos"]["one, every way"][0], atol=2e-3)
 
 
+def test_a_mesh_that_is_watched_shows_previews_and_compiles_one_program(found):
+    assert found["seen"] == [2] and found["programs"] == 0
+
+
 def test_groups_that_are_at_experts_of_different_kinds_do_not_wait_for_each_other(found):
     one, *spread = found["two kinds"]
     assert np.std(one) > 0.1
@@ -222,7 +239,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = ["sample", "--ensemble=bundled:shapes", *(f"--prompt={prompt}" for prompt in PROMPTS)]
     arguments += ["--num_steps=3", "--top_k=2", "--guidance=2", "--seed=3,1,4,5"]
-    joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2"]
+    joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2", "--preview_every=2"]
     code = "import sys; from paris_jax.cli import run; sys.exit(run({}))"
     processes = [
         in_another_process(code.format([*joined, f"--process_id={n}", f"--out={tmp_path / f'of{n}.png'}"]), 1)
@@ -231,17 +248,16 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     assert run([*arguments, f"--out={tmp_path / 'alone.png'}"]) == 0
     (said, _), (silent, _) = (process.communicate(timeout=300) for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
-    assert "of0.png" in said and "wrote" not in silent and not (tmp_path / "of1.png").exists()
+    assert "of0.png" in said and "wrote" not in silent and "sampling" not in silent
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "of0.png"]
     together, alone = (video.read_image(tmp_path / f"{name}.png").astype(float) for name in ("of0", "alone"))
     np.testing.assert_allclose(together, alone, atol=2)  # of 255
 
 
-def test_what_several_processes_cannot_do_is_refused(monkeypatch):
+def test_several_processes_that_are_not_told_how_to_share_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(Refused, match="--mesh is missing: this job has 2 processes with 1 devices together"):
         sample("bundled:shapes", ["a ball"], None)
-    with pytest.raises(Refused, match="--preview_every=2: previews are for one process"):
-        sample("bundled:shapes", ["a ball"], None, {"mesh": {"expert": 1}}, preview_every=2)
 
 
 def test_every_expert_is_held_by_one_group():
@@ -275,7 +291,7 @@ def test_a_mesh_that_does_not_divide_the_network_is_refused():
 
     ensemble = Ensemble.load("bundled:shapes")
     with pytest.raises(Refused, match="mesh tensor=2 x mesh sequence=1: 2 does not divide the network's 7 heads"):
-        placement.check(ensemble._networks, Mesh(), 100)
+        placement.check(ensemble._placed.networks, Mesh(), 100)
 
 
 def test_a_size_whose_tokens_cannot_be_shared_is_refused():
@@ -283,7 +299,7 @@ def test_a_size_whose_tokens_cannot_be_shared_is_refused():
         shape = {"expert": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 2}  # noqa: RUF012
 
     ensemble = Ensemble.load("bundled:shapes")
-    ensemble._networks = (dataclasses.replace(NETWORK, hidden=32, heads=2),)
-    ensemble._mesh = Mesh()
+    ensemble._placed.networks = (dataclasses.replace(NETWORK, hidden=32, heads=2),)
+    ensemble._placed.mesh = Mesh()
     with pytest.raises(Refused, match="mesh sequence=2: 2 does not divide the network's 75 tokens of a clip"):
         ensemble.sample("a ball", num_steps=1, guidance=1.0, frames=6)

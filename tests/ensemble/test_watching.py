@@ -1,5 +1,6 @@
 """What is seen while videos are drawn, how it is stopped, and which expert is to blame when values are not finite."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
-from paris_jax.ensemble.watching import Interrupted
+from paris_jax.diffusion import solvers
+from paris_jax.ensemble.watching import Interrupted, watched
 from paris_jax.errors import Refused
 
 PROMPTS = ["a large red circle moving right fast on a white ground", "a small blue digit nine on a black ground"]
@@ -107,7 +109,7 @@ def test_the_command_can_be_stopped(number, code, tmp_path):
 def broken():
     """An ensemble whose expert 1 is finite, but answers with values that are not."""
     ensemble = Ensemble.load("bundled:shapes")
-    (stack,) = ensemble._arrays.experts
+    (stack,) = ensemble._placed.arrays.experts
     bias = stack["velocity_out"]["bias"]
     stack["velocity_out"]["bias"] = bias.at[1].set(3e38)
     kernel = stack["velocity_out"]["kernel"]
@@ -122,8 +124,8 @@ def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, cap
     without = broken.sample(PROMPTS, drop=1, **how)
     np.testing.assert_allclose(without.videos, ensemble.sample(PROMPTS, drop=[1], **how).videos, atol=1e-4)
     assert without.routing[..., 1].max() == 0
-    for watched in (False, True):
-        dropped = broken.sample(PROMPTS, broken="drop", progress=watched, **how)
+    for bar in (False, True):
+        dropped = broken.sample(PROMPTS, broken="drop", progress=bar, **how)
         np.testing.assert_allclose(dropped.videos, without.videos, atol=1e-4)
         assert dropped.routing[..., 1].max() == 0 and dropped.routing.sum(-1).min() > 0.99
     assert "At step 0, expert 1 answered with values that are not finite; left out" in caplog.text
@@ -149,20 +151,45 @@ def test_an_interrupt_keeps_nothing_that_an_expert_broke(broken):
 
 def test_a_router_that_breaks_is_told(ensemble):
     broken = Ensemble.load("bundled:shapes")
-    bias = broken._arrays.router["logits_out"]["bias"]
-    broken._arrays.router["logits_out"]["bias"] = bias * jnp.nan
+    bias = broken._placed.arrays.router["logits_out"]["bias"]
+    broken._placed.arrays.router["logits_out"]["bias"] = bias * jnp.nan
     with pytest.raises(Refused, match="The router answered with weights that are not finite; give experts=K"):
         broken.sample(PROMPTS, num_steps=2)
     assert np.isfinite(broken.sample(PROMPTS, num_steps=2, experts=1).videos).all()
 
 
-def test_a_preview_may_draw_but_not_watch(ensemble):
-    def draw(step, videos, **how):
-        ensemble.sample(PROMPTS[:1], num_steps=1, **how)
+def test_a_preview_may_draw_and_watch_itself(ensemble):
+    drawn = []
 
-    ensemble.sample(PROMPTS, num_steps=3, preview_every=2, on_preview=draw)
-    with pytest.raises(RuntimeError, match="on_preview cannot draw with a bar"):
-        ensemble.sample(PROMPTS, num_steps=3, preview_every=2, on_preview=lambda *at: draw(*at, progress=True))
+    def draw(step, videos, **how):
+        drawn.append(ensemble.sample(PROMPTS[:1], num_steps=1, progress=True))
+
+    ensemble.sample(PROMPTS, num_steps=3, preview_every=2, on_preview=draw, progress=True)
+    np.testing.assert_array_equal(drawn[0].videos, ensemble.sample(PROMPTS[:1], num_steps=1).videos)
+
+
+def test_quick_steps_are_taken_several_at_a_time_and_previews_are_never_late(monkeypatch):
+    calls, seconds = [], [0.01]
+
+    def advance(state, first, last):
+        calls.append(last - first)
+        time.sleep(seconds[-1] * (last - first))
+        return dataclasses.replace(state, x=state.x + last - first, data=state.x + last)
+
+    seen = {}
+    zero = jnp.zeros(())
+    state = solvers.begin(zero, (), ())
+    end = watched(advance, state, 40, False, 9, lambda at, data: seen.__setitem__(at, float(data)))
+    assert end.x == 40 and sum(calls) == 40 and calls[0] == 1
+    assert list(seen) == [9, 18, 27, 36]
+    assert max(calls) >= 4 and len(calls) < 25  # of 10 ms each, at least 50 ms together
+    for slowness, processes in ((0.25, 1), (0.0, 2)):  # slow ones, or such as other processes take, too
+        calls.clear()
+        seconds.append(slowness)
+        monkeypatch.setattr(jax, "process_count", lambda count=processes: count)
+        assert watched(advance, state, 4, True).x == 4 and calls == [1, 1, 1, 1]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    watched(advance, state, 4, True, 2, lambda at, data: pytest.fail("the first process shows it"))
 
 
 def test_an_interrupt_before_the_first_step_is_done_has_nothing_to_keep():

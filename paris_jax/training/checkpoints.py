@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from paris_jax.errors import Refused, first_line
 from paris_jax.training import hosts
 
 logger = logging.getLogger(__name__)
+
+PAUSES = 2, 10  # seconds before a checkpoint that the system could not read is tried again
 
 
 class Checkpoints:
@@ -82,16 +85,23 @@ class Checkpoints:
         """What `restore` returns, or None and why this process cannot read it; waits for no other process."""
         items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
         handler = ocp.CompositeCheckpointHandler()
-        try:
-            args = ocp.args.Composite(**items, clocks=ocp.args.JsonRestore())
-            found = handler.restore(self.folder.resolve() / str(step), args=args)
-            if int(found["state"].step) != step:
-                raise ValueError(f"it holds step {int(found['state'].step)}")
-            return (step, found["state"], found["data"], found["clocks"]), "another process of this job cannot"
-        except Exception as error:  # whatever a damaged file makes a reader raise
-            if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # the checkpoint is not what is wrong
-            return None, first_line(error)[:200]
+        reason = ""
+        for pause in (*PAUSES, None):
+            try:
+                args = ocp.args.Composite(**items, clocks=ocp.args.JsonRestore())
+                found = handler.restore(self.folder.resolve() / str(step), args=args)
+                if int(found["state"].step) != step:
+                    raise ValueError(f"it holds step {int(found['state'].step)}")
+                return (step, found["state"], found["data"], found["clocks"]), "another process of this job cannot"
+            except Exception as error:  # whatever a damaged file makes a reader raise
+                if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # the checkpoint is not what is wrong
+                reason = first_line(error)[:200]
+                if pause is None or not _may_pass(error):
+                    break
+            logger.warning("checkpoint of step %d could not be read (%s); again in %g seconds", step, reason, pause)
+            time.sleep(pause)
+        return None, reason
 
     def delete_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: unreadable ones, in the way of saving those steps again."""
@@ -107,6 +117,12 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the operating system could not read at this moment: a disk on a network, perhaps, not a damaged file."""
+    missing = isinstance(error, FileNotFoundError) or "ENOENT" in str(error)
+    return not missing and (isinstance(error, OSError) or "os_error_code" in str(error))
 
 
 def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refused:

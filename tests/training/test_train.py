@@ -1,6 +1,7 @@
 """Training: exact resume, isolation, independence of devices, and what stops it. Invariants 1 to 4 and 8."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from xprof.convert import raw_to_tool_data
@@ -269,6 +271,26 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
         overwrite(run.checkpoints(EXPERT) / str(step))
     with pytest.raises(Refused, match="none can be read"):
         stage.train(micro, run, EXPERT)
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_waited_for(micro, run, trained, caplog, monkeypatch):
+    """A disk on a network that does not answer is no reason to give up the newest state."""
+    shutil.copytree(trained.role(EXPERT), run.role(EXPERT))
+    shutil.rmtree(run.export(EXPERT))
+    read, tried = ocp.CompositeCheckpointHandler.restore, []
+
+    def failing_twice(handler, directory, args):
+        tried.append(directory.name)
+        if len(tried) <= 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(handler, directory, args)
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "restore", failing_twice)
+    monkeypatch.setattr(checkpoints, "PAUSES", (0.01, 0.01))
+    stage.train(micro, run, EXPERT)
+    assert tried == 3 * ["12"] and "again in 0.01 seconds" in caplog.text
+    assert sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir()) == [8, 12]
+    assert export_bytes(run) == export_bytes(trained)
 
 
 def test_the_newest_checkpoints_and_every_so_many_are_kept(micro, run):

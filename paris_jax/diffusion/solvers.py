@@ -1,6 +1,6 @@
 """From noise (t = 1) to data (t = 0): solvers of x' = v(x, t), and one of the stochastic equation with the same law.
 
-A solver is a function of one step, to scan over a grid of times. What it must remember of the step before is its
+A solver is a function of one step, to walk a grid of times with. What it must remember of the step before is its
 `past`; what the field must remember (the momentum of guidance) is its `memory`. Neither is looked at by the other.
 """
 
@@ -103,10 +103,6 @@ SOLVERS: dict[str, Step] = {
 EVALUATIONS = {"euler": 1, "heun": 2, "ab2": 1, "dpm++2m": 1, "ancestral": 1}  # a step
 
 
-def no_noise(step: jax.Array) -> jax.Array:
-    raise ValueError("a stochastic solver needs noise")
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -160,14 +156,3 @@ def walk(
         return State(x, past, memory, predicted[0], traces)
 
     return jax.lax.fori_loop(first, last, step, state)
-
-
-def solve(
-    field: Field, x: jax.Array, times: jax.Array, solver: str, memory: Any = (), noise: Noise = no_noise
-) -> tuple[jax.Array, Any]:
-    """Walks x along all of `times`; returns the final x, and the traces (S, EVALUATIONS, ...) of the field."""
-    told = jax.eval_shape(lambda x, t, step, memory: field(x, t, step, memory)[2], x, times[0], jnp.int32(0), memory)
-    lead = times.shape[0] - 1, EVALUATIONS[solver]
-    state = begin(x, memory, jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), told))
-    state = walk(field, state, times, 0, lead[0], solver, noise)
-    return state.x, state.traces

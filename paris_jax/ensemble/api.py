@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax.diffusion import path, randomness
+from paris_jax.diffusion import path, randomness, solvers
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble import bundle, placement, request, sampler, watching
 from paris_jax.ensemble.frames import Given, Picture
@@ -204,37 +204,55 @@ class Ensemble:
             kept = given.kept(self.codec, self.scale, start.shape[1:], len(prompts), self.fps)
         preview = (lambda step, data: on_preview(step, self.decode(data))) if on_preview else None
 
-        def made(z: np.ndarray, trace: Any, steps: int = steps) -> Samples:
-            return Samples(self.decode(z), prompts, self.fps, trace.weight[:steps], self.clusters)
-
-        how, dropped = how | {"steps": steps}, request.clusters_of(drop)
-        while True:
+        def draw(how: dict[str, Any], dropped: list[int]) -> solvers.State:
             plan, told, forced = self._planned(how, encoded, negative, experts, dropped, steps, kept)
-            stopped, inputs = None, (keys, grid, told, forced)
+            return self._placed.draw(plan, start, (keys, grid, told, forced), progress, preview_every, preview)
+
+        may_drop = None if experts is not None else broken == "drop"
+        z, trace, stopped = self._drawn(draw, how | {"steps": steps}, request.clusters_of(drop), may_drop)
+
+        def made(done: int) -> Samples:
+            return Samples(self.decode(z), prompts, self.fps, trace.weight[:done], self.clusters)
+
+        if stopped:
+            stopped.samples = made(stopped.done) if stopped.done else None
+            raise stopped
+        return made(steps)
+
+    def _drawn(
+        self, draw: Callable[..., solvers.State], how: dict[str, Any], dropped: list[int], may_drop: bool | None
+    ) -> tuple[np.ndarray, Any, watching.Interrupted | None]:
+        """Latents by experts that all answered with finite values, and what was told of their steps.
+
+        Args:
+          draw: of what is asked for, without the clusters dropped.
+          may_drop: whether experts that break may be left out; None where they are forced.
+
+        Returns:
+          Both up to the step at which the draw was interrupted, and how it was; None if it came to its end.
+        """
+        while True:
             try:
-                state = self._placed.draw(plan, start, inputs, progress, preview_every, preview)
+                stopped, state = None, draw(how, dropped)
             except watching.Interrupted as stop:
                 stopped, state = stop, stop.samples
-            z, trace = jax.tree.map(np.asarray, (state.data if stopped else state.x, sampler.trace_of(state)))
+            z = state.data if stopped and stopped.done < stopped.steps else state.x
+            z, trace = jax.tree.map(np.asarray, (z, sampler.trace_of(state)))
             failed = request.first_broken(trace.broken, self.clusters)
-            if failed:
-                dropped = [*dropped, *failed[1]]
-            left = len(self.clusters) - len(set(dropped))
-            if not failed or stopped or broken == "refuse" or experts is not None or not left:
+            if not failed:
                 break
+            dropped = [*dropped, *failed[1]]
+            left = len(self.clusters) - len(set(dropped))
+            if stopped or not may_drop or not left:
+                advice = f"leave out with drop={dropped}, or " if left and may_drop is not None else ""
+                raise Refused(f"{request.who_broke(*failed)}; {advice}lower guidance") from stopped
             logger.warning("%s; left out", request.who_broke(*failed))
             how = how | ({"top_k": min(how["top_k"], left)} if how.get("top_k") else {})
-        if failed:
-            advice = f"leave out with drop={dropped}, or " if left and experts is None else ""
-            raise Refused(f"{request.who_broke(*failed)}; {advice}lower guidance")
         if not np.isfinite(trace.weight[0]).all():  # of noise, which is finite
             raise Refused("The router answered with weights that are not finite; give experts=K, or train it again")
         if not np.isfinite(z).all() or not np.isfinite(trace.weight).all():
             raise Refused("The sampled video is not finite, though every expert's answers are; lower guidance")
-        if stopped:
-            stopped.samples = made(z, trace, stopped.done) if stopped.done else None
-            raise stopped
-        return made(z, trace)
+        return z, trace, stopped
 
     def velocity(
         self,

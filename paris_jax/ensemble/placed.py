@@ -42,7 +42,8 @@ class Placed:
     @functools.cached_property
     def arrays(self) -> sampler.Weights:
         """The experts and the router, brought to their places when they are first used."""
-        arrays = self._place()
+        with jax.ensure_compile_time_eval():  # also where they are first used inside a caller's own program
+            arrays = self._place()
         del self._place  # and with it what it was read into
         return arrays
 
@@ -71,13 +72,18 @@ class Placed:
         steps = inputs[1].shape[0] - 1
         with self._there():
             state, inputs = placement.everywhere((sampler.begin(plan, noise, steps), inputs), self.mesh)
+        if self.mesh is None:  # where every later state is, for one program to take all steps
+            (device,) = self.arrays.clusters.devices()
+            state = jax.device_put(state, device)
 
-            def advance(state: solvers.State, first: int, last: int) -> solvers.State:
+        def advance(state: solvers.State, first: int, last: int) -> solvers.State:
+            with self._there():  # and not around what previews do
                 return sampler.advance(plan, self.arrays, state, first, last, *inputs)
 
-            if bar or preview:
-                return watching.watched(advance, state, steps, bar, every, preview)
+        if not bar and not preview:
             return advance(state, 0, steps)
+        together = self.mesh is not None and len({device.process_index for device in self.mesh.devices.flat}) > 1
+        return watching.watched(advance, state, steps, bar, every, preview, together)
 
     def _there(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The ensemble's velocity, and the whole solver loop in one compiled call.
+"""The ensemble's velocity, and a compiled program that takes any number of a solver's steps.
 
     v(x, t, c) = sum_k weight_k(x, t, c) v_k(x, t, c)
 
@@ -323,13 +323,6 @@ def advance(
 def trace_of(state: solvers.State) -> Trace:
     """What was told of each step, (S, ...): the weights of its first evaluation, and who broke in any of them."""
     return Trace(state.traces.weight[:, 0], state.traces.broken.sum(1))
-
-
-def sample(plan: Plan, arrays: Weights, noise: jax.Array, *inputs: Any) -> tuple[jax.Array, Trace]:
-    """All steps at once: the latent and what was told of them. `inputs` are those of `advance` from the keys on."""
-    steps = inputs[1].shape[0] - 1
-    state = advance(plan, arrays, begin(plan, noise, steps), 0, steps, *inputs)
-    return state.x, trace_of(state)
 
 
 def _whole(tree: Any) -> Any:

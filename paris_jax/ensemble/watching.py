@@ -4,8 +4,11 @@ The steps are taken by one compiled program that takes any number of them: a few
 two calls costs next to nothing of them, and nothing is at work on the device while a preview is made.
 """
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 from rich.progress import Progress
 
 from paris_jax.diffusion import solvers
+from paris_jax.training import hosts
 
 LONG = 0.1  # seconds; calls that take less than half of it take more steps, calls of more than twice that take fewer
 # Takes the steps from one up to another.
@@ -30,29 +34,65 @@ class Interrupted(KeyboardInterrupt):
 
 
 def watched(
-    advance: Advance, state: solvers.State, steps: int, bar: bool, every: int = 0, preview: Preview | None = None
+    advance: Advance,
+    state: solvers.State,
+    steps: int,
+    bar: bool,
+    every: int = 0,
+    preview: Preview | None = None,
+    together: bool = False,
 ) -> solvers.State:
     """The state after all steps; every so many of them, `preview` is called with what is predicted by then.
 
-    The processes of one job take one step at a time, all of them; the first shows the bar and the previews.
+    Args:
+      together: whether the processes of a job take the steps together. Then all of them take one at a time, agree
+        before each whether to go on, and the first shows the bar and the previews.
 
     Raises:
       Interrupted: with the state that was reached in `samples`, which the caller turns into what is kept.
     """
-    reached, at_once, several, first = (0, state), 1, jax.process_count() > 1, jax.process_index() == 0
+    reached, at_once, first = (0, state), 1, not together or jax.process_index() == 0
+    failure: Exception | None = None
     try:
-        with Progress(disable=not (bar and first)) as shown:
+        with _agreed(together) as stop, Progress(disable=not (bar and first)) as shown:
             task = shown.add_task("compiling", total=steps)
-            while (done := reached[0]) < steps:
+            while (done := reached[0]) < steps and not stop(failure is not None):
                 due = (done // every + 1) * every if every else steps
                 until, begun = min(done + at_once, due, steps), time.perf_counter()
                 reached = until, jax.block_until_ready(advance(reached[1], done, until))
                 took = time.perf_counter() - begun
                 shown.update(task, completed=until, description="sampling")
-                if done and not several:  # the first call compiled
+                if done and not together:  # the first call compiled
                     at_once = 2 * at_once if took < LONG / 2 else max(1, at_once // 2) if took > 2 * LONG else at_once
                 if preview and first and until == due < steps:
-                    preview(until, np.asarray(reached[1].data))
+                    try:
+                        preview(until, np.asarray(reached[1].data))
+                    except Exception as error:
+                        if not together:
+                            raise
+                        failure = error  # of which the others hear before the next step
+        if failure is not None:
+            raise failure
+        if reached[0] < steps:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(reached[0], steps, reached[1]) from None
     return reached[1]
+
+
+@contextlib.contextmanager
+def _agreed(together: bool) -> Iterator[Callable[[bool], bool]]:
+    """Whether to stop before a step: where processes go together, because any of them was interrupted or failed.
+
+    Alone, Ctrl-C is the exception that it always is; together, whoever left would have the others wait for ever.
+    """
+    if not together:
+        yield lambda failed: False
+        return
+    asked, main = [], threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True)) if main else None
+    try:
+        yield lambda failed: not hosts.least(not (asked or failed))
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)

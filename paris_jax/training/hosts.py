@@ -56,10 +56,11 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
 
     Args:
       environment: of this process, or what stands in for it.
-      timeout: seconds to wait for the coordinator and the other processes.
+      timeout: seconds to wait for the coordinator, and then for the other processes.
 
     Raises:
-      Refused: the coordinator does not answer, or what is set does not say which process this is.
+      Refused: the coordinator does not answer, not all processes come to it, or what is set does not say which
+        process this is.
     """
     why = why_join(environment)
     if not why:
@@ -74,10 +75,11 @@ def join_hosts(environment: Mapping[str, str] = os.environ, timeout: int = TIMEO
     logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
     if not address:
         logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # names it
-    until = time.monotonic() + timeout
     if address and number:
         _wait_for(address, timeout)
     import jax
+
+    until = time.monotonic() + timeout
 
     def join() -> None:  # when its own time is over, JAX ends the process with a stack trace: ours is over before
         jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout + 60)

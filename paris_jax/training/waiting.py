@@ -26,7 +26,8 @@ def result_of(what: str, work: Callable[[], Any], look: Callable[[], None]) -> A
     thread.start()
     while thread.is_alive():
         thread.join(LOOK_EVERY)
-        look()
+        if thread.is_alive():
+            look()
     if failed:
         raise failed[0]
     return made[0]

@@ -48,6 +48,13 @@ def told(text, scale=1.0, negative=None, **strength):
     return Condition(text, negative or no_text(text), Strength(jnp.float32(scale), **strength))
 
 
+def sample(plan, arrays, noise, keys, times, told, forced):
+    """All steps at once: the latent, and what was told of them."""
+    steps = len(times) - 1
+    state = sampler.advance(plan, arrays, sampler.begin(plan, noise, steps), 0, steps, keys, times, told, forced)
+    return state.x, sampler.trace_of(state)
+
+
 def inputs(batch=3):
     keys = jax.random.split(jax.random.key(9), 3)
     text = Text(
@@ -175,7 +182,7 @@ def test_samples_of_the_exact_ensemble_follow_the_data(solver, steps):
     noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 3))
     plan = plan_of(Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, block=count)
     keys, forced = key_data(4, count), jnp.zeros(steps, jnp.int32)
-    z, _ = sampler.sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), forced)
+    z, _ = sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), forced)
     drawn, data = np.asarray(z).reshape(count, 3), mixture_data(count, 3)
     for look in (*(lambda a, i=i: a[:, i] for i in range(3)), lambda a: a.mean(1), lambda a: a.std(1)):
         assert kolmogorov(look(drawn), look(data)) < 1.95 * np.sqrt(2 / count)  # at level 0.001: 0.0195
@@ -291,7 +298,7 @@ def test_new_values_do_not_recompile():
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
         forced = jnp.zeros(4, jnp.int32)
-        sampler.sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
+        sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
     assert sampler.advance._cache_size() == before + 1
 
 
@@ -388,7 +395,7 @@ def test_a_stochastic_solver_draws_fresh_noise_every_step_and_for_every_sample()
     x, _, text = inputs()
     plan, arrays = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver="ancestral"), mixture_arrays()
     times, forced = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
-    draw = lambda keys: sampler.sample(plan, arrays, x, keys, times, told(text), forced)[0]  # noqa: E731
+    draw = lambda keys: sample(plan, arrays, x, keys, times, told(text), forced)[0]  # noqa: E731
     keys = key_data(0, 3)
     first = draw(keys)
     np.testing.assert_array_equal(first, draw(keys))

@@ -5,9 +5,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,7 @@ def on_eight_devices() -> dict:
     found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({COLLECTIVES})\(", text)]
     found["latent"] = x.size
     found["crossing"] = crossing({"expert": 2, "fsdp": 2})
-    seen, sharing = [], Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2})
-    watching = {"progress": True, "preview_every": 2, "on_preview": lambda step, videos: seen.append(step)}
-    found["videos"]["watched"] = [drawn(sharing, top_k=1, **watching)]
-    found["seen"], found["programs"] = seen, len(one_program_a_shape(sharing))
+    found |= watched_draw(Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2}))
     meshes = {}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2}
     found["two kinds"] = [two_kinds(mesh)[0] for mesh in meshes]
     found["broken"] = [two_kinds(mesh, breaking=2)[1] for mesh in meshes]
@@ -96,16 +95,19 @@ def on_eight_devices() -> dict:
     return found
 
 
-def one_program_a_shape(ensemble: Ensemble) -> list[str]:
-    """What is compiled for a draw like the one before it, with a bar and in one call."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
-    )
-    for progress in (True, False):
-        drawn(ensemble, top_k=1, progress=progress)
-    jax.monitoring.clear_event_listeners()
-    return compiled
+def watched_draw(ensemble: Ensemble) -> dict:
+    """A draw with a bar and previews, which draw themselves, on one device; and how many programs it took."""
+    alone, seen = Ensemble.load("bundled:shapes"), []
+    before = sampler.advance._cache_size()
+    drawn(alone, num_steps=1)  # compiles
+
+    def preview(step: int, videos: np.ndarray) -> None:
+        drawn(alone, num_steps=1)
+        seen.append([step, jax.sharding.get_abstract_mesh().empty])
+
+    videos = drawn(ensemble, top_k=1, progress=True, preview_every=2, on_preview=preview)
+    drawn(ensemble, top_k=1)
+    return {"watched": videos, "seen": seen, "programs": sampler.advance._cache_size() - before}
 
 
 def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -> tuple[Any, Any, Any, str]:
@@ -196,11 +198,12 @@ def test_groups_may_keep_their_experts_small_and_in_the_hosts_memory(found):
 
 
 def test_a_bar_is_seen_on_a_mesh_and_changes_nothing(found):
-    np.testing.assert_allclose(found["videos"]["watched"][0], found["videos"]["one, every way"][0], atol=2e-3)
+    np.testing.assert_allclose(found["watched"], found["videos"]["one, every way"][0], atol=2e-3)
 
 
 def test_a_mesh_that_is_watched_shows_previews_and_compiles_one_program(found):
-    assert found["seen"] == [2] and found["programs"] == 0
+    assert found["seen"] == [[2, True]]  # nothing of the mesh is around what previews do
+    assert found["programs"] == 2  # one for the mesh, and one for the draws of the previews
 
 
 def test_groups_that_are_at_experts_of_different_kinds_do_not_wait_for_each_other(found):
@@ -252,6 +255,29 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "of0.png"]
     together, alone = (video.read_image(tmp_path / f"{name}.png").astype(float) for name in ("of0", "alone"))
     np.testing.assert_allclose(together, alone, atol=2)  # of 255
+
+
+@pytest.mark.parametrize("pressed", [[0], [1]])
+def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from paris_jax.cli import run; sys.exit(run({}))"
+    asked = ["sample", "--ensemble=bundled:shapes", f"--prompt={PROMPTS[0]}", "--num_steps=5000", "--mesh=expert:2"]
+    asked += [f"--coordinator={address}", "--num_processes=2", "--preview_every=2", f"--out={tmp_path}/film.png"]
+    processes = [in_another_process(code.format([*asked, f"--process_id={n}"]), 1) for n in range(2)]
+    until = time.time() + 120
+    while not (tmp_path / "film-preview.png").exists():
+        assert time.time() < until and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    for number in pressed:
+        processes[number].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130], said
+    assert all("what was predicted by then is kept" in each for each in said)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("film-step")
 
 
 def test_several_processes_that_are_not_told_how_to_share_are_refused(monkeypatch):

@@ -182,6 +182,13 @@ def test_the_velocity_may_stand_in_a_callers_own_program(ensemble):
     np.testing.assert_allclose(inside, ensemble.velocity(x, t, text), atol=1e-5)
 
 
+def test_an_ensemble_may_be_used_first_inside_a_callers_own_program():
+    ensemble = Ensemble.load("bundled:shapes", drop_encoders=True)
+    words, x = ensemble.encode(["a ball"]), ensemble.noise(1)
+    inside = jax.jit(lambda x: ensemble.velocity(x, jnp.array([0.5]), words))(x)
+    np.testing.assert_allclose(ensemble.velocity(x, jnp.array([0.5]), words), inside, atol=1e-4)
+
+
 def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):
     how = {"num_steps": 2, "seed": 5, "guidance": 3.0, "top_k": 2}
     one, *others = (ensemble.sample(PROMPTS, rows_at_once=rows, **how).videos for rows in (0, 1, 2, 99))

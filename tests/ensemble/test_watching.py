@@ -14,8 +14,10 @@ import pytest
 
 from paris_jax import Ensemble
 from paris_jax.diffusion import solvers
+from paris_jax.ensemble import sampler
 from paris_jax.ensemble.watching import Interrupted, watched
 from paris_jax.errors import Refused
+from paris_jax.training import hosts
 
 PROMPTS = ["a large red circle moving right fast on a white ground", "a small blue digit nine on a black ground"]
 
@@ -147,6 +149,14 @@ def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, cap
 def test_an_interrupt_keeps_nothing_that_an_expert_broke(broken):
     with pytest.raises(Refused, match="At step 0, expert 1 answered with values that are not finite"):
         broken.sample(PROMPTS, num_steps=9, routing="full", preview_every=1, on_preview=interrupting(2))
+    seen, stop = [], interrupting(2)
+    with pytest.raises(Refused, match="At step 0, expert 1 answered") as refusal:  # and does not begin again
+        broken.sample(
+            PROMPTS,
+            **{"num_steps": 9, "routing": "full", "broken": "drop", "preview_every": 1},
+            on_preview=lambda *at: (seen.append(at[0]), stop(*at)),
+        )
+    assert seen == [1, 2] and isinstance(refusal.value.__cause__, Interrupted)
 
 
 def test_a_router_that_breaks_is_told(ensemble):
@@ -173,23 +183,64 @@ def test_quick_steps_are_taken_several_at_a_time_and_previews_are_never_late(mon
 
     def advance(state, first, last):
         calls.append(last - first)
-        time.sleep(seconds[-1] * (last - first))
+        time.sleep((seconds[-1] if first < 40 else 0.25) * (last - first))
         return dataclasses.replace(state, x=state.x + last - first, data=state.x + last)
 
     seen = {}
     zero = jnp.zeros(())
     state = solvers.begin(zero, (), ())
-    end = watched(advance, state, 40, False, 9, lambda at, data: seen.__setitem__(at, float(data)))
-    assert end.x == 40 and sum(calls) == 40 and calls[0] == 1
-    assert list(seen) == [9, 18, 27, 36]
-    assert max(calls) >= 4 and len(calls) < 25  # of 10 ms each, at least 50 ms together
-    for slowness, processes in ((0.25, 1), (0.0, 2)):  # slow ones, or such as other processes take, too
+    end = watched(advance, state, 46, False, 9, lambda at, data: seen.__setitem__(at, float(data)))
+    assert end.x == 46 and sum(calls) == 46 and calls[0] == 1
+    assert list(seen) == [9, 18, 27, 36, 45]
+    assert max(calls) >= 4 and len(calls) < 30  # of 10 ms each, at least 50 ms together
+    assert calls[-1] == 1 < max(calls)  # from the fortieth on they are slow
+    for slowness, together in ((0.25, False), (0.0, True)):  # slow ones, or such as other processes take, too
         calls.clear()
         seconds.append(slowness)
-        monkeypatch.setattr(jax, "process_count", lambda count=processes: count)
-        assert watched(advance, state, 4, True).x == 4 and calls == [1, 1, 1, 1]
+        assert watched(advance, state, 4, True, together=together).x == 4 and calls == [1, 1, 1, 1]
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    watched(advance, state, 4, True, 2, lambda at, data: pytest.fail("the first process shows it"))
+    watched(advance, state, 4, True, 2, lambda at, data: seen.clear())  # a draw of its own
+    assert not seen
+    watched(advance, state, 4, True, 2, lambda at, data: pytest.fail("the first process shows it"), together=True)
+
+
+def test_what_one_of_several_processes_meets_ends_the_draw_of_all_of_them(monkeypatch):
+    """Before every step each says whether it goes on; whoever hears of another's end is interrupted."""
+    state, others = solvers.begin(jnp.zeros(()), (), ()), [1, 1, 0]
+
+    def advance(state, first, last):
+        return dataclasses.replace(state, x=state.x + last - first)
+
+    monkeypatch.setattr(hosts, "least", lambda own: min(int(own), others.pop(0)))
+    with pytest.raises(Interrupted, match="after 2 of 9 steps") as interrupted:
+        watched(advance, state, 9, False, together=True)
+    assert interrupted.value.samples.x == 2
+    monkeypatch.setattr(hosts, "least", int)
+    with pytest.raises(OSError, match="no room"):
+        watched(advance, state, 9, False, 3, lambda *_: (_ for _ in ()).throw(OSError("no room")), together=True)
+
+
+@pytest.mark.parametrize("keeping", [{}, {"offload": True}])
+def test_draws_that_are_watched_or_not_or_from_given_noise_are_one_program(keeping):
+    ensemble = Ensemble.load("bundled:shapes", **keeping)
+    before, how = sampler.advance._cache_size(), {"num_steps": 11, "top_k": 2}
+    noise = jax.device_put(ensemble.noise(2), jax.devices()[0])
+    for progress in (True, False):
+        ensemble.sample(PROMPTS, progress=progress, **how)
+        ensemble.sample(PROMPTS, progress=progress, noise=noise, **how)
+    assert sampler.advance._cache_size() == before + 1
+
+
+def test_an_interrupt_after_the_last_step_keeps_the_videos_themselves(ensemble, monkeypatch):
+    whole = ensemble.sample(PROMPTS, num_steps=3, solver="ab2")
+
+    def late(advance, state, steps, *_):
+        raise Interrupted(steps, steps, advance(state, 0, steps))
+
+    monkeypatch.setattr("paris_jax.ensemble.watching.watched", late)
+    with pytest.raises(Interrupted) as interrupted:
+        ensemble.sample(PROMPTS, num_steps=3, solver="ab2", progress=True)
+    np.testing.assert_array_equal(interrupted.value.samples.videos, whole.videos)
 
 
 def test_an_interrupt_before_the_first_step_is_done_has_nothing_to_keep():

@@ -4,13 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from paris_jax import cli
 from paris_jax.errors import Refused
-from paris_jax.training import hosts
+from paris_jax.training import hosts, waiting
 from paris_jax.training.hosts import join_hosts, told_by, why_join
 
 JOINED = (
@@ -93,6 +94,18 @@ def test_a_coordinator_that_does_not_answer_is_named_with_the_time_waited(addres
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     with pytest.raises(Refused, match=rf"The coordinator at {address} did not answer within 1 seconds .*=0 to run"):
         join_hosts(told, timeout=1)
+
+
+def test_what_is_done_in_time_is_not_too_late():
+    def late():
+        raise Refused("too late")
+
+    assert waiting.result_of("a test", lambda: 5, late) == 5
+    with pytest.raises(ZeroDivisionError):
+        waiting.result_of("a test", lambda: 1 // 0, late)
+    with pytest.raises(Refused, match="too late"):
+        waiting.result_of("a test", lambda: time.sleep(1), late)
+    assert waiting.somebody_at_work()
 
 
 OPEN_MPI_4 = {  # JAX makes the address of this

@@ -1,6 +1,7 @@
 """One code path from one device to a whole slice: where everything lies, and that it changes no result."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -68,16 +69,24 @@ def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:
     return [batch(n) for n in range(count)]
 
 
+@functools.cache
+def first_state(kind: type) -> states.TrainState:
+    """A network's state as one device makes it, on the host."""
+    job = make_job(router=kind is presets.RouterConfig)
+    return jax.tree.map(np.asarray, Program(job, jax.devices()[:1]).first_state())
+
+
 def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
     """Losses of the first steps on so many devices.
 
     The network is shaken: a fresh one answers nothing but zeros, whatever its attention does.
     """
     program = Program(job, jax.devices()[:devices])
-    state, found = program.first_state(), []
+    state, found, rng = first_state(type(job.config)), [], np.random.default_rng(1)
+    moved = [a + 0.1 * rng.normal(size=a.shape).astype(a.dtype) for a in jax.tree.leaves(state.params)]
+    state = dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), moved))
+    state = jax.device_put(state, program.shardings)
     with jax.set_mesh(program.mesh):
-        moved = [a + 0.1 * jax.random.normal(jax.random.key(1), a.shape) for a in jax.tree.leaves(state.params)]
-        state = dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), moved))
         for batch in batches(job, steps):
             state, metrics = program.step(state, sharding.place_batch(batch, program.mesh))
             found.append(float(metrics["loss"]))
@@ -100,8 +109,9 @@ def on_eight_devices() -> dict:
     assert jax.device_count() == 8
     job = make_job(**MESHES[-1][1])
     offload = dataclasses.replace(job, config=dataclasses.replace(job.config, remat="offload"))
-    state = Program(job).first_state()
+    state, alone = Program(job).first_state(), first_state(type(job.config))
     return {
+        "far": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state, alone)), strict=True)),
         "losses": [losses(make_job(**splits), devices) for devices, splits in MESHES],
         "offload": losses(offload, 8, 2),
         "factorised": [losses(make_job(attention="factorised", **s), n, 2) for n, s in (MESHES[0], MESHES[-1])],
@@ -133,6 +143,10 @@ def found() -> dict:
 def test_the_loss_is_the_same_on_every_mesh(which, found):
     np.testing.assert_allclose(found["losses"][which], found["losses"][0], rtol=1e-6)
     assert len(set(found["losses"][0])) == 3  # it learns, or at least moves
+
+
+def test_the_first_state_is_the_same_on_every_mesh(found):
+    assert found["far"] < 1e-6
 
 
 def test_the_loss_is_the_same_with_factorised_attention(found):

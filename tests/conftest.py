@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import tempfile
 
 # Tests compile the same few programs again and again, in many processes.
@@ -46,6 +47,13 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def free_address() -> str:
+    """host:port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def micro_config():

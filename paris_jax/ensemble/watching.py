@@ -68,12 +68,10 @@ def watched(
                     try:
                         preview(until, np.asarray(reached[1].data))
                     except Exception as error:
-                        if not together:
-                            raise
-                        failure = error  # of which the others hear before the next step
+                        failure = error  # of which the others, too, hear before the next step
         if failure is not None:
             raise failure
-        if reached[0] < steps:
+        if reached[0] < steps:  # somebody was interrupted
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(reached[0], steps, reached[1]) from None
@@ -82,12 +80,12 @@ def watched(
 
 @contextlib.contextmanager
 def _agreed(together: bool) -> Iterator[Callable[[bool], bool]]:
-    """Whether to stop before a step: where processes go together, because any of them was interrupted or failed.
+    """Whether to stop before a step: because this process failed, or any that goes with it did or was interrupted.
 
     Alone, Ctrl-C is the exception that it always is; together, whoever left would have the others wait for ever.
     """
     if not together:
-        yield lambda failed: False
+        yield lambda failed: failed
         return
     asked, main = [], threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: asked.append(True)) if main else None

@@ -34,7 +34,7 @@ def keywords(way: str) -> dict[str, object]:
         found[name] = int(value) if isinstance(value, float) and value.is_integer() and name != "guidance" else value
     if every := found.pop("previews", 0):
         found |= {"preview_every": every, "on_preview": lambda step, videos: None}
-    return found | ({"progress": True} if found.get("progress") else {})
+    return found
 
 
 def compare(ensemble: Ensemble, ways: list[str], clips: int, steps: int, rounds: int) -> None:

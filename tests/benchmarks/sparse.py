@@ -166,18 +166,11 @@ def velocity(config, router, k):
     return of
 
 
-def each_alone(config, k):
-    """Every sample's own passes, one sample at a time: `apart` holds each expert on its own."""
+def each_alone(config, apart, weight_BE, rows):
+    """A call of every sample's own passes, one sample at a time: `apart` holds each expert on its own."""
     one = jax.jit(lambda params, row: functional.apply(config, params, *row))
-
-    def of(apart, weight_BE, rows):
-        found = []
-        for b in range(len(weight_BE)):
-            row = [a[b] for a in rows]
-            found += [one(apart[(b + i) % len(apart)], row) for i in range(k)]
-        return found
-
-    return of
+    pairs = [(apart[e], [a[b : b + 1] for a in rows]) for b, e in zip(*np.nonzero(np.asarray(weight_BE)), strict=True)]
+    return lambda: [one(params, row) for params, row in pairs]
 
 
 def timed(calls, rounds):
@@ -195,7 +188,6 @@ def timed(calls, rounds):
 def compare(config, router, shape, experts, batch, k, wanted, rounds):
     stacks, rows, weight = made(config, experts), inputs(shape, batch), chosen(batch, experts, k)
     apart = [jax.tree.map(lambda a, e=e: jnp.array(a[e]), stacks) for e in range(experts)]
-    rows_apart = [jnp.split(a, batch) for a in rows]
     router = dataclasses.replace(router, clusters=experts)
     router_params = jax.tree.map(lambda a: a[0], made(router, 1))
     ways = {
@@ -216,7 +208,7 @@ def compare(config, router, shape, experts, batch, k, wanted, rounds):
         compiling[name] = time.perf_counter() - begun
         memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         calls[name] = functools.partial(compiled, *given)
-    calls["each alone"] = functools.partial(each_alone(config, k), apart, weight, rows_apart)
+    calls["each alone"] = each_alone(config, apart, weight, rows)
     taken = timed(calls, rounds)
     milliseconds = {name: f"{1e3 * np.median(taken[name]):.1f} ms" for name in ("one expert", "router", "each alone")}
     print(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from paris_jax.ensemble.placement import held_by
 from paris_jax.ensemble.routing import Routing
 from paris_jax.errors import Refused
 from paris_jax.stages.sample import sample
-from tests.conftest import QUICK
+from tests.conftest import QUICK, free_address
 from tests.ensemble.test_mixture import NETWORK, inputs, random_params
 
 ROOT = Path(__file__).parents[2]
@@ -237,9 +236,7 @@ def test_groups_share_the_work_of_samples_that_disagree(found):
 
 def test_two_processes_draw_what_one_draws(tmp_path):
     """On the command line, of which the first process writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     arguments = ["sample", "--ensemble=bundled:shapes", *(f"--prompt={prompt}" for prompt in PROMPTS)]
     arguments += ["--num_steps=3", "--top_k=2", "--guidance=2", "--seed=3,1,4,5"]
     joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2", "--preview_every=2"]
@@ -257,11 +254,9 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     np.testing.assert_allclose(together, alone, atol=2)  # of 255
 
 
-@pytest.mark.parametrize("pressed", [[0], [1]])
+@pytest.mark.parametrize("pressed", [0, 1])
 def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from paris_jax.cli import run; sys.exit(run({}))"
     asked = ["sample", "--ensemble=bundled:shapes", f"--prompt={PROMPTS[0]}", "--num_steps=5000", "--mesh=expert:2"]
@@ -271,8 +266,7 @@ def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
     while not (tmp_path / "film-preview.png").exists():
         assert time.time() < until and all(process.poll() is None for process in processes)
         time.sleep(0.05)
-    for number in pressed:
-        processes[number].send_signal(signal.SIGINT)
+    processes[pressed].send_signal(signal.SIGINT)
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [130, 130], said
     assert all("what was predicted by then is kept" in each for each in said)

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import socket
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from etils import epath
 
 from paris_jax.errors import Refused
+from tests.conftest import free_address
 
 
 class State(NamedTuple):
@@ -68,9 +68,7 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several") / "checkpoints"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     damaged = ["", "3/state/ocdbt.process_1", "2/state/ocdbt.process_0", "1/state/ocdbt.process_1"]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:

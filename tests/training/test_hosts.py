@@ -1,7 +1,6 @@
 """Processes of one job find each other, or say why not; a process alone does not look for any."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from paris_jax import cli
 from paris_jax.errors import Refused
 from paris_jax.training import hosts, waiting
 from paris_jax.training.hosts import join_hosts, told_by, why_join
+from tests.conftest import free_address
 
 JOINED = (
     "from paris_jax.training.hosts import join_hosts; join_hosts(timeout=60); import jax; print(jax.process_count())"
@@ -21,9 +21,7 @@ JOINED = (
 
 @pytest.fixture
 def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return free_address()
 
 
 def test_two_processes_are_one_job(address):

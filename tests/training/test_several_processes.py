@@ -4,7 +4,6 @@ learns what one process learns."""
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -17,7 +16,7 @@ from paris_jax.ensemble import parts
 from paris_jax.run_folder import Role, RunFolder
 from paris_jax.stages import train as stage
 from paris_jax.training import metrics
-from tests.conftest import QUICK
+from tests.conftest import QUICK, free_address
 from tests.training.test_train import command, reclaimed, with_training
 
 EXPERT = Role("expert", 0)
@@ -27,9 +26,7 @@ class Job:
     """The processes of one training job, `devices` simulated ones each, told of each other by flags or environment."""
 
     def __init__(self, run, experiment, folder, processes, devices=1, by="environment"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         self.run, self.folder, self.processes = run, folder, []
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         for number in range(processes):

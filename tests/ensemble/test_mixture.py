@@ -357,7 +357,7 @@ def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     x, t, text = inputs()
     plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in ROUTED_BY}
     w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
-    np.testing.assert_array_equal(w["prompt"], w["branch"])  # those of the prompt are told
+    np.testing.assert_allclose(w["prompt"], w["branch"], atol=1e-6)  # both report the prompt's, from two programs
     blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, no_text(text)))
     assert np.abs(w["nothing"] - w["prompt"]).max() > 0.01
     same_prompt = dataclasses.replace(text, pooled=jnp.zeros_like(text.pooled))

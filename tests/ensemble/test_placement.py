@@ -138,6 +138,14 @@ def talkers(rest: str) -> list[np.ndarray]:
     """Sets of devices that exchange something, from the end of a line of XLA's text."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
         return [np.array([int(n) for n in group.split(",")]) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):  # jax 0.12 names the mesh's axes
+        assert re.fullmatch(r"(?:'\w+'=\d+,?)+", found[1]), rest  # no order of devices, no part of an axis
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        talking = re.findall(r"'(\w+)'", found[2])
+        silent = [name for name in axes if name not in talking]
+        order = [list(axes).index(name) for name in silent + talking]
+        devices = np.arange(np.prod(list(axes.values()))).reshape(list(axes.values()))
+        return list(devices.transpose(order).reshape(-1, int(np.prod([axes[name] for name in talking]))))
     found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     assert found, rest
     dims = [int(n) for n in found[3].split(",")]

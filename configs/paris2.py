@@ -21,8 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from paris_jax.errors import Refused, nearest
-from paris_jax.experiment import default_config
+from paris_jax.config.experiment import default_config
+from paris_jax.errors import UserError, nearest
 
 EXPERTS = 3  # [R], one per cluster
 
@@ -30,7 +30,7 @@ EXPERTS = 3  # [R], one per cluster
 def get_config(arg: str = "11b") -> ConfigDict:
     """Returns the variant `arg`."""
     if arg not in VARIANTS:
-        raise Refused(f"configs/paris2.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
+        raise UserError(f"configs/paris2.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
     config = default_config()
     config.name = f"paris2-{arg}"
     VARIANTS[arg](config)

@@ -18,14 +18,14 @@ get_config("h200")     one H200, ten minutes for all roles: 40M parameters, 800 
 
 from ml_collections import ConfigDict
 
-from paris_jax.errors import Refused, nearest
-from paris_jax.experiment import default_config
+from paris_jax.config.experiment import default_config
+from paris_jax.errors import UserError, nearest
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
     """Returns the variant `arg`: tiny, bundled, image, small or h200."""
     if arg not in VARIANTS:
-        raise Refused(f"configs/shapes.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
+        raise UserError(f"configs/shapes.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
     config = default_config()
     config.name = f"shapes-{arg}"
     # 8 frames of 20 x 20 pixels are 4 x 5 x 5 = 100 tokens of 96 numbers.

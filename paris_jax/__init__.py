@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paris_jax.ensemble.api import Ensemble
+    from paris_jax.ensemble.pipeline import Ensemble
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __all__ = ["Ensemble", "__version__"]
 
 def __getattr__(name: str):
     if name == "Ensemble":
-        from paris_jax.ensemble.api import Ensemble
+        from paris_jax.ensemble.pipeline import Ensemble
 
         return Ensemble
     raise AttributeError(f"module 'paris_jax' has no attribute {name!r}")

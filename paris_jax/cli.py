@@ -16,11 +16,12 @@ from absl import flags
 from rich.console import Console
 from rich.logging import RichHandler
 
-from paris_jax import __version__, command_flags
-from paris_jax.commands import COMMANDS, Call
-from paris_jax.errors import Lost, LostAgain, Preempted, Refused, nearest
-from paris_jax.stages.devices import keep_freed_memory
-from paris_jax.training.waiting import somebody_at_work
+from paris_jax import __version__
+from paris_jax.commands import flag_groups
+from paris_jax.commands.table import COMMANDS, Call
+from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest
+from paris_jax.local_jobs.devices import keep_freed_memory
+from paris_jax.training.distributed import has_abandoned_work
 
 REFUSED, PREEMPTED = 1, 75
 
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     """The command and its flags; refuses an unknown command, flag or value."""
     name = arguments[0]
     if name not in COMMANDS:
-        raise Refused(f"{name!r} is not a command; commands are {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+        raise UserError(f"{name!r} is not a command; commands are {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=values)
     for define in COMMANDS[name].define:
@@ -50,17 +51,17 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     takes_config = "config" in values
     changes = [a for a in arguments[1:] if takes_config and a.startswith("--config.")]
     if half := next((c for c in changes if "=" not in c), None):
-        raise Refused(f"paris-jax {name}: {half} has no value; write {half}=value")
+        raise UserError(f"paris-jax {name}: {half} has no value; write {half}=value")
     try:
         rest = values([f"paris-jax {name}", *(a for a in arguments[1:] if a not in changes)])
     except flags.UnrecognizedFlagError as error:
         flag = f"--{error.flagname}"
         near = nearest(flag, [f"--{known}" for known in values])
-        raise Refused(f"paris-jax {name}: {flag} is unknown{near}; see 'paris-jax {name} --help'") from error
+        raise UserError(f"paris-jax {name}: {flag} is unknown{near}; see 'paris-jax {name} --help'") from error
     except flags.Error as error:
-        raise Refused(f"paris-jax {name}: {' '.join(str(error).split())}; see 'paris-jax {name} --help'") from error
+        raise UserError(f"paris-jax {name}: {' '.join(str(error).split())}; see 'paris-jax {name} --help'") from error
     if len(rest) > 1 and not COMMANDS[name].takes_files:
-        raise Refused(f"paris-jax {name}: {rest[1]!r} is not a flag; flags look like --name=value")
+        raise UserError(f"paris-jax {name}: {rest[1]!r} is not a flag; flags look like --name=value")
     return name, Call(values, tuple(c.removeprefix("--config.") for c in changes), tuple(rest[1:]))
 
 
@@ -80,13 +81,13 @@ def start(name: str, call: Call) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if command_flags.joining in COMMANDS[name].define:
-        from paris_jax.training.hosts import FLAGS, join_hosts, told_by
+    if flag_groups.joining in COMMANDS[name].define:
+        from paris_jax.training.distributed import FLAGS, join_processes, with_flags
 
-        told = told_by({flag: call[flag] for flag in FLAGS})
+        told = with_flags({flag: call[flag] for flag in FLAGS})
         # Who samples on his own may do so among the many tasks of an allocation, too.
         if name == "train" or call["mesh"] or "JAX_COORDINATOR_ADDRESS" in told:
-            join_hosts(told)
+            join_processes(told)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -105,12 +106,12 @@ def run(arguments: Sequence[str]) -> int:
         start(name, call)
         COMMANDS[name].run(call)
         return 0
-    except (Refused, LostAgain) as refusal:
+    except (UserError, DeviceLostAgain) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
-        if isinstance(preempted, Lost):
+        if isinstance(preempted, DeviceLost):
             _leave(PREEMPTED)  # the end of a joined process waits for the others
         return PREEMPTED
     except KeyboardInterrupt as interrupt:
@@ -160,7 +161,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
     code = run(sys.argv[1:])
     # The sentence stands last: threads of a failed write must not add their tracebacks, nor is anybody waited for.
-    if code == REFUSED or somebody_at_work():
+    if code == REFUSED or has_abandoned_work():
         _leave(code)
     sys.exit(code)
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class Refused(Exception):
+class UserError(Exception):
     """A user's mistake, told in one sentence: what, where, what is allowed, what to do."""
 
 
@@ -12,11 +12,11 @@ class Preempted(Exception):
     """The job was asked to stop, saved its state, and goes on when the same command runs again."""
 
 
-class Lost(Preempted):
+class DeviceLost(Preempted):
     """A device or another process of the job is gone: what was saved is kept, and nobody may be waited for."""
 
 
-class LostAgain(Lost):
+class DeviceLostAgain(DeviceLost):
     """A device that is lost again and again at one place: to run the same command again would not help."""
 
 

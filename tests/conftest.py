@@ -23,7 +23,7 @@ os.environ.setdefault(
 import jax
 import pytest
 
-from paris_jax.experiment import Experiment, default_config
+from paris_jax.config.experiment import Experiment, default_config
 
 MANY_MAPPINGS = 15000
 QUICK = os.environ["XLA_FLAGS"]  # for processes that need other flags, too
@@ -35,11 +35,11 @@ LONG = (
     "test_train",
     "test_quickstart",
     "test_real_footage",
-    "test_placement",
-    "test_evaluate",
+    "test_device_placement",
+    "test_protocol",
     "test_killed",
-    "test_kept_frames",
-    "test_objectives",
+    "test_conditioning_frames",
+    "test_prediction_types",
     "test_hunyuan",
     "test_published",
 )
@@ -115,9 +115,9 @@ def micro() -> Experiment:
 @pytest.fixture(scope="session")
 def clustered(micro, tmp_path_factory):
     """A run folder of the micro experiment, prepared and clustered; copy it before writing into it."""
-    from paris_jax.run_folder import RunFolder
-    from paris_jax.stages.cluster import cluster
-    from paris_jax.stages.prepare import prepare
+    from paris_jax.artifacts.run_folder import RunFolder
+    from paris_jax.clustering.build import cluster
+    from paris_jax.data.preparation import prepare
 
     run = RunFolder(tmp_path_factory.mktemp("clustered") / "run")
     prepare(micro, run)
@@ -130,7 +130,7 @@ def run(clustered, tmp_path):
     """A fresh copy of the clustered run folder."""
     import shutil
 
-    from paris_jax.run_folder import RunFolder
+    from paris_jax.artifacts.run_folder import RunFolder
 
     shutil.copytree(clustered.path, tmp_path / "run")
     return RunFolder(tmp_path / "run")
@@ -141,9 +141,9 @@ def trained(micro, clustered, tmp_path_factory):
     """A run folder with every role trained and assembled; read only."""
     import shutil
 
-    from paris_jax.run_folder import RunFolder, roles
-    from paris_jax.stages.assemble import assemble
-    from paris_jax.stages.train import train
+    from paris_jax.artifacts.run_folder import RunFolder, roles
+    from paris_jax.commands.assemble import assemble
+    from paris_jax.commands.train import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(clustered.path, folder)
@@ -159,7 +159,7 @@ def finished(trained, tmp_path):
     """A copy of the trained run folder, without what only training reads."""
     import shutil
 
-    from paris_jax.run_folder import RunFolder
+    from paris_jax.artifacts.run_folder import RunFolder
 
     shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "data"))
     return RunFolder(tmp_path / "run")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from paris_jax.cli import parse
-from paris_jax.commands import COMMANDS
+from paris_jax.commands.table import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -1,1 +1,1 @@
-"""Sources of clips, the latent cache, and the Grain pipeline that feeds training."""
+"""Clips, their latents and text embeddings on disk, and the loader of training batches."""

@@ -19,11 +19,12 @@ from array_record.python import array_record_data_source
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from paris_jax import manifest
-from paris_jax.errors import Refused
-from paris_jax.weights.files import loads
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.tensors import loads
+from paris_jax.config import hashing
+from paris_jax.errors import UserError
 
-KINDS = ("data", "cluster", "heldout")
+RECORD_FOLDER_KINDS = ("data", "cluster", "heldout")
 ENDING = ".array_record"
 NULL = "null.safetensors"  # the encoding of no text, where it is not zeros
 SHARD_SIZE = 512  # records
@@ -64,7 +65,7 @@ def encode_record(record: Record) -> bytes:
     arrays = {name: np.ascontiguousarray(getattr(record, name)) for name in ARRAYS}
     facts = {name: getattr(record, name) for name in ("id", "caption", "attributes", "cluster")}
     # One metadata entry only: safetensors keeps several in no fixed order.
-    return safetensors.numpy.save(arrays, metadata={"record": manifest.canonical_json(facts)})
+    return safetensors.numpy.save(arrays, metadata={"record": hashing.canonical_json(facts)})
 
 
 def decode_record(data: bytes) -> Record:
@@ -127,7 +128,7 @@ def _refusing(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        raise Refused(
+        raise UserError(
             f"Cannot write {path} ({error}); free some space or choose another --workdir, "
             "then run the same command again"
         ) from error
@@ -136,9 +137,9 @@ def _refusing(path: epath.Path) -> Iterator[None]:
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
     """Reads the manifest of a folder of records, of any of KINDS, and checks that its shards are all there."""
     path = epath.Path(folder) / manifest.FILE_NAME
-    kind = manifest.read_json(path).get("kind") if path.exists() else KINDS[0]
-    if kind not in KINDS:
-        raise Refused(f"{path} describes a {kind!r}, where one of {', '.join(KINDS)} is expected")
+    kind = manifest.read_json(path).get("kind") if path.exists() else RECORD_FOLDER_KINDS[0]
+    if kind not in RECORD_FOLDER_KINDS:
+        raise UserError(f"{path} describes a {kind!r}, where one of {', '.join(RECORD_FOLDER_KINDS)} is expected")
     return manifest.read(folder, kind)
 
 

@@ -13,9 +13,9 @@ import av.filter
 import numpy as np
 from etils import epath
 
-from paris_jax import manifest
+from paris_jax.artifacts import manifest
 from paris_jax.data import lettering
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 READABLE = 160  # pixels: smaller videos are enlarged to at least this side, point by point
 CODECS = {
@@ -48,10 +48,10 @@ def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise Refused(f"{path} holds no video; {remedy}")
+                raise UserError(f"{path} holds no video; {remedy}")
             yield container
     except (av.error.FFmpegError, EOFError) as error:
-        raise Refused(f"{path} cannot be read as video ({error}); {remedy}") from error
+        raise UserError(f"{path} cannot be read as video ({error}); {remedy}") from error
 
 
 def probe(path: epath.PathLike) -> Footage:
@@ -63,7 +63,7 @@ def probe(path: epath.PathLike) -> Footage:
         shown = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
         height, width, origin = stream.height, stream.width, _origin(stream)
     if not shown or not height or not width:
-        raise Refused(f"{path} holds no frames; replace or remove the file, then run the same command again")
+        raise UserError(f"{path} holds no frames; replace or remove the file, then run the same command again")
     times = np.asarray([float(pts * base) - origin for pts, _ in shown])
     last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
     return Footage(times, float(times[-1]) + last, height, width)
@@ -99,7 +99,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     """Reads a picture (or a video's first frame) as (H, W, 3) uint8."""
     for _, image in decode(path):
         return image
-    raise Refused(f"{path} holds no picture; replace or remove the file")
+    raise UserError(f"{path} holds no picture; replace or remove the file")
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -233,7 +233,7 @@ def write_video(path: epath.PathLike, video: np.ndarray, fps: float, scale: int 
     """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, whole or not at all."""
     ending = epath.Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
-        raise Refused(f"{path} ends in {ending!r}; videos are written as {', '.join('.' + f for f in FORMATS)}")
+        raise UserError(f"{path} ends in {ending!r}; videos are written as {', '.join('.' + f for f in FORMATS)}")
     if ending == "png":
         write_png(path, contact_sheet(video[None]))
     else:

@@ -1,1 +1,1 @@
-"""Pure functions: the path, times, objectives, solvers and guidance. Knows nothing of files or networks."""
+"""The path, timesteps, losses, solvers and guidance: pure functions."""

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 
 from paris_jax.diffusion import path
 
-METHODS = ("classifier_free", "projected")
-OSCILLATIONS = ("nothing", "text", "image", "both")
 STEADY = 10  # steps before anything oscillates, as in Open-Sora 2.0
 
 

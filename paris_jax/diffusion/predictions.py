@@ -25,8 +25,7 @@ PREDICTIONS = {
 }
 SMALLEST_SHARE = 0.01  # of data in a point, that a prediction is divided by
 LARGEST_DATA = 20.0  # in units of the data's spread
-
-Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B, ...), t (B,)) -> prediction (B, ...)
+Predictor = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B, ...), t (B,)) -> prediction (B, ...)
 
 
 def cosine(x_0: jax.Array, noise: jax.Array, s_B: jax.Array) -> jax.Array:
@@ -35,7 +34,7 @@ def cosine(x_0: jax.Array, noise: jax.Array, s_B: jax.Array) -> jax.Array:
     return jnp.cos(angle) * x_0 + jnp.sin(angle) * noise
 
 
-def velocity_from_noise(network: Network, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
+def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
     """The velocity of the linear path at (x_t, t), from a network that predicts noise on the cosine path."""
     norm = jnp.sqrt(jnp.square(1 - t_B) + jnp.square(t_B))
     share, angle = (1 - t_B) / norm, jnp.arctan2(t_B, 1 - t_B)
@@ -46,6 +45,6 @@ def velocity_from_noise(network: Network, x_t: jax.Array, t_B: jax.Array) -> jax
     return noise - jnp.clip(data, -LARGEST_DATA, LARGEST_DATA)
 
 
-def velocity(predicts: str, network: Network, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
+def velocity(predicts: str, network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
     """The velocity at (x_t, t) of a network of one of `PREDICTIONS`."""
     return network(x_t, t_B) if predicts == "velocity" else velocity_from_noise(network, x_t, t_B)

@@ -129,7 +129,7 @@ def begin(x: jax.Array, memory: Any, traces: Any) -> State:
     return State(x, jnp.zeros_like(x), memory, jnp.zeros_like(x), traces)
 
 
-def walk(
+def integrate(
     field: Field,
     state: State,
     times: jax.Array,

@@ -1,1 +1,1 @@
-"""What turns pixels and words into tensors: codecs, text encoders and clip features."""
+"""Video codecs, text encoders, vision encoders and tokenizers."""

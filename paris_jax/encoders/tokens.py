@@ -7,10 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 Tokenize = Callable[[str], list[int]]
-
 # Where diffusers keeps the tokenizer of a text encoder.
 BESIDE = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -32,7 +31,7 @@ def tokenizer(folder: epath.PathLike) -> Tokenize:
             return _of_pieces(str(place / "spiece.model"))
         if (place / "vocab.json").exists() and (place / "merges.txt").exists():
             return _of_json(_of_clip(str(place / "vocab.json"), str(place / "merges.txt")))
-    raise Refused(
+    raise UserError(
         f"{' and '.join(map(str, places))} hold no tokenizer: put tokenizer.json, spiece.model, or vocab.json and "
         "merges.txt there, as published with the weights"
     )
@@ -40,7 +39,7 @@ def tokenizer(folder: epath.PathLike) -> Tokenize:
 
 def _needed(package: str) -> Any:
     if importlib.util.find_spec(package) is None:
-        raise Refused(f"The tokenizer needs the package {package!r}; pip install -e '.[encoders]'")
+        raise UserError(f"The tokenizer needs the package {package!r}; pip install -e '.[encoders]'")
     return importlib.import_module(package)
 
 

@@ -1,1 +1,1 @@
-"""What is used and never trained: admission of experts, routing, and the sampler."""
+"""The sampling pipeline of an ensemble."""

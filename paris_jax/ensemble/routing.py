@@ -6,11 +6,13 @@ Decentralized Diffusion Models (arXiv 2501.05450); sparse rules as in Paris 2.0.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from paris_jax.errors import Refused, nearest
+from paris_jax.errors import UserError, nearest
+from paris_jax.models import functional
 
 RULES = ("top_k", "full", "threshold", "forced")
 
@@ -33,11 +35,11 @@ class Routing:
     def check(self, experts: int) -> None:
         """Refuses a rule that `experts` experts cannot follow."""
         if self.rule not in RULES:
-            raise Refused(f"routing={self.rule!r}: must be one of {', '.join(RULES)}{nearest(self.rule, RULES)}")
+            raise UserError(f"routing={self.rule!r}: must be one of {', '.join(RULES)}{nearest(self.rule, RULES)}")
         if self.rule == "top_k" and not 1 <= self.k <= experts:
-            raise Refused(f"top_k={self.k}: this ensemble has {experts} experts, so it must be from 1 to {experts}")
+            raise UserError(f"top_k={self.k}: this ensemble has {experts} experts, so it must be from 1 to {experts}")
         if self.rule == "threshold" and not 0 <= self.p <= 1:
-            raise Refused(f"threshold={self.p}: must be from 0 to 1")
+            raise UserError(f"threshold={self.p}: must be from 0 to 1")
 
     def most(self, experts: int) -> int:
         """The most experts a sample can use at a step."""
@@ -70,3 +72,19 @@ def weights(logits_BE: jax.Array, routing: Routing, forced: jax.Array | None = N
     keep = jnp.take_along_axis(keep_ranked, jnp.argsort(order, axis=-1), axis=-1)
     kept = jnp.where(keep, w, 0.0)
     return kept / kept.sum(-1, keepdims=True)
+
+
+def router_logits(
+    config: Any,
+    params: functional.Params | None,
+    clusters_E: jax.Array,
+    x: jax.Array,
+    t_B: jax.Array,
+    pooled: jax.Array,
+    cond: jax.Array | None = None,
+) -> jax.Array:
+    """The router's logits for the experts of these clusters, (B, E); zeros without a router (`config` None)."""
+    if config is None or params is None:
+        return jnp.zeros((x.shape[0], clusters_E.shape[0]), jnp.float32)
+    condition = (pooled, cond) if config.kept_frames else (pooled,)
+    return functional.apply(config, params, x, t_B, *condition)[:, clusters_E]

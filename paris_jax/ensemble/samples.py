@@ -11,7 +11,7 @@ from etils import epath
 
 from paris_jax.data import video as video_io
 from paris_jax.encoders.codecs import to_uint8
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 FORMATS = (".mp4", ".gif", ".webm", ".png")
 COLOURS = ("#d9822b", "#2a8f83", "#7a63c7", "#c2557f", "#5b8bd0", "#8f9a3b", "#a0673f", "#7d8590")
@@ -62,7 +62,7 @@ class Samples:
         """Writes all videos as one grid: .mp4, .webm or .gif, or frame by frame as a .png contact sheet."""
         path = epath.Path(path)
         if path.suffix.lower() not in FORMATS:
-            raise Refused(f"{path} has the ending {path.suffix!r}; allowed are {', '.join(FORMATS)}")
+            raise UserError(f"{path} has the ending {path.suffix!r}; allowed are {', '.join(FORMATS)}")
         if path.suffix.lower() == ".png":
             video_io.write_png(path, video_io.contact_sheet(self.pixels(), self.prompts))
         else:
@@ -147,10 +147,10 @@ class Comparison:
 def compare(columns: Mapping[str, Samples]) -> Comparison:
     """Puts samples of the same prompts side by side, each under its name, to be shown in a notebook."""
     if not columns:
-        raise Refused("There is nothing to compare; name at least one set of samples")
+        raise UserError("There is nothing to compare; name at least one set of samples")
     prompts = [samples.prompts for samples in columns.values()]
     if any(p != prompts[0] for p in prompts):
-        raise Refused("Samples of different prompts cannot stand side by side; sample the same prompts for each")
+        raise UserError("Samples of different prompts cannot stand side by side; sample the same prompts for each")
     return Comparison(dict(columns))
 
 

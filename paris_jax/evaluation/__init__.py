@@ -1,1 +1,1 @@
-"""Scores of generated clips and of velocities, and the report that shows them."""
+"""The ensemble against the monolith: protocol, scores and report."""

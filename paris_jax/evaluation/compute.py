@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingCost:
     """One training job.
 
     Attributes:
@@ -26,14 +26,14 @@ class Job:
         return self.steps * self.batch * self.flops
 
 
-def identity(experts: Sequence[Job], monolith: Job, router: Job | None) -> dict[str, Any]:
+def identity(experts: Sequence[TrainingCost], monolith: TrainingCost, router: TrainingCost | None) -> dict[str, Any]:
     """Sum over experts of steps x batch x FLOPs a clip, against the monolith's; integers, so "equal" is exact.
 
     The router's own cost is stated beside the identity, not in it: the published comparison does not count it either.
     """
     total = sum(job.total for job in experts)
 
-    def entry(job: Job) -> dict[str, Any]:
+    def entry(job: TrainingCost) -> dict[str, Any]:
         return {**dataclasses.asdict(job), "total": job.total}
 
     return {
@@ -46,7 +46,7 @@ def identity(experts: Sequence[Job], monolith: Job, router: Job | None) -> dict[
     }
 
 
-def in_words(found: dict[str, Any]) -> str:
+def describe(found: dict[str, Any]) -> str:
     """The identity as one line, from `identity`."""
     terms = " + ".join(f"{job['steps']} x {job['batch']} x {job['flops']}" for job in found["experts"])
     one, sign = found["monolith"], "=" if found["equal"] else "is not"

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from paris_jax import manifest
+from paris_jax.artifacts import manifest
 from paris_jax.data import video as video_io
 from paris_jax.evaluation import plots
 from paris_jax.evaluation.plots import Series
-from paris_jax.evaluation.results import ARMS, Comparison, format_estimate, headline
+from paris_jax.evaluation.results import MODELS, Comparison, format_estimate, headline
 
 LABELS = {"real": "real clip", "ensemble": "ensemble", "monolith": "monolith"}  # the columns of videos, in order
 
@@ -56,7 +56,7 @@ def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: fl
         ticks_explained="" if agreement is None else "Under each, what the judge read back: ✓ as asked, ✗ otherwise.",
         cards="".join(_card(i, clip, videos, fps, experts) for i, clip in enumerate(results["shown"])),
         agreement="" if agreement is None else _agreement(agreement),
-        arm_legend=plots.legend([(arm, arm) for arm in ARMS]),
+        arm_legend=plots.legend([(arm, arm) for arm in MODELS]),
         expert_legend=plots.legend(marks),
         **_losses(results),
         **_routing(results, [name for name, _ in marks]),
@@ -111,7 +111,7 @@ def _score_row(c: Comparison) -> str:
     picture = plots.interval(c["difference"], c["better"], c["winner"]) if c["better"] else ""
     return (
         f"<tr><td>{html.escape(label)}<small>{html.escape('; '.join(filter(None, aside)))}</small></td>"
-        + "".join(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in ARMS)
+        + "".join(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in MODELS)
         + f'<td class="number">{format_estimate(c["reference"], c["unit"])}{reference}</td>'
         f'<td class="middle">{picture}{difference}</td>'
         f"<td>{pill}</td></tr>"
@@ -154,7 +154,7 @@ def _use_bar(use: Sequence[float]) -> str:
 
 def _agreement(agreement: Mapping[str, Any]) -> str:
     names = [name for name in agreement if name != "all"]
-    columns = {"real clips": ("real", "reference"), **{arm: (arm, arm) for arm in ARMS}}
+    columns = {"real clips": ("real", "reference"), **{arm: (arm, arm) for arm in MODELS}}
     series = [Series(label, style, [agreement[n][key] for n in names]) for label, (style, key) in columns.items()]
     rows = []
     for name, scores in agreement.items():
@@ -162,7 +162,7 @@ def _agreement(agreement: Mapping[str, Any]) -> str:
             f'<td class="number">{format_estimate(scores[key], "share")}</td>' for _, key in columns.values()
         )
         rows.append(f"<tr><td>{'<b>all at once</b>' if name == 'all' else html.escape(name)}</td>{cells}</tr>")
-    return _template("report_agreement.html").substitute(
+    return _template("report_attributes.html").substitute(
         legend=plots.legend([(s.name, s.style) for s in series]),
         plot=plots.bars("Agreement by attribute", names, series, "read as asked", "share"),
         rows="".join(rows),
@@ -173,7 +173,7 @@ def _losses(results: Mapping[str, Any]) -> dict[str, str]:
     time, error, cluster = results["loss_by_time"], results["error_by_time"], results["loss_by_cluster"]
     return {
         "loss_by_time": plots.lines(
-            "Flow loss by time", [Series(arm, arm, time[arm]) for arm in ARMS], time["edges"], "flow loss"
+            "Flow loss by time", [Series(arm, arm, time[arm]) for arm in MODELS], time["edges"], "flow loss"
         ),
         "difference_legend": plots.legend(
             [("ensemble better", "ensemble"), ("monolith better", "monolith"), ("within error", "neutral")]
@@ -182,12 +182,12 @@ def _losses(results: Mapping[str, Any]) -> dict[str, str]:
             "Flow loss by time, ensemble minus monolith", time["difference"], time["edges"], "ensemble − monolith"
         ),
         "error_by_time": plots.lines(
-            "Velocity error by time", [Series(arm, arm, error[arm]) for arm in ARMS], error["edges"], "velocity error"
+            "Velocity error by time", [Series(arm, arm, error[arm]) for arm in MODELS], error["edges"], "velocity error"
         ),
         "loss_by_cluster": plots.bars(
             "Flow loss by cluster",
             [f"cluster {k}" for k in cluster["clusters"]],
-            [Series(arm, arm, cluster[arm]) for arm in ARMS],
+            [Series(arm, arm, cluster[arm]) for arm in MODELS],
             "flow loss",
         ),
     }

@@ -29,12 +29,11 @@ from typing import Any, Literal
 from paris_jax.evaluation.estimates import Estimate, winner
 
 SCHEMA = "paris_jax/evaluation/1"
-ARMS = ("ensemble", "monolith")
-
+MODELS = ("ensemble", "monolith")
 Comparison = dict[str, Any]
 
 
-def comparison(
+def compare(
     name: str,
     label: str,
     better: Literal["lower", "higher"] | None,
@@ -54,7 +53,7 @@ def comparison(
         "label": label,
         "unit": unit,
         "better": better,
-        **{arm: by_arm[arm] for arm in ARMS},
+        **{arm: by_arm[arm] for arm in MODELS},
         "difference": difference,
         "winner": {"first": "ensemble", "second": "monolith", "none": "none"}[won],
         "reference": reference,
@@ -68,8 +67,8 @@ def headline(comparisons: list[Comparison]) -> str:
     judged = [c for c in comparisons if c["better"]]
     if not judged:
         return "Nothing could be compared."
-    won = {who: [_short(c) for c in judged if c["winner"] == who] for who in (*ARMS, "none")}
-    first, second = sorted(ARMS, key=lambda arm: -len(won[arm]))
+    won = {who: [_short(c) for c in judged if c["winner"] == who] for who in (*MODELS, "none")}
+    first, second = sorted(MODELS, key=lambda arm: -len(won[arm]))
     if not won[first]:
         return f"No clear winner: ensemble and monolith are within error on all {len(judged)} scores."
     if len(won[first]) == len(judged):

@@ -5,38 +5,42 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.evaluation import agreement as agreements
-from paris_jax.evaluation import estimates, losses, results
-from paris_jax.evaluation.arms import Heldout
-from paris_jax.evaluation.frechet import frechet_difference, frechet_estimate
-from paris_jax.evaluation.judge import Judge
-from paris_jax.evaluation.losses import Losses
-from paris_jax.evaluation.motion import mean_motion
-from paris_jax.evaluation.results import ARMS, Comparison
+from paris_jax.evaluation import estimates, results
+from paris_jax.evaluation.heldout import Heldout
+from paris_jax.evaluation.metrics import attribute_accuracy as agreements
+from paris_jax.evaluation.metrics import flow_loss
+from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
+from paris_jax.evaluation.metrics.flow_loss import Losses
+from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_estimate
+from paris_jax.evaluation.metrics.motion import mean_motion
+from paris_jax.evaluation.results import MODELS, Comparison
 
-ENOUGH = 16  # clips below which a Frechet distance says nothing
+MIN_CLIPS = 16  # clips below which a Frechet distance says nothing
 
 
-class Looked:
+class ClassifiedVideos:
     """What the judge saw in one set of videos: features (N, 64) and N dicts of read attributes."""
 
-    def __init__(self, judge: Judge, videos: np.ndarray):
+    def __init__(self, judge: AttributeClassifier, videos: np.ndarray):
         self.features, self.read = judge.look(videos)
 
 
-def agreement(asked: list[dict[str, str]], looked: dict[str, Looked]) -> tuple[Comparison, dict[str, Any]]:
+def attribute_accuracy(
+    asked: list[dict[str, str]], looked: dict[str, ClassifiedVideos]
+) -> tuple[Comparison, dict[str, Any]]:
     """The comparison on all attributes at once, and every attribute's agreement; `looked` by arm and "real"."""
     hits = {who: agreements.hits(asked, seen.read) for who, seen in looked.items()}
-    shares = {who: agreements.agreement(found) for who, found in hits.items()}
+    shares = {who: agreements.accuracy(found) for who, found in hits.items()}
     by_attribute = {
-        name: {**{arm: shares[arm][name] for arm in ARMS}, "reference": shares["real"][name]} for name in shares["real"]
+        name: {**{arm: shares[arm][name] for arm in MODELS}, "reference": shares["real"][name]}
+        for name in shares["real"]
     }
     everything = agreements.ALL
-    row = results.comparison(
+    row = results.compare(
         "agreement",
         "Agreement with the prompt",
         "higher",
-        {arm: shares[arm][everything] for arm in ARMS},
+        {arm: shares[arm][everything] for arm in MODELS},
         estimates.difference(hits["ensemble"][everything], hits["monolith"][everything]),
         unit="share",
         reference=shares["real"][everything],
@@ -46,7 +50,7 @@ def agreement(asked: list[dict[str, str]], looked: dict[str, Looked]) -> tuple[C
     return row, by_attribute
 
 
-def frechet(looked: dict[str, Looked], others: Looked, note: str) -> Comparison:
+def frechet(looked: dict[str, ClassifiedVideos], others: ClassifiedVideos, note: str) -> Comparison:
     """Distance of each arm, and of the prompts' own real clips, to as many `others` real clips.
 
     Small sets with a little less spread come out a little closer, even below the floor: measured, noise that nobody
@@ -54,11 +58,11 @@ def frechet(looked: dict[str, Looked], others: Looked, note: str) -> Comparison:
     """
     features = {who: seen.features for who, seen in looked.items()}
     floor = frechet_estimate(features["real"], others.features)
-    return results.comparison(
+    return results.compare(
         "frechet",
         "Frechet distance (shapes judge)",
         "lower",
-        {arm: frechet_estimate(features[arm], others.features) for arm in ARMS},
+        {arm: frechet_estimate(features[arm], others.features) for arm in MODELS},
         frechet_difference(features["ensemble"], features["monolith"], others.features),
         reference=floor,
         reference_label="floor: real against real",
@@ -70,11 +74,11 @@ def frechet(looked: dict[str, Looked], others: Looked, note: str) -> Comparison:
 def motion(videos: dict[str, np.ndarray]) -> Comparison:
     """Mean optical flow of each arm and of the real clips."""
     found = {who: mean_motion(v) for who, v in videos.items()}
-    return results.comparison(
+    return results.compare(
         "motion",
         "Motion",
         None,
-        {arm: estimates.mean(found[arm]) for arm in ARMS},
+        {arm: estimates.mean(found[arm]) for arm in MODELS},
         estimates.difference(found["ensemble"], found["monolith"]),
         unit="px/frame",
         reference=estimates.mean(found["real"]),
@@ -83,13 +87,13 @@ def motion(videos: dict[str, np.ndarray]) -> Comparison:
     )
 
 
-def kept_frames(kind: str, errors: dict[str, np.ndarray]) -> Comparison:
+def cond_frames(kind: str, errors: dict[str, np.ndarray]) -> Comparison:
     """How far frames that were given are from what was made of them, (N,) by arm; "not given": without being told."""
-    return results.comparison(
+    return results.compare(
         f"kept_{kind}",
         f"Error of kept frames ({kind})",
         "lower",
-        {arm: estimates.mean(errors[arm]) for arm in ARMS},
+        {arm: estimates.mean(errors[arm]) for arm in MODELS},
         estimates.difference(errors["ensemble"], errors["monolith"]),
         reference=estimates.mean(errors["not given"]),
         reference_label="ensemble that is not given them",
@@ -101,10 +105,10 @@ def flow(made: dict[str, Losses]) -> list[Comparison]:
     """Held-out flow loss and velocity error over all times."""
     rows = []
     for field, label in (("loss", "Held-out flow loss"), ("error", "Held-out velocity error")):
-        per_clip = {arm: getattr(made[arm], field).mean(1) for arm in ARMS}
+        per_clip = {arm: getattr(made[arm], field).mean(1) for arm in MODELS}
         means = {arm: estimates.mean(values) for arm, values in per_clip.items()}
         difference = estimates.difference(per_clip["ensemble"], per_clip["monolith"])
-        rows.append(results.comparison(field, label, "lower", means, difference))
+        rows.append(results.compare(field, label, "lower", means, difference))
     return rows
 
 
@@ -114,12 +118,12 @@ def flow_curves(made: dict[str, Losses], clusters: np.ndarray, num_clusters: int
     edges = [b / bins for b in range(bins + 1)]
     entries: dict[str, Any] = {}
     for field in ("loss", "error"):
-        values = {arm: getattr(made[arm], field) for arm in ARMS}
+        values = {arm: getattr(made[arm], field) for arm in MODELS}
         values["difference"] = values["ensemble"] - values["monolith"]
-        entries[f"{field}_by_time"] = {"edges": edges, **{who: losses.by_time(v) for who, v in values.items()}}
-    loss = {arm: made[arm].loss for arm in ARMS}
+        entries[f"{field}_by_time"] = {"edges": edges, **{who: flow_loss.by_time(v) for who, v in values.items()}}
+    loss = {arm: made[arm].loss for arm in MODELS}
     loss["difference"] = loss["ensemble"] - loss["monolith"]
-    by_cluster = {who: losses.by_cluster(v, clusters, num_clusters) for who, v in loss.items()}
+    by_cluster = {who: flow_loss.by_cluster(v, clusters, num_clusters) for who, v in loss.items()}
     return entries | {"loss_by_cluster": {"clusters": list(range(num_clusters)), **by_cluster}}
 
 
@@ -137,14 +141,16 @@ def expert_use(routing: np.ndarray, experts: Sequence[int], clusters: np.ndarray
     """Mean weights of routing (S, N, E) by step, and by the cluster (N,) of the prompt."""
     return {
         "clusters": list(experts),
-        "by_step": losses.expert_use(routing).tolist(),
+        "by_step": flow_loss.expert_use(routing).tolist(),
         "by_cluster": {
             str(k): routing[:, clusters == k].mean((0, 1), dtype=np.float64).tolist() for k in np.unique(clusters)
         },
     }
 
 
-def shown(prompts: Heldout, looked: dict[str, Looked], routing: np.ndarray, count: int) -> list[dict[str, Any]]:
+def shown_clips(
+    prompts: Heldout, looked: dict[str, ClassifiedVideos], routing: np.ndarray, count: int
+) -> list[dict[str, Any]]:
     """What stands beside each of the first `count` videos."""
     clips = []
     for i in range(min(count, len(prompts))):

@@ -1,1 +1,1 @@
-"""The spatiotemporal DiT and the router, their blocks, positions and attention. Knows nothing of files."""
+"""The spatiotemporal DiT and the router."""

@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from paris_jax.models.axes import constrain, fitting
+from paris_jax.models.sharding_rules import axes_that_divide, constrain
 
 logger = logging.getLogger(__name__)
-
 Kernel = Literal["xla", "cudnn", "pallas"]
-PATTERNS = ("joint", "factorised")
 BLOCKS = (512, 256, 128)  # tokens that the TPU's kernel takes at once
 
 
@@ -123,8 +121,8 @@ def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.A
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q_BNHD, k_BSHD, v_BSHD, length_B)
-    heads = fitting(mesh, q_BNHD.shape, "batch", None, "attending", None)
-    specs = (heads, heads, heads, fitting(mesh, length_B.shape, "batch"))
+    heads = axes_that_divide(mesh, q_BNHD.shape, "batch", None, "attending", None)
+    specs = (heads, heads, heads, axes_that_divide(mesh, length_B.shape, "batch"))
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     split = jax.shard_map(kernel, axis_names=free, in_specs=specs, out_specs=heads, check_vma=False)
     return split(q_BNHD, k_BSHD, v_BSHD, length_B)

@@ -19,7 +19,6 @@ from flax import nnx
 
 from paris_jax.models import positions
 from paris_jax.models.attention import pattern
-from paris_jax.models.axes import constrain
 from paris_jax.models.blocks import (
     Conditioning,
     HeadNorm,
@@ -33,6 +32,7 @@ from paris_jax.models.blocks import (
     stacked,
     to_heads,
 )
+from paris_jax.models.sharding_rules import constrain
 
 PATCH = 2  # rows and columns of the latent that make one token, as published
 
@@ -78,7 +78,7 @@ def unpack(tokens_BNX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.transpose(0, 1, 2, 5, 3, 6, 4).reshape(B, T, H, W, C)
 
 
-def kept_input(channels: int, hidden: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def cond_projection(channels: int, hidden: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     """What reads frames that are given: their mask and their latent, packed (Open-Sora 2.0); starts at nothing."""
     return linear((channels + 1) * PATCH * PATCH, hidden, dtype, rngs, zero=True)
 
@@ -144,7 +144,7 @@ class SpatiotemporalDiT(nnx.Module):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
-        self.kept_in = kept_input(config.channels, D, dtype, rngs) if config.kept_frames else None
+        self.kept_in = cond_projection(config.channels, D, dtype, rngs) if config.kept_frames else None
         self.text_in = linear(config.text_width, D, dtype, rngs)
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.double_blocks = stacked(functools.partial(_build, DoubleBlock, config), config.double_blocks, rngs)

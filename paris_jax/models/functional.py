@@ -4,6 +4,7 @@ A network is described by its config; its parameters are plain data, so that jit
 the same tree, and dispatch costs nothing per module.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from paris_jax.config.network import ROUTER_PRESETS, NetworkSettings, RouterSettings
 from paris_jax.models.dit import DiTConfig, SpatiotemporalDiT
 from paris_jax.models.router import Router, RouterConfig
 
@@ -75,3 +77,13 @@ def to_names(params: Params) -> dict[str, Any]:
 
 def from_names(flat: dict[str, Any]) -> Params:
     return unflatten_dict(flat, sep=".")
+
+
+def network_config(chosen: NetworkSettings, **given: Any) -> DiTConfig:
+    """A preset with its overrides, for a latent and text encoder given as `channels`, `text_width`, `pooled_width`."""
+    return DiTConfig(**dataclasses.asdict(chosen.resolve()), attention=chosen.attention, **given)
+
+
+def router_config(chosen: RouterSettings, **given: Any) -> RouterConfig:
+    """A router preset for a latent, text encoder and number of clusters."""
+    return RouterConfig(**dataclasses.asdict(ROUTER_PRESETS[chosen.preset]), attention=chosen.attention, **given)

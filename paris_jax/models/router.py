@@ -14,17 +14,9 @@ from flax import nnx
 
 from paris_jax.models import positions
 from paris_jax.models.attention import pattern
-from paris_jax.models.axes import constrain
-from paris_jax.models.blocks import (
-    Conditioning,
-    Modulation,
-    Stream,
-    linear,
-    modulate,
-    scan_blocks,
-    stacked,
-)
-from paris_jax.models.dit import PATCH, embed_video, kept_input
+from paris_jax.models.blocks import Conditioning, Modulation, Stream, linear, modulate, scan_blocks, stacked
+from paris_jax.models.dit import PATCH, cond_projection, embed_video
+from paris_jax.models.sharding_rules import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +55,7 @@ class Router(nnx.Module):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
-        self.kept_in = kept_input(config.channels, D, dtype, rngs) if config.kept_frames else None
+        self.kept_in = cond_projection(config.channels, D, dtype, rngs) if config.kept_frames else None
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.blocks = stacked(functools.partial(_build, config), config.blocks, rngs)

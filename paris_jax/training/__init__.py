@@ -1,1 +1,1 @@
-"""One loop for expert, monolith and router: state, step, checkpoints, sharding, metrics."""
+"""The training of one network on one mesh."""

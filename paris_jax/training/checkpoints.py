@@ -10,11 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from paris_jax.errors import Refused, first_line
-from paris_jax.training import hosts
+from paris_jax.errors import UserError, first_line
+from paris_jax.training import distributed
 
 logger = logging.getLogger(__name__)
-
 PAUSES = 2, 10  # seconds before a checkpoint that the system could not read is tried again
 
 
@@ -40,7 +39,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**items, clocks=ocp.args.JsonSave(clocks)))
         except (OSError, ValueError) as error:
-            raise error if hosts.lost(error) else _cannot_save(self.folder, step, error) from error
+            raise error if distributed.is_device_lost(error) else _cannot_save(self.folder, step, error) from error
 
     def _check_room(self, step: int, state: Any) -> None:
         """Refuses before writing what cannot fit; on a bucket there is always room."""
@@ -62,10 +61,10 @@ class Checkpoints:
         """
         failures = []
         steps = self.steps()
-        while (step := hosts.least(max(steps, default=-1))) >= 0:
+        while (step := distributed.minimum_over_processes(max(steps, default=-1))) >= 0:
             steps = [s for s in steps if s < step]
             found, reason = self._read(step, abstract_state)
-            if hosts.least(found is not None):
+            if distributed.minimum_over_processes(found is not None):
                 return found
             del found  # two states do not fit on a device
             failures.append(f"step {step}: {reason}")
@@ -74,7 +73,7 @@ class Checkpoints:
             )
         leftovers = [p.name for p in self.folder.iterdir() if p.name.isdigit()] if self.folder.exists() else []
         if failures or leftovers:
-            raise Refused(
+            raise UserError(
                 f"{self.folder} holds checkpoints and none can be read "
                 f"({'; '.join(failures) or ', '.join(leftovers)}); "
                 "restore one from a copy, or delete the folder to train from the start"
@@ -94,7 +93,7 @@ class Checkpoints:
                     raise ValueError(f"it holds step {int(found['state'].step)}")
                 return (step, found["state"], found["data"], found["clocks"]), "another process of this job cannot"
             except Exception as error:  # whatever a damaged file makes a reader raise
-                if hosts.lost(error) or "RESOURCE_EXHAUSTED" in str(error):
+                if distributed.is_device_lost(error) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # the checkpoint is not what is wrong
                 reason = first_line(error)[:200]
                 if pause is None or not _may_pass(error):
@@ -112,7 +111,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise error if hosts.lost(error) else _cannot_save(self.folder, None, error) from error
+            raise error if distributed.is_device_lost(error) else _cannot_save(self.folder, None, error) from error
 
     def close(self) -> None:
         self.wait()
@@ -125,10 +124,10 @@ def _may_pass(error: Exception) -> bool:
     return not missing and (isinstance(error, OSError) or "os_error_code" in str(error))
 
 
-def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> Refused:
+def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> UserError:
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
     told = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's own words, where there are any
     reason = told.group(1).strip() if told else first_line(error)
-    return Refused(
+    return UserError(
         f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )

@@ -1,22 +1,37 @@
-"""What a job says about itself: JSON lines and TensorBoard files, averaged over the steps since the last line."""
+"""Training metrics: averaged over a window, written one step late to JSON lines, TensorBoard and the console."""
 
+import collections
 import contextlib
+import dataclasses
+import datetime
 import importlib.util
 import json
+import logging
 import math
 import os
+import resource
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from etils import epath
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from paris_jax import manifest
-from paris_jax.errors import Refused
-from paris_jax.training.step import TIME_BINS
+from paris_jax.artifacts import manifest
+from paris_jax.config import hashing
+from paris_jax.config.experiment import Experiment
+from paris_jax.errors import UserError
+from paris_jax.models import flops
+from paris_jax.training.job import Job
+from paris_jax.training.losses import TIME_BINS
+
+logger = logging.getLogger(__name__)
 
 
-class FoundNotFinite(Exception):
+class NonFiniteStep(Exception):
     """The loss, its gradient or the parameters are not finite after step `step` (from 0)."""
 
     def __init__(self, step: int):
@@ -72,7 +87,7 @@ class _WeightsAndBiases:
             self._run = wandb.init(**told, resume="allow")
         except wandb.Error as error:
             said = " ".join(str(error).split())[:200]
-            raise Refused(
+            raise UserError(
                 f"wandb={told['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb login', set "
                 "WANDB_MODE=offline, or leave wandb empty"
             ) from error
@@ -87,7 +102,7 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-class Nothing:
+class NullMetrics:
     """The metrics of a job's other processes: the first one writes for all."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -100,7 +115,7 @@ class Nothing:
         pass
 
 
-class _Lines:
+class _JsonLines:
     """A text file that grows by a line at a time; on a bucket, where nothing grows, it is written anew now and then."""
 
     PAUSE = 30.0  # seconds between two writings of an object
@@ -139,7 +154,7 @@ class Metrics:
     def __init__(self, folder: epath.PathLike, start: int, tracker: dict[str, Any] | None = None):
         self.path = epath.Path(folder) / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if line["step"] <= start]
-        self._lines = _Lines(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = _JsonLines(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._writers = [tensorboard(epath.Path(folder) / "tensorboard", start)]
         self._writers += [_WeightsAndBiases(tracker)] if tracker else []
 
@@ -205,3 +220,136 @@ def first_not_finite(window: list[dict[str, np.ndarray]]) -> int | None:
         if not (math.isfinite(w["loss"]) and math.isfinite(w["param_norm"]) and math.isfinite(w["grad_norm"])):
             return i
     return None
+
+
+def wandb_arguments(experiment: Experiment, job: Job) -> dict[str, Any] | None:
+    """How a job is told to Weights & Biases, if it is: its id comes of its folder and stays the same."""
+    if not experiment.wandb:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb={experiment.wandb!r}: Weights & Biases is not installed; pip install -e '.[wandb]'")
+    return {
+        "project": experiment.wandb,
+        "id": hashing.hash_text(f"{experiment.hash} {job.folder.resolve()}")[:16],
+        "name": f"{experiment.name}, {job.name}",
+        "group": experiment.name,
+        "dir": None if "://" in str(job.folder) else str(job.folder),
+        "config": experiment.to_dict(),
+    }
+
+
+# Steps that the devices may have before them: they never wait for the host, and a job that has to stop soon can.
+IN_FLIGHT = 2
+LINE_EVERY = 10.0  # seconds, where there is no terminal
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
+
+
+@dataclasses.dataclass
+class Clocks:
+    """Seconds since the last line, and of the whole job over all its restarts."""
+
+    trained: float = 0.0  # seconds of training before this start
+    waited: float = 0.0  # seconds waiting for data since the last line
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    lined: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def total(self) -> float:
+        return self.trained + time.perf_counter() - self.began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is done inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+
+class MetricsLogger:
+    """Takes every step's values as they are promised and writes their averages once they have come."""
+
+    def __init__(self, job: Job, mesh: jax.sharding.Mesh, clocks: Clocks, writer: Any, console: "ProgressReport"):
+        self._job, self._mesh, self._clocks, self._writer, self._console = job, mesh, clocks, writer, console
+        self._window: list[dict[str, jax.Array]] = []
+        self._running: collections.deque[jax.Array] = collections.deque()
+        self.handed: int | None = None  # the last step (from 0) that the devices were given
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the values of step `step` (from 0), just handed to the devices; a line that is due is of those before.
+
+        Raises:
+          metrics.FoundNotFinite: a step before has a loss, gradient or parameter that is not a number.
+        """
+        self.handed = step
+        if step % self._job.settings.log_every == 0:
+            self.line(step)
+        self._window.append(values)
+        self._running.append(values["loss"])
+        if len(self._running) > IN_FLIGHT:
+            self._running.popleft().block_until_ready()
+
+    def line(self, step: int) -> None:
+        """Waits for all steps before `step` that have no line yet, and writes it."""
+        if not self._window:
+            return
+        values = jax.device_get(self._window)
+        self._window.clear()
+        bad = first_not_finite(values)
+        if bad is not None:
+            raise NonFiniteStep(step - len(values) + bad)
+        scalars = average(values) | throughput(self._job, len(values), self._clocks, self._mesh)
+        self._writer.write(step, scalars)
+        self._console.show(step, scalars)
+
+    def flush(self) -> None:
+        """Puts the lines where they outlive this process."""
+        self._writer.flush()
+
+
+def throughput(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Step time, clips a second, share of peak and share of time spent waiting for data, since the last line."""
+    now = time.perf_counter()
+    elapsed, clocks.lined = now - clocks.lined, now
+    waited, clocks.waited = clocks.waited, 0.0
+    scalars = {
+        "seconds_per_step": elapsed / steps,
+        "clips_per_second": steps * job.settings.batch / elapsed,
+        "data_wait": waited / elapsed,
+        "seconds_trained": clocks.total(),
+        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,  # bytes, the most so far
+    }
+    if stats := mesh.local_devices[0].memory_stats():  # CPUs have none
+        scalars["device_memory"] = stats["peak_bytes_in_use"]
+    if chip := flops.chip_of(mesh.devices.flat[0]):
+        scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (chip.peak * mesh.devices.size)
+    return scalars
+
+
+class ProgressReport:
+    """A progress bar on a terminal; elsewhere a log line at least every ten seconds. A context manager."""
+
+    def __init__(self, job: Job, start: int):
+        self._job, self._last = job, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self._task = self._bar.add_task(job.name, total=job.steps, completed=start, note="compiling")
+
+    def __enter__(self) -> "ProgressReport":
+        if self._bar.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, scalars: dict[str, float]) -> None:
+        peak = f", {scalars['share_of_peak']:.0%} of peak" if "share_of_peak" in scalars else ""
+        note = (
+            f"loss {scalars['loss']:.4f}, {scalars['seconds_per_step'] * 1e3:.0f} ms a step{peak}, "
+            f"{scalars['data_wait']:.1%} waiting for data"
+        )
+        self._bar.update(self._task, completed=step, note=note)
+        now = time.perf_counter()
+        if not self._bar.console.is_terminal and (now - self._last > LINE_EVERY or step == self._job.steps):
+            self._last = now
+            left = datetime.timedelta(seconds=round((self._job.steps - step) * scalars["seconds_per_step"]))
+            logger.info("%s: step %d of %d, %s, %s left", self._job.name, step, self._job.steps, note, left)

@@ -1,4 +1,4 @@
-"""How a job uses its slice: its mesh, where its state lies on it, and which rows of a batch each process brings."""
+"""The mesh of a training job, the sharding of its state and batches, and transfers to the host."""
 
 import functools
 import math
@@ -9,20 +9,21 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paris_jax.errors import Refused
-from paris_jax.models import axes, functional
+from paris_jax.config.training import TrainingSettings
+from paris_jax.errors import UserError
+from paris_jax.models import functional, sharding_rules
+from paris_jax.models.flops import GIB
 from paris_jax.models.router import RouterConfig
-from paris_jax.training.settings import Training
 
 
-def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(settings: TrainingSettings, devices: list[Any] | None = None) -> Mesh:
     """The devices of this job as (data, fsdp, tensor, sequence); refuses a split that does not divide them."""
     devices = jax.devices() if devices is None else devices
-    named = {name: getattr(settings, name) for name in axes.MESH if name != "data"}
+    named = {name: getattr(settings, name) for name in sharding_rules.MESH_AXES if name != "data"}
     split = math.prod(named.values())
     if len(devices) % split:
         wanted = " x ".join(f"training.{name}={n}" for name, n in named.items())
-        raise Refused(
+        raise UserError(
             f"{wanted} = {split} does not divide the {len(devices)} devices of this job; choose them so that their "
             f"product divides {len(devices)}"
         )
@@ -30,16 +31,16 @@ def make_mesh(settings: Training, devices: list[Any] | None = None) -> Mesh:
     rows = sizes[0] * named["fsdp"]
     parts = rows * settings.accumulate
     if settings.accumulate > 1 and settings.batch % parts:
-        raise Refused(
+        raise UserError(
             f"training.batch={settings.batch} does not divide into training.accumulate={settings.accumulate} parts "
             f"over data x fsdp = {rows} devices; choose a multiple of {parts}"
         )
     if settings.batch % rows:
-        raise Refused(
+        raise UserError(
             f"training.batch={settings.batch} does not divide over data x fsdp = {rows} of the {len(devices)} devices "
             f"of this job; choose a multiple of {rows}, for example {max(rows, settings.batch // rows * rows)}"
         )
-    return jax.make_mesh(sizes, axes.MESH, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return jax.make_mesh(sizes, sharding_rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: str = "training.") -> None:
@@ -49,14 +50,14 @@ def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: st
     """
     fsdp, tensor, sequence = (mesh.shape[name] for name in ("fsdp", "tensor", "sequence"))
     if isinstance(config, RouterConfig) and sequence > 1:
-        raise Refused(f"{prefix}sequence={sequence}: a router's tokens are not split; use 1")
+        raise UserError(f"{prefix}sequence={sequence}: a router's tokens are not split; use 1")
     for what, size, by, named in (
         ("width", config.hidden, fsdp * sequence, f"{prefix}fsdp={fsdp} x {prefix}sequence={sequence}"),
         ("heads", config.heads, tensor * sequence, f"{prefix}tensor={tensor} x {prefix}sequence={sequence}"),
         ("tokens of a clip", tokens, sequence, f"{prefix}sequence={sequence}"),
     ):
         if size % by:
-            raise Refused(f"{named}: {by} does not divide the network's {size} {what}; choose divisors of {size}")
+            raise UserError(f"{named}: {by} does not divide the network's {size} {what}; choose divisors of {size}")
 
 
 def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
@@ -65,7 +66,7 @@ def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
     Moments and EMA lie where their parameter lies.
     """
     parameters = functional.to_names(abstract_state.params)
-    specs = {name: axes.parameter_spec(name, leaf.shape, sizes) for name, leaf in parameters.items()}
+    specs = {name: sharding_rules.parameter_spec(name, leaf.shape, sizes) for name, leaf in parameters.items()}
 
     def of(path: Any, leaf: Any) -> PartitionSpec:
         keys = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
@@ -90,7 +91,7 @@ def rows_of_this_process(mesh: Mesh) -> tuple[int, int]:
             held.setdefault(device.process_index, set()).add(number)
     parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(rows):
-        raise Refused(
+        raise UserError(
             "training.tensor and training.sequence: some processes of this job hold the same samples and others only "
             "some of them; choose their product so that it divides the devices of a process, or is a multiple of them"
         )
@@ -98,18 +99,18 @@ def rows_of_this_process(mesh: Mesh) -> tuple[int, int]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, axes.spec(("batch",), mesh.shape))
+    return NamedSharding(mesh, sharding_rules.spec(("batch",), mesh.shape))
 
 
 @functools.cache
-def _placing(mesh: Mesh) -> tuple[NamedSharding, int]:
+def _batch_layout(mesh: Mesh) -> tuple[NamedSharding, int]:
     """Where batches lie and in how many parts they come: found once, not at every step."""
     return batch_sharding(mesh), rows_of_this_process(mesh)[1]
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of the global batch on its devices."""
-    sharding, parts = _placing(mesh)
+    sharding, parts = _batch_layout(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * parts, *rows.shape[1:]))
         for name, rows in batch.items()
@@ -139,3 +140,12 @@ def _gather(leaf: jax.Array, kept: bool) -> np.ndarray | None:
     layers = (layer(leaf, i).addressable_data(0) for i in range(leaf.shape[0]))  # every process makes each of them
     held = [np.asarray(piece) for piece in layers if kept]
     return np.stack(held) if kept else None
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of a tree of arrays, or of their shapes, on each device, counted from shapes and shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def in_gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

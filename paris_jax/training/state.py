@@ -1,4 +1,4 @@
-"""What training changes: parameters, their average, and the optimizer's moments."""
+"""The training state: parameters, their average and the optimizer state; fresh, or from existing weights."""
 
 import dataclasses
 from typing import Any
@@ -6,11 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import optax.contrib
+from etils import epath
 
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.tensors import Tensors
+from paris_jax.config.training import TrainingSettings
+from paris_jax.errors import UserError
 from paris_jax.models import functional
-from paris_jax.training.settings import Training
+from paris_jax.training.job import Job
+from paris_jax.training.optimizer import optimizer
+from paris_jax.weights.convert import FRESH, WEIGHTS, read_manifest
 
 
 @jax.tree_util.register_dataclass
@@ -27,87 +33,87 @@ class TrainState:
     opt_state: Any
 
 
-def learning_rate(settings: Training, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0; then cosine to 0 at `steps`, constant, or constant with a linear end (WSD)."""
-    peak, after = settings.learning_rate, max(steps - settings.warmup, 1)
-    ending = min(max(1, round(settings.decay_share * steps)), after)
-    then = {
-        "cosine": optax.cosine_decay_schedule(peak, after),
-        "constant": optax.constant_schedule(peak),
-        "wsd": optax.linear_schedule(peak, 0.0, ending, transition_begin=after - ending),
-    }[settings.decay]
-    warmup = optax.linear_schedule(0.0, peak, max(settings.warmup, 1))
-    return optax.join_schedules([warmup, then], [settings.warmup])
-
-
-def optimizer(settings: Training, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm; then Adam, Muon or Adafactor; then weight decay, scaled by the learning rate as in AdamW.
-
-    Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (what goes in and out, modulation,
-    norms and biases) takes Adam's step, with Nesterov momentum. Muon's steps are scaled to Adam's usual size (Liu et
-    al. 2025, arXiv 2502.16982), so that one learning rate serves both. Adafactor (Shazeer and Stern 2018) keeps row and
-    column means of the squared gradients only; its learning rate is relative to the size of each parameter.
-    """
-    rate = learning_rate(settings, steps)
-    if settings.optimizer == "muon":
-        numbers: Any = _stacked_matrices
-        update = optax.contrib.muon(
-            rate,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=numbers,
-            adam_b1=settings.b1,
-            adam_b2=settings.b2,
-            eps=settings.eps,
-        )
-    elif settings.optimizer == "adafactor":
-        update = optax.adafactor(rate)
-    else:
-        update = optax.adam(rate, settings.b1, settings.b2, settings.eps)
-    transforms = [optax.clip_by_global_norm(settings.clip_norm), update]
-    if settings.weight_decay:
-        transforms.append(optax.add_decayed_weights(lambda n: -settings.weight_decay * rate(n), mask=_is_matrix))
-    return optax.chain(*transforms)
-
-
-def _is_matrix(params: functional.Params) -> Any:
-    """Which parameters are decayed: the matrices."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-
-def _stacked_matrices(params: functional.Params) -> Any:
-    """How Muon reads each stack (layers, inputs, outputs) of the blocks' matrices; None for what is Adam's."""
-    spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-
-    def of(path: Any, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        names = {key.key for key in path}
-        return spec if leaf.ndim == 3 and "modulation" not in names else None  # only stacks have three axes
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def create(config: functional.Config, settings: Training, steps: int, key: jax.Array) -> TrainState:
+def create(config: functional.Config, settings: TrainingSettings, steps: int, key: jax.Array) -> TrainState:
     """A fresh state; call it under jit with out_shardings to make it in place."""
     params = functional.init(config, key)
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer(settings, steps).init(params))
 
 
-def ema_decay(settings: Training, step: jax.Array) -> jax.Array:
-    """Decay of the average at an update.
+def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, str] | None:
+    """Hashes of the weights that a job starts from, kept beside its checkpoints; a job that goes on needs no more."""
+    if not job.settings.start:
+        return None
+    kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
+    if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
+        return manifest.read_json(kept)
+    hashes = weight_hashes(job.settings.start, job.config)
+    manifest.write_json(kept, hashes, shared=True)
+    return hashes
 
-    min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_width`, (1 - 1 / (n + 1))^(g + 1): the
-    horizon grows with training and stays the same share of it (power function average, Karras et al. 2024,
-    arXiv 2312.02696, equation 2).
+
+# Fields in which a network may differ from what it starts from.
+FREE_FIELDS = ("remat", "dtype", "kept_frames", "predicts", "attention")
+
+
+def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
+    """The manifest of weights that a network of this config can start from.
+
+    Raises:
+      Refused: a folder without whole weights, or of another network, naming the fields.
     """
-    if settings.ema_width:
-        return (1.0 - 1.0 / (1.0 + step)) ** (ema_power(settings.ema_width) + 1.0)
-    return jnp.minimum(settings.ema, (1.0 + step) / (10.0 + step))
+    folder = epath.Path(folder)
+    found = read_manifest(folder)
+    network = found["network"]
+    expected = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
+    differ = [
+        f"{name} {network.get(name)} instead of {value}"
+        for name, value in expected.items()
+        if (tuple(network[name]) if isinstance(network.get(name), list) else network.get(name)) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{folder} holds another network: {', '.join(differ)}; choose network.preset to fit, or other weights"
+        )
+    tensors = Tensors(folder / WEIGHTS).shapes
+    problems = [
+        name
+        for name, leaf in functional.to_names(functional.abstract(config)).items()
+        if tensors.get(name, (leaf.shape,) if name.startswith(FRESH) else (None,))[0] != leaf.shape
+    ]
+    if problems:
+        raise UserError(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
+    if network.get("kept_frames") and not config.kept_frames:
+        raise UserError(f"{folder} has an input for frames that are given; set config.masks, so that it is used")
+    return found
 
 
-def ema_power(width: float) -> float:
-    """The power g whose average has the standard deviation `width`, as a share of training (ibid., equation 4).
+def weight_hashes(folder: epath.PathLike, config: functional.Config) -> dict[str, str]:
+    """SHA-256 of the files of weights that a network of this config can start from; refuses others as `check` does."""
+    return {name: promise["sha256"] for name, promise in check_initial_weights(folder, config)["files"].items()}
 
-    width^2 (g + 2)^2 (g + 3) = g + 1; between 0 and about 0.28 there is one g above 0.
+
+def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainState:
+    """The state with its parameters, and their average, from `folder`: each device reads its own part of each array.
+
+    An input for frames that are given, which the weights may lack, starts at nothing, as in a fresh network.
     """
-    roots = np.roots([width**2, 7 * width**2, 16 * width**2 - 1, 12 * width**2 - 1])
-    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
+    tensors = Tensors(epath.Path(folder) / WEIGHTS)
+
+    def read(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name not in tensors.shapes and name.startswith(FRESH):
+            return leaf
+
+        shape, dtype, sharding = leaf.shape, leaf.dtype, leaf.sharding
+
+        def part(index: Any) -> np.ndarray:
+            return np.asarray(tensors.read(name, index), dtype)
+
+        leaf.delete()
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    for leaf in jax.tree.leaves(state.ema):  # what is replaced is not held beside what replaces it
+        leaf.delete()
+    params = jax.tree_util.tree_map_with_path(read, state.params)
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -1,1 +1,1 @@
-"""Published weights: their files, the names and layouts of their tensors, and ours."""
+"""Published weights in and out."""

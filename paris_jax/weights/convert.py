@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from paris_jax import manifest
-from paris_jax.errors import Refused
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.tensors import DTYPES, Tensors, write
+from paris_jax.errors import UserError
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
-from paris_jax.weights import files
-from paris_jax.weights.files import Tensors
 from paris_jax.weights.layouts import LAYOUTS, pieces
 
 WEIGHTS, KIND = "model.safetensors", "weights"
 OURS = "paris_jax"  # as a layout: our own exports
 FRESH = ("kept_in.",)  # what may be missing: it starts at nothing, so the network is the same without it
-
 Advance = Callable[[], None]
 
 
@@ -51,7 +49,7 @@ def layout_of(tensors: Tensors) -> str:
     if "img_in.weight" in names:
         return "opensora2" if any(".q_proj." in name for name in names) else "bfl"
     shown = ", ".join(sorted(names)[:3])
-    raise Refused(f"{tensors.files[0]} holds no network that is known ({shown}, ...); known are {', '.join(LAYOUTS)}")
+    raise UserError(f"{tensors.files[0]} holds no network that is known ({shown}, ...); known are {', '.join(LAYOUTS)}")
 
 
 def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
             found, kind = tensors.shapes.get(name, (expected, np.dtype(np.float32)))
             if found != expected:
                 problems.append(f"{name} has shape {found} instead of {expected}")
-            elif kind not in files.DTYPES.values():
+            elif kind not in DTYPES.values():
                 problems.append(f"{name} has dtype {kind}")
         used.update(piece.theirs)
         if piece.layer in (None, 0):
@@ -108,7 +106,7 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
     problems += [f"{name} is extra" for name in left if name not in unused]
     if problems:
         where = tensors.files[0] if len(tensors.files) == 1 else tensors.files[0].parent
-        raise Refused(f"{where} is refused, {len(problems)} of its tensors do not fit: {'; '.join(problems)}")
+        raise UserError(f"{where} is refused, {len(problems)} of its tensors do not fit: {'; '.join(problems)}")
     return Report(layout, read, fresh, unused)
 
 
@@ -131,7 +129,7 @@ def _finite(tensors: Tensors, name: str, dtype: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         values = values.astype(dtype or values.dtype)
     if not np.isfinite(values.astype(np.float32)).all():
-        raise Refused(f"{tensors.files[0].parent}: {name} holds values that are not finite; download it again")
+        raise UserError(f"{tensors.files[0].parent}: {name} holds values that are not finite; download it again")
     return values
 
 
@@ -160,7 +158,7 @@ def import_network(
     wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
     if use and wide == np.float16:  # which parts are not stored in
         wide = np.dtype(np.float32)
-    kind = files.DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
+    kind = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
 
     def chunks() -> Iterator[tuple[str, np.ndarray]]:
@@ -168,7 +166,7 @@ def import_network(
             yield name, values
             advance()
 
-    files.write(folder / WEIGHTS, shapes, chunks())
+    write(folder / WEIGHTS, shapes, chunks())
     network = dataclasses.asdict(config)
     del network["remat"]
     if use:
@@ -205,7 +203,7 @@ def export_network(tensors: Tensors, config: DiTConfig, layout: str, path: epath
             yield from zip(piece.theirs, piece.to_theirs(array), strict=True)
             advance()
 
-    files.write(path, shapes, chunks())
+    write(path, shapes, chunks())
 
 
 def count(config: DiTConfig, layout: str) -> int:

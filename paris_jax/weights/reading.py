@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from paris_jax import manifest
-from paris_jax.errors import Refused
-from paris_jax.weights.files import Tensors
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.tensors import Tensors
+from paris_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Reader:
     def _read(self, name: str, dtype: Any) -> np.ndarray:
         values = self._tensors.read(name)
         if not np.isfinite(values).all():
-            raise Refused(f"{self._where} is refused: {name} holds values that are not finite; download it again")
+            raise UserError(f"{self._where} is refused: {name} holds values that are not finite; download it again")
         return values.astype(dtype)
 
     def layer(self, name: str, outputs: int, *inputs: int, bias: bool = True) -> dict[str, Later]:
@@ -85,7 +85,7 @@ class Reader:
         self._problems += [f"{name} is extra" for name in left if not name.startswith(tuple(unused))]
         if self._problems:
             count, told = len(self._problems), "; ".join(self._problems)
-            raise Refused(f"{self._where} is refused, {count} of its tensors do not fit: {told}")
+            raise UserError(f"{self._where} is refused, {count} of its tensors do not fit: {told}")
 
 
 def stacked(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -107,11 +107,11 @@ def described(folder: epath.PathLike, *fields: str) -> dict[str, Any]:
     """Fields of a published folder's config.json; refuses a folder without it, or one that lacks a field."""
     path = epath.Path(folder) / "config.json"
     if not path.exists():
-        raise Refused(
+        raise UserError(
             f"{path} does not exist; name the folder that the weights were downloaded to, config.json included"
         )
     found = manifest.read_json(path, "download it again")
     absent = [name for name in fields if not isinstance(found, dict) or name not in found]
     if absent or not isinstance(found, dict):
-        raise Refused(f"{path} lacks {', '.join(absent) or 'fields'}; download it again")
+        raise UserError(f"{path} lacks {', '.join(absent) or 'fields'}; download it again")
     return found

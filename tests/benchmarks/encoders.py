@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from paris_jax.encoders import clip, dinov2, hunyuan, placing, t5
+from paris_jax.encoders import clip, dinov2, hunyuan, placement, t5
 from paris_jax.encoders.codecs import TILING
 from paris_jax.encoders.transformer import Blocks
-from paris_jax.training.slices import Slice
+from paris_jax.planning.topologies import Topology
 
 GIB = 2**30
 BATCH = 16  # clips that prepare encodes at once (stages/prepare.py)
@@ -126,12 +126,12 @@ def main() -> None:
     parser.add_argument("--only", default="t5,clip,dinov2-l,dinov2-g,piece")
     parser.add_argument("--videos", default="33x256x256,33x512x512")
     given = parser.parse_args()
-    here = SingleDeviceSharding(Slice.parse(given.chip).devices()[0])
+    here = SingleDeviceSharding(Topology.parse(given.chip).devices()[0])
     sizes: Any = [tuple(map(int, video.split("x"))) for video in given.videos.split(",")]
 
     def weight(path: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        dtype = jnp.bfloat16 if placing.is_matrix(name, len(shape)) else jnp.float32
+        dtype = jnp.bfloat16 if placement.is_matrix(name, len(shape)) else jnp.float32
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     for name, function, config, shapes, inputs in jobs(given.only.split(","), sizes):

@@ -27,17 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax import config_file, manifest
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import Role
+from paris_jax.config import files
+from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
-from paris_jax.data.pipeline import training_batches
-from paris_jax.experiment import Experiment
-from paris_jax.models import functional
-from paris_jax.run_folder import Role
-from paris_jax.stages.devices import keep_freed_memory
-from paris_jax.stages.train import compute_dtype, job_of
-from paris_jax.training import chips, sharding
+from paris_jax.data.loader import training_batches
+from paris_jax.encoders import codecs, text
+from paris_jax.local_jobs.devices import keep_freed_memory
+from paris_jax.models import flops, functional
+from paris_jax.training import sharding
 from paris_jax.training.checkpoints import Checkpoints
-from paris_jax.training.program import Job, Program
+from paris_jax.training.job import Job, compute_dtype, job_of
+from paris_jax.training.step import ShardedStep
 
 WORDS = 14  # text tokens a clip, as the shapes' captions have
 PARTS = ("forward", "backward", "step", "input", "checkpoint")
@@ -95,7 +97,7 @@ class Ours:
     """The engine's own programs, on the devices at hand."""
 
     def __init__(self, job: Job, folder: Path):
-        self.job, self.program, self.folder = job, Program(job), folder
+        self.job, self.program, self.folder = job, ShardedStep(job), folder
         write_clips(job, folder / "data")
         self.rows = training_batches(folder / "data", job.settings.batch, 0, text_length=job.padded_text_length)
         self.batch = sharding.place_batch(next(self.rows), self.program.mesh)
@@ -205,14 +207,14 @@ def main():
     given = read_arguments()
     if not given.give_back:
         keep_freed_memory()
-    config = config_file.load(given.config)
-    config_file.change(config, given.changes)
+    config = files.load(given.config)
+    files.change(config, given.changes)
     experiment = Experiment.from_config(config)
-    shape = (given.tokens // 1024, 64, 64, 16) if given.tokens else experiment.latent_shape
+    shape = (given.tokens // 1024, 64, 64, 16) if given.tokens else codecs.latent_shape(experiment)
     dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
     with tempfile.TemporaryDirectory() as folder:
         role = Role("expert", 0)
-        job = job_of(experiment, epath.Path(folder), role, shape, experiment.text_widths, WORDS, dtype)
+        job = job_of(experiment, epath.Path(folder), role, shape, text.widths_of(experiment), WORDS, dtype)
         device, settings = jax.devices()[0], job.settings
         print(
             f"{given.config} {' '.join(given.changes)}: {functional.count(job.config) / 1e6:.2f}M parameters, "
@@ -231,7 +233,7 @@ def main():
                     took[part] = measure(part, {n: way[part] for n, way in ways.items() if part in way}, given.seconds)
     if "step" in took:
         work, seconds = job.flops_per_sample * settings.batch, took["step"]["paris_jax"]
-        chip = chips.of(device)
+        chip = flops.chip_of(device)
         share = f", {work / seconds / chip.peak / jax.device_count():.1%} of peak" if chip else ""
         print(f"{work / 1e9:.1f} GFLOP a step: {work / seconds / 1e9:.0f} GFLOP/s{share}")
     for name in list(ways)[1:]:

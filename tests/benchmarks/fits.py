@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from paris_jax import config_file
+from paris_jax.config import files
+from paris_jax.config.experiment import Experiment
 from paris_jax.diffusion.guidance import Strength
-from paris_jax.ensemble import dispatch, sampler
+from paris_jax.encoders import codecs
+from paris_jax.ensemble import conditioning, sparse_velocity
 from paris_jax.ensemble.routing import Routing
-from paris_jax.experiment import Experiment
-from paris_jax.models import functional, presets, stacks
+from paris_jax.models import functional, stacks
 from paris_jax.models.dit import video_tokens
-from paris_jax.training.slices import Slice
+from paris_jax.planning.topologies import Topology
 
 GIB = 2**30
 STEPS = 50
@@ -60,17 +61,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
     given = parser.parse_args()
-    experiment = Experiment.from_config(config_file.load(given.config))
-    device = Slice.parse(given.chip).devices()[0]
-    T, H, W, C = experiment.latent_shape
+    experiment = Experiment.from_config(files.load(given.config))
+    device = Topology.parse(given.chip).devices()[0]
+    T, H, W, C = codecs.latent_shape(experiment)
     sizes = {"channels": C, "pooled_width": 768, "dtype": "bfloat16"}
-    network = presets.network_config(experiment.network, text_width=4096, **sizes)
-    router = presets.router_config(experiment.router, clusters=given.experts, **sizes)
+    network = functional.network_config(experiment.network, text_width=4096, **sizes)
+    router = functional.router_config(experiment.router, clusters=given.experts, **sizes)
     here = SingleDeviceSharding(device)
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
     B = given.batch
-    text = sampler.Text(of(B, 512, 4096), of(B, dtype=jnp.int32), of(B, 768))
-    told = sampler.Condition(text, text, Strength(of()), temperature=of(), present=of(given.experts, dtype=jnp.bool_))
+    text = conditioning.EncodedText(of(B, 512, 4096), of(B, dtype=jnp.int32), of(B, 768))
+    told = conditioning.Condition(
+        text, text, Strength(of()), temperature=of(), present=of(given.experts, dtype=jnp.bool_)
+    )
     routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
     places = tuple((0, k) for k in range(given.experts))
     rows = 2 * B  # with text and without; as many at once as on the chip itself
@@ -78,20 +81,22 @@ def main() -> None:
     print(f"{size}, batch {B}, {given.chip}")
     for way in given.ways.split(","):
         weights, _, offload = way.partition("+")
-        block = dispatch.block_size(
+        block = sparse_velocity.block_size(
             video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu", streamed=bool(offload)
         )
-        plan = sampler.Plan((network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block)
+        plan = sparse_velocity.SamplerConfig(
+            (network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block
+        )
         experts = abstract(network, given.experts, weights, bool(offload), device)
-        arrays = sampler.Weights((experts,), routers, of(given.experts, dtype=jnp.int32))
+        arrays = sparse_velocity.EnsembleParams((experts,), routers, of(given.experts, dtype=jnp.int32))
         begun = time.perf_counter()
         state = jax.tree.map(
             lambda a: of(*a.shape, dtype=a.dtype),
-            jax.eval_shape(functools.partial(sampler.begin, plan, steps=STEPS), of(B, T, H, W, C)),
+            jax.eval_shape(functools.partial(sparse_velocity.initial_state, plan, steps=STEPS), of(B, T, H, W, C)),
         )
         span, keys = [of(dtype=jnp.int32)] * 2, of(B, 2, dtype=jnp.uint32)
         try:
-            lowered = sampler.advance.lower(
+            lowered = sparse_velocity.take_steps.lower(
                 plan, arrays, state, *span, keys, of(STEPS + 1), told, of(STEPS, dtype=jnp.int32)
             )
             found = lowered.compile().memory_analysis()

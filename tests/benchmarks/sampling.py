@@ -16,8 +16,8 @@ import time
 import numpy as np
 
 from paris_jax import Ensemble
-from paris_jax.data import shapes
-from paris_jax.stages.devices import keep_freed_memory
+from paris_jax.data.sources import shapes
+from paris_jax.local_jobs.devices import keep_freed_memory
 from tests.benchmarks.solvers import setting
 
 YARDSTICK = "experts=0"

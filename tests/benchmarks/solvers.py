@@ -15,10 +15,10 @@ import argparse
 import numpy as np
 
 from paris_jax import Ensemble
-from paris_jax.data import shapes
+from paris_jax.data.sources import shapes
 from paris_jax.diffusion.solvers import EVALUATIONS
-from paris_jax.evaluation.judge import Judge
-from paris_jax.stages.devices import keep_freed_memory
+from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
+from paris_jax.local_jobs.devices import keep_freed_memory
 
 
 def setting(text: str) -> dict[str, object]:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--kept", default="")
     parser.add_argument("--finest", type=int, default=320)
     given = parser.parse_args()
-    ensemble, judge, rng = Ensemble.load(given.ensemble), Judge.load(), np.random.default_rng(21)
+    ensemble, judge, rng = Ensemble.load(given.ensemble), AttributeClassifier.load(), np.random.default_rng(21)
     asked = [shapes.draw_attributes(rng) for _ in range(given.clips)]
     prompts = [shapes.caption(attributes) for attributes in asked]
     noise = ensemble.noise(given.clips, seed=4)

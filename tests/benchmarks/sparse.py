@@ -27,14 +27,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paris_jax import config_file
+from paris_jax.config import files
+from paris_jax.config.experiment import Experiment
 from paris_jax.diffusion.guidance import Strength
-from paris_jax.ensemble import dispatch, sampler
+from paris_jax.encoders import codecs
+from paris_jax.ensemble import conditioning, sparse_velocity
 from paris_jax.ensemble.routing import Routing
-from paris_jax.experiment import Experiment
-from paris_jax.models import functional, presets
+from paris_jax.local_jobs.devices import keep_freed_memory
+from paris_jax.models import functional
 from paris_jax.models.dit import video_tokens
-from paris_jax.stages.devices import keep_freed_memory
 
 WORDS = 14  # text tokens, as the shapes' captions have
 TEXT = 64, 64  # widths of the frozen table
@@ -64,7 +65,7 @@ def chosen(batch: int, experts: int, k: int) -> jax.Array:
 
 def blocks(config, stacks, weight_BE, rows, k, size):
     run = lambda expert, rows: functional.apply_member(config, stacks, expert, *rows)  # noqa: E731
-    return dispatch.merge(run, weight_BE, rows, k, size)
+    return sparse_velocity.weighted_sum(run, weight_BE, rows, k, size)
 
 
 def pair_by_pair(run, weight_BE, rows, k):
@@ -156,12 +157,12 @@ def velocity(config, router, k):
 
     def of(stacks, weight_BE, rows, router_params):
         experts = weight_BE.shape[1]
-        plan = sampler.Plan((config,), tuple((0, e) for e in range(experts)), led, Routing("top_k", k))
+        plan = sparse_velocity.SamplerConfig((config,), tuple((0, e) for e in range(experts)), led, Routing("top_k", k))
         params = {"router": router_params, "choices": jnp.where(weight_BE > 0, 0.0, -1e3)}
-        arrays = sampler.Weights((stacks,), params, jnp.arange(experts))
-        text = sampler.Text(*rows[2:])
-        told = sampler.Condition(text, text, Strength(1.0))
-        return sampler.velocity(plan, arrays, *rows[:2], told, jnp.int32(0))[0]
+        arrays = sparse_velocity.EnsembleParams((stacks,), params, jnp.arange(experts))
+        text = conditioning.EncodedText(*rows[2:])
+        told = conditioning.Condition(text, text, Strength(1.0))
+        return sparse_velocity.ensemble_velocity(plan, arrays, *rows[:2], told, jnp.int32(0))[0]
 
     return of
 
@@ -214,7 +215,7 @@ def compare(config, router, shape, experts, batch, k, wanted, rounds):
     print(
         f"K = {experts}, k = {k}, batch {batch}:", ", ".join(f"{n} {ms}" for n, ms in milliseconds.items()), flush=True
     )
-    chosen_size = dispatch.block_size(video_tokens(shape), batch, batch * k / experts, 1, jax.default_backend())
+    chosen_size = sparse_velocity.block_size(video_tokens(shape), batch, batch * k / experts, 1, jax.default_backend())
     for name in [n for n in memory if n not in milliseconds]:
         passes, alone = k * taken["one expert"], taken["each alone"]
         if name == "velocity":
@@ -233,21 +234,21 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=f"{config_file.embedded()}:tiny")
+    parser.add_argument("--config", default=f"{files.embedded()}:tiny")
     parser.add_argument("--experts", type=numbers, default=[3, 8, 16])
     parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
     parser.add_argument("--k", type=numbers, default=[1])
     parser.add_argument("--ways", default="velocity,blocks,pairs,switch,skip,dense")
     parser.add_argument("--rounds", type=int, default=20)
     given, changes = parser.parse_known_args()
-    config = config_file.load(given.config)
-    config_file.change(config, [c.removeprefix("--config.") for c in changes])
+    config = files.load(given.config)
+    files.change(config, [c.removeprefix("--config.") for c in changes])
     experiment = Experiment.from_config(config)
-    shape = experiment.latent_shape
+    shape = codecs.latent_shape(experiment)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     sizes = {"channels": shape[-1], "pooled_width": TEXT[1], "dtype": dtype}
-    network = presets.network_config(experiment.network, text_width=TEXT[0], **sizes)
-    router = presets.router_config(experiment.router, clusters=1, **sizes)
+    network = functional.network_config(experiment.network, text_width=TEXT[0], **sizes)
+    router = functional.router_config(experiment.router, clusters=1, **sizes)
     print(f"{functional.count(network) / 1e6:.2f}M parameters, latent {shape}, {jax.devices()[0].device_kind}")
     for experts in given.experts:
         for batch in given.batch:

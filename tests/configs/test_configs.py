@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from paris_jax.errors import Refused
+from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.config.experiment import Experiment
+from paris_jax.data.preparation import prepare
+from paris_jax.encoders import codecs, text
+from paris_jax.errors import UserError
 from paris_jax.evaluation import compute
-from paris_jax.experiment import Experiment
-from paris_jax.models import functional, presets
+from paris_jax.models import flops, functional
 from paris_jax.models.dit import PATCH
-from paris_jax.run_folder import RunFolder
-from paris_jax.stages.prepare import prepare
-from paris_jax.stages.train import sampling_shift
-from paris_jax.training import flops, state
-from paris_jax.training.step import TimeLaw, make_step
+from paris_jax.training import state
+from paris_jax.training.job import timestep_shift
+from paris_jax.training.losses import TimestepSampler
+from paris_jax.training.step import make_step
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))
@@ -39,7 +41,7 @@ VARIANTS = [(name, variant) for name in FILES for variant in load(name).VARIANTS
 def test_every_variant_is_accepted(name, variant):
     experiment = Experiment.from_config(load(name).get_config(variant))
     assert variant in experiment.name
-    T, H, W, _ = experiment.latent_shape
+    T, H, W, _ = codecs.latent_shape(experiment)
     assert T >= 1 and H % PATCH == 0 and W % PATCH == 0
 
 
@@ -72,10 +74,10 @@ def paris2():
 
 @pytest.fixture(scope="module")
 def network(paris2):
-    tokens, pooled = paris2.text_widths
-    return presets.network_config(
+    tokens, pooled = text.widths_of(paris2)
+    return functional.network_config(
         paris2.network,
-        channels=paris2.latent_shape[-1],
+        channels=codecs.latent_shape(paris2)[-1],
         text_width=tokens,
         pooled_width=pooled,
         dtype="bfloat16",
@@ -85,10 +87,10 @@ def network(paris2):
 
 @pytest.fixture(scope="module")
 def router(paris2):
-    return presets.router_config(
+    return functional.router_config(
         paris2.router,
-        channels=paris2.latent_shape[-1],
-        pooled_width=paris2.text_widths[1],
+        channels=codecs.latent_shape(paris2)[-1],
+        pooled_width=text.widths_of(paris2)[1],
         clusters=paris2.partition.num_clusters,
         dtype="bfloat16",
     )
@@ -96,11 +98,11 @@ def router(paris2):
 
 def test_paris2_has_the_published_sizes(paris2, network, router):
     assert paris2.partition.num_clusters == 3
-    assert paris2.latent_shape == (9, 32, 32, 16)
-    assert paris2.text_widths == (4096, 768)
+    assert codecs.latent_shape(paris2) == (9, 32, 32, 16)
+    assert text.widths_of(paris2) == (4096, 768)
     assert functional.count(network) == 11_891_178_560
     assert functional.count(router) == 130_745_091
-    T, H, W, C = paris2.latent_shape
+    T, H, W, C = codecs.latent_shape(paris2)
     video_in = functional.abstract(network)["video_in"]["kernel"].shape
     assert video_in == (C * PATCH * PATCH, network.hidden) == (64, 3072)
     assert T * (H // PATCH) * (W // PATCH) == 2304
@@ -108,13 +110,15 @@ def test_paris2_has_the_published_sizes(paris2, network, router):
 
 def test_paris2_times_follow_open_sora(paris2):
     # 256 tokens a frame: the line stands at 1; nine latent frames: times 3.
-    assert sampling_shift(paris2, paris2.latent_shape) == pytest.approx(3.0)
+    assert timestep_shift(paris2, codecs.latent_shape(paris2)) == pytest.approx(3.0)
 
 
 def test_paris2_arms_cost_the_same(paris2, network):
-    cost = flops.training_step(network, paris2.latent_shape, paris2.text.max_tokens)
-    experts = [compute.Job(f"expert {k}", paris2.steps("expert"), paris2.training.batch, cost) for k in range(3)]
-    monolith = compute.Job("monolith", paris2.steps("monolith"), paris2.training.batch, cost)
+    cost = flops.training_flops(network, codecs.latent_shape(paris2), paris2.text.max_tokens)
+    experts = [
+        compute.TrainingCost(f"expert {k}", paris2.steps("expert"), paris2.training.batch, cost) for k in range(3)
+    ]
+    monolith = compute.TrainingCost("monolith", paris2.steps("monolith"), paris2.training.batch, cost)
     found = compute.identity(experts, monolith, None)
     assert found["equal"]
     # The docstring's figures.
@@ -126,13 +130,13 @@ def test_paris2_arms_cost_the_same(paris2, network):
 def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
     config, settings = (router, paris2.router_training) if role == "router" else (network, paris2.training)
     steps = paris2.steps(role)
-    law = TimeLaw(settings.times, paris2.diffusion.time_mean, paris2.diffusion.time_std, 3.0)
+    law = TimestepSampler(settings.times, paris2.diffusion.time_mean, paris2.diffusion.time_std, 3.0)
     key = jax.eval_shape(jax.random.key, 0)
     before = jax.eval_shape(functools.partial(state.create, config, settings, steps), key)
     B, L = settings.batch, paris2.text.max_tokens
-    tokens, pooled = paris2.text_widths
+    tokens, pooled = text.widths_of(paris2)
     batch = {
-        "latent": jax.ShapeDtypeStruct((B, *paris2.latent_shape), jnp.float32),
+        "latent": jax.ShapeDtypeStruct((B, *codecs.latent_shape(paris2)), jnp.float32),
         "tokens": jax.ShapeDtypeStruct((B, L, tokens), jnp.float32),
         "length": jax.ShapeDtypeStruct((B,), jnp.int32),
         "pooled": jax.ShapeDtypeStruct((B, pooled), jnp.float32),
@@ -150,15 +154,17 @@ def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
 
 def test_paris2_is_refused_before_anything_is_written(paris2, tmp_path):
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(Refused, match=r"codec\.weights is empty; name the folder that its weights were downloaded to"):
+    with pytest.raises(
+        UserError, match=r"codec\.weights is empty; name the folder that its weights were downloaded to"
+    ):
         prepare(paris2, run)
     assert not run.path.exists()
 
 
 def test_open_soras_own_network_is_the_published_one_with_texts_as_it_knows_them():
     experiment = Experiment.from_config(load("paris2.py").get_config("opensora2"))
-    tokens, pooled = experiment.text_widths
-    network = presets.network_config(
+    tokens, pooled = text.widths_of(experiment)
+    network = functional.network_config(
         experiment.network,
         channels=16,
         text_width=tokens,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from paris_jax.data import video
-from paris_jax.data.folder import FolderSource
-from paris_jax.errors import Refused
+from paris_jax.data.sources.folder import FolderSource
+from paris_jax.errors import UserError
 
 
 def ramp(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -92,11 +92,11 @@ def test_a_source_travels_to_other_processes(tmp_path, elsewhere):
 
 
 def test_an_empty_or_absent_folder_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"holds no video; put \.mp4"):
+    with pytest.raises(UserError, match=r"holds no video; put \.mp4"):
         open_folder(tmp_path)
-    with pytest.raises(Refused, match="not a directory"):
+    with pytest.raises(UserError, match="not a directory"):
         open_folder(tmp_path / "absent")
-    with pytest.raises(Refused, match="local directory"):
+    with pytest.raises(UserError, match="local directory"):
         open_folder("gs://bucket/videos")
 
 
@@ -105,10 +105,10 @@ def test_a_broken_video_is_refused_by_name(tmp_path):
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "b.txt").write_text("cut off in a download")
-    with pytest.raises(Refused, match=r"b\.mp4 cannot be read as video.*replace or remove"):
+    with pytest.raises(UserError, match=r"b\.mp4 cannot be read as video.*replace or remove"):
         open_folder(tmp_path)
     (tmp_path / "b.mp4").write_bytes(b"")
-    with pytest.raises(Refused, match=r"b\.mp4"):
+    with pytest.raises(UserError, match=r"b\.mp4"):
         open_folder(tmp_path)
 
 
@@ -117,26 +117,26 @@ def test_a_video_that_breaks_while_decoding_is_refused_by_name(tmp_path):
     source = open_folder(tmp_path)
     whole = (tmp_path / "a.webm").read_bytes()
     (tmp_path / "a.webm").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Refused, match=r"a\.webm (breaks off|cannot be read)"):
+    with pytest.raises(UserError, match=r"a\.webm (breaks off|cannot be read)"):
         list(source)
 
 
 def test_a_clip_shorter_than_asked_is_refused_by_name(tmp_path):
     put(tmp_path / "short.mp4", frames=10, fps=20.0)
-    with pytest.raises(Refused, match=r"short\.mp4 is 0\.50 s long, shorter than one clip of 0\.80 s.*data\.frames"):
+    with pytest.raises(UserError, match=r"short\.mp4 is 0\.50 s long, shorter than one clip of 0\.80 s.*data\.frames"):
         open_folder(tmp_path)
     (tmp_path / "frames").mkdir()
     (tmp_path / "short.mp4").unlink()
     video.write_png(tmp_path / "frames" / "0.png", ramp(1)[0])
     (tmp_path / "frames.txt").write_text("one frame")
-    with pytest.raises(Refused, match=r"frames holds 1 frames, fewer than one clip"):
+    with pytest.raises(UserError, match=r"frames holds 1 frames, fewer than one clip"):
         open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("caption", [None, "", " \n"])
 def test_a_missing_caption_is_refused_by_name(tmp_path, caption):
     put(tmp_path / "a.mp4", 20, caption=caption)
-    with pytest.raises(Refused, match=r"a\.mp4 has no caption; add a line to .*captions\.csv"):
+    with pytest.raises(UserError, match=r"a\.mp4 has no caption; add a line to .*captions\.csv"):
         open_folder(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_missing_caption_is_refused_by_name(tmp_path, caption):
 def test_a_caption_that_is_not_utf8_is_refused_by_name(tmp_path, name):
     put(tmp_path / "a.mp4", 20, caption=None)
     (tmp_path / name).write_bytes("file,caption\na.mp4,café\n".encode("latin-1"))
-    with pytest.raises(Refused, match=rf"{name} is not UTF-8 \(byte 2[0-9]"):
+    with pytest.raises(UserError, match=rf"{name} is not UTF-8 \(byte 2[0-9]"):
         open_folder(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_caption_that_is_not_utf8_is_refused_by_name(tmp_path, name):
 def test_a_wrong_table_is_refused_by_line(tmp_path, name, text, message):
     put(tmp_path / "a.mp4", 20, caption=None)
     (tmp_path / name).write_text(text)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         open_folder(tmp_path)
 
 

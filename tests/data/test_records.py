@@ -7,10 +7,10 @@ import resource
 import numpy as np
 import pytest
 
-from paris_jax import manifest
+from paris_jax.artifacts import manifest
 from paris_jax.data import records
 from paris_jax.data.records import Record
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 
 def make(number: int, cluster: int | None = None) -> Record:
@@ -110,10 +110,10 @@ def test_nothing_chosen_makes_one_empty_shard(tmp_path):
 
 def test_only_finished_folders_of_records_are_read(tmp_path):
     records.write_shard(tmp_path / "data-00000-of-00001.array_record", map(make, range(3)))
-    with pytest.raises(Refused, match=r"manifest\.json does not exist"):
+    with pytest.raises(UserError, match=r"manifest\.json does not exist"):
         records.read_records(tmp_path)
     manifest.write(tmp_path, "ensemble", [], "hash")
-    with pytest.raises(Refused, match="describes a 'ensemble', where one of data, cluster, heldout"):
+    with pytest.raises(UserError, match="describes a 'ensemble', where one of data, cluster, heldout"):
         records.read_records(tmp_path)
 
 
@@ -121,10 +121,10 @@ def test_a_missing_or_cut_shard_is_refused_by_name(tmp_path):
     write_folder(tmp_path, range(8))
     shard = tmp_path / "data-00001-of-00002.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(Refused, match=r"data-00001-of-00002\.array_record has \d+ bytes"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.array_record has \d+ bytes"):
         records.read_records(tmp_path)
     shard.unlink()
-    with pytest.raises(Refused, match=r"data-00001-of-00002\.array_record is missing"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.array_record is missing"):
         records.read_records(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_disk_that_takes_no_more_leaves_no_shard(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(Refused, match=r"Cannot write .*shard.*free some space"):
+        with pytest.raises(UserError, match=r"Cannot write .*shard.*free some space"):
             records.write_shard(tmp_path / "shard", map(make, range(3000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

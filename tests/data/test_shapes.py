@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_jax.data import shapes
-from paris_jax.data.shapes import ATTRIBUTES, ShapesSource
+from paris_jax.data.sources import shapes
+from paris_jax.data.sources.shapes import ATTRIBUTES, ShapesSource
 
 SOURCE = ShapesSource(seed=3, num_clips=500, frames=8, height=20, width=20, fps=8.0)
 

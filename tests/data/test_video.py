@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from paris_jax.data import lettering, video
-from paris_jax.data.shapes import ShapesSource
-from paris_jax.errors import Refused
+from paris_jax.data.sources.shapes import ShapesSource
+from paris_jax.errors import UserError
 
 CLIP = ShapesSource(0, 10, 8, 20, 20, 8.0)[2].video
 
@@ -67,13 +67,13 @@ def test_lettering_draws_every_character_and_cuts_at_the_edge():
 def test_what_is_not_a_video_is_refused_by_name(tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"this is not a video" * 100)
-    with pytest.raises(Refused, match=r"broken\.mp4"):
+    with pytest.raises(UserError, match=r"broken\.mp4"):
         video.probe(broken)
-    with pytest.raises(Refused, match=r"broken\.mp4"):
+    with pytest.raises(UserError, match=r"broken\.mp4"):
         list(video.decode(broken))
-    with pytest.raises(Refused, match=r"absent\.mp4"):
+    with pytest.raises(UserError, match=r"absent\.mp4"):
         video.probe(tmp_path / "absent.mp4")
-    with pytest.raises(Refused, match=r"clip\.avi.*\.mp4"):
+    with pytest.raises(UserError, match=r"clip\.avi.*\.mp4"):
         video.write_video(tmp_path / "clip.avi", CLIP, 8.0)
 
 
@@ -84,6 +84,6 @@ def test_a_full_disk_leaves_no_half_video(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
-    with pytest.raises(Refused, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         video.write_video(tmp_path / "clip.mp4", CLIP, 8.0)
     assert not list(tmp_path.iterdir())

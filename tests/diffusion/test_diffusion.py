@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.diffusion import guidance, objectives, path, randomness, solvers, times
+from paris_jax.diffusion import guidance, path, randomness, solvers, timesteps
+from paris_jax.diffusion.losses import by_time_bin, cross_entropy, flow_matching
 
 
 def gaussian_velocity(x, t, mean, std):
@@ -32,27 +33,27 @@ def test_each_sample_has_its_own_time():
 
 def test_shift_keeps_the_ends_and_is_the_signal_to_noise_rule():
     t = jnp.linspace(0, 1, 11)
-    moved = times.shift(t, 3.0)
+    moved = timesteps.shift(t, 3.0)
     assert moved[0] == 0 and moved[-1] == 1 and bool((moved[1:-1] > t[1:-1]).all())
     # Odds of noise against data are multiplied by the factor (Esser et al. 2024).
     np.testing.assert_allclose(moved[1:-1] / (1 - moved[1:-1]), 3 * t[1:-1] / (1 - t[1:-1]), rtol=1e-5)
-    np.testing.assert_allclose(times.shift(t, 1.0), t)
+    np.testing.assert_allclose(timesteps.shift(t, 1.0), t)
 
 
 def test_open_sora_shift_at_its_published_ends():
-    assert times.open_sora_shift(256, 1) == 1.0
-    assert times.open_sora_shift(4096, 1) == 3.0
-    assert times.open_sora_shift(256, 9) == 3.0
-    assert times.open_sora_shift(25, 4) == 2.0
+    assert timesteps.open_sora_shift(256, 1) == 1.0
+    assert timesteps.open_sora_shift(4096, 1) == 3.0
+    assert timesteps.open_sora_shift(256, 9) == 3.0
+    assert timesteps.open_sora_shift(25, 4) == 2.0
 
 
 def test_the_grid_goes_from_noise_to_data():
-    grid = times.grid(10, 2.0)
+    grid = timesteps.timestep_schedule(10, 2.0)
     assert grid.shape == (11,) and grid[0] == 1 and grid[-1] == 0 and bool((jnp.diff(grid) < 0).all())
 
 
 def test_logit_normal_times_have_the_stated_law():
-    drawn = times.logit_normal(jax.random.normal(jax.random.key(1), (200_000,)), 0.5, 0.8, 1.0)
+    drawn = timesteps.logit_normal(jax.random.normal(jax.random.key(1), (200_000,)), 0.5, 0.8, 1.0)
     logits = jnp.log(drawn / (1 - drawn))
     assert abs(float(logits.mean()) - 0.5) < 0.01 and abs(float(logits.std()) - 0.8) < 0.01
 
@@ -70,9 +71,7 @@ def test_flow_matching_loss_of_the_exact_velocity_is_the_posterior_variance():
     n, std, t = 400_000, 0.5, 0.6
     keys = jax.random.split(jax.random.key(2))
     x_0, noise = std * jax.random.normal(keys[0], (n, 1)), jax.random.normal(keys[1], (n, 1))
-    losses = objectives.flow_matching(
-        lambda x, t_B: gaussian_velocity(x, t_B[:, None], 0.0, std), x_0, noise, jnp.full(n, t)
-    )
+    losses = flow_matching(lambda x, t_B: gaussian_velocity(x, t_B[:, None], 0.0, std), x_0, noise, jnp.full(n, t))
     assert losses.shape == (n,)
     np.testing.assert_allclose(losses.mean(), std**2 / ((1 - t) ** 2 * std**2 + t**2), rtol=0.01)
 
@@ -81,19 +80,19 @@ def test_a_loss_does_not_see_its_neighbours():
     x_0, noise = jax.random.normal(jax.random.key(3), (2, 4, 6))
     field = lambda x, t: jnp.sin(x) * t[:, None]  # noqa: E731
     t = jnp.array([0.1, 0.4, 0.6, 0.9])
-    together = objectives.flow_matching(field, x_0, noise, t)
-    alone = objectives.flow_matching(field, x_0[2:3], noise[2:3], t[2:3])
+    together = flow_matching(field, x_0, noise, t)
+    alone = flow_matching(field, x_0[2:3], noise[2:3], t[2:3])
     np.testing.assert_array_equal(together[2], alone[0])
 
 
 def test_cross_entropy_of_known_logits():
     np.testing.assert_allclose(
-        objectives.cross_entropy(jnp.log(jnp.array([[0.2, 0.3, 0.5]])), jnp.array([1])), [-np.log(0.3)], rtol=1e-6
+        cross_entropy(jnp.log(jnp.array([[0.2, 0.3, 0.5]])), jnp.array([1])), [-np.log(0.3)], rtol=1e-6
     )
 
 
 def test_time_bins_hold_every_sample_once():
-    sums, counts = objectives.by_time_bin(jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([0.0, 0.49, 0.5, 1.0]), 2)
+    sums, counts = by_time_bin(jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([0.0, 0.49, 0.5, 1.0]), 2)
     np.testing.assert_allclose(sums, [3, 12])
     np.testing.assert_allclose(counts, [2, 2])
 
@@ -125,7 +124,7 @@ def guided_flow(scale, method="classifier_free"):
 
 GRIDS = {
     "even": lambda n: jnp.linspace(1.0, 0.0, n + 1),
-    "shifted": lambda n: times.shift(jnp.linspace(1.0, 0.0, n + 1), 3.0),
+    "shifted": lambda n: timesteps.shift(jnp.linspace(1.0, 0.0, n + 1), 3.0),
     "inside": lambda n: jax.nn.sigmoid(jnp.linspace(3.0, -3.0, n + 1)),  # even in the logarithm of noise over data
 }
 
@@ -139,7 +138,7 @@ def solve(field, x, times, solver, memory=(), noise=no_noise):
     told = jax.eval_shape(lambda x, t, step, memory: field(x, t, step, memory)[2], x, times[0], jnp.int32(0), memory)
     lead = len(times) - 1, solvers.EVALUATIONS[solver]
     state = solvers.begin(x, memory, jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), told))
-    state = solvers.walk(field, state, times, 0, lead[0], solver, noise)
+    state = solvers.integrate(field, state, times, 0, lead[0], solver, noise)
     return state.x, state.traces
 
 
@@ -206,7 +205,7 @@ def test_steps_taken_a_few_at_a_time_are_those_taken_at_once(solver):
     end, traces = solve(field, x, times, solver, jnp.zeros_like(x), noise)
     state = solvers.begin(x, jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, traces))
     for first, last in ((0, 1), (1, 4), (4, 4), (4, 7)):
-        state = solvers.walk(field, state, times, first, last, solver, noise)
+        state = solvers.integrate(field, state, times, first, last, solver, noise)
     np.testing.assert_allclose(state.x, end, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.traces, traces)
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.diffusion import objectives, path, predictions
+from paris_jax.diffusion import path, predictions
+from paris_jax.diffusion.losses import noise_prediction
 
 MEAN, STD = 0.4, 0.7
 
@@ -70,7 +71,7 @@ def test_ddpms_loss_of_the_exact_noise_is_the_posterior_variance():
     n, s = 400_000, 0.55
     keys = jax.random.split(jax.random.key(3))
     x_0, noise = MEAN + STD * jax.random.normal(keys[0], (n, 1)), jax.random.normal(keys[1], (n, 1))
-    losses = objectives.noise_prediction(exact_noise, x_0, noise, jnp.full(n, s))
+    losses = noise_prediction(exact_noise, x_0, noise, jnp.full(n, s))
     data, rest = np.cos(s * np.pi / 2) ** 2 * STD**2, np.sin(s * np.pi / 2) ** 2
     assert losses.shape == (n,)
     np.testing.assert_allclose(losses.mean(), data / (data + rest), rtol=0.01)

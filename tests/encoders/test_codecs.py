@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from paris_jax.data.shapes import ShapesSource
+from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.encoders import codecs
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 VIDEO = ShapesSource(0, 4, 8, 20, 20, 8.0)[1].video
 
@@ -40,14 +40,14 @@ def test_batches_and_jax_arrays_are_treated_alike():
 
 
 def test_sizes_that_the_blocks_do_not_divide_are_refused():
-    with pytest.raises(Refused, match="width=21: must be a multiple of the codec's 2"):
+    with pytest.raises(UserError, match="width=21: must be a multiple of the codec's 2"):
         codecs.Pixels().latent_shape(8, 20, 21)
 
 
 def test_a_codec_is_rebuilt_from_its_description():
     codec = codecs.codec("pixels", time=1, height=4, width=2)
     assert codecs.from_description(codec.describe()) == codec
-    with pytest.raises(Refused, match=r"'pixel'.*did you mean 'pixels'"):
+    with pytest.raises(UserError, match=r"'pixel'.*did you mean 'pixels'"):
         codecs.codec("pixel")
 
 
@@ -65,7 +65,7 @@ def test_the_published_codec_is_known_by_its_sizes_and_needs_its_weights():
     hunyuan = codecs.sizes("hunyuan", time=4, height=8, width=8)
     assert hunyuan.latent_shape(33, 256, 256) == (9, 32, 32, 16)
     assert hunyuan.latent_shape(1, 64, 96) == (1, 8, 12, 16)
-    with pytest.raises(Refused, match="frames=32: must be 1 more than a multiple of the codec's 4"):
+    with pytest.raises(UserError, match="frames=32: must be 1 more than a multiple of the codec's 4"):
         hunyuan.latent_shape(32, 256, 256)
-    with pytest.raises(Refused, match=r"codec\.weights is empty; name the folder"):
+    with pytest.raises(UserError, match=r"codec\.weights is empty; name the folder"):
         codecs.codec("hunyuan", time=4, height=8, width=8)

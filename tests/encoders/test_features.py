@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from paris_jax.data import shapes
+from paris_jax.data.sources import shapes
 from paris_jax.encoders import features
 
 SOURCE = shapes.ShapesSource(0, 400, 8, 20, 20, 8.0)

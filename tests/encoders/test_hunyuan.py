@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
+from paris_jax.artifacts.run_folder import Role, RunFolder, roles
+from paris_jax.clustering.build import cluster
+from paris_jax.commands.assemble import assemble
+from paris_jax.commands.train import train
+from paris_jax.config.experiment import Experiment
+from paris_jax.data.preparation import prepare
 from paris_jax.encoders import codecs, hunyuan
-from paris_jax.errors import Refused
-from paris_jax.experiment import Experiment
-from paris_jax.run_folder import Role, RunFolder, roles
-from paris_jax.stages.assemble import assemble
-from paris_jax.stages.cluster import cluster
-from paris_jax.stages.prepare import prepare
-from paris_jax.stages.train import train
+from paris_jax.errors import UserError
 from tests.conftest import micro_config
 from tests.oracles import encoders as oracle
 
@@ -110,9 +110,9 @@ def test_pieces_of_the_network_are_near_the_whole_and_have_no_seams(vae):
 
 
 def test_sizes_that_it_cannot_take_are_refused_with_the_nearest(codec):
-    with pytest.raises(Refused, match="frames=12: must be 1 more than a multiple of the codec's 4"):
+    with pytest.raises(UserError, match="frames=12: must be 1 more than a multiple of the codec's 4"):
         codec.encode(np.zeros((12, 8, 8, 3), np.uint8))
-    with pytest.raises(Refused, match="height=12: must be a multiple of the codec's 8"):
+    with pytest.raises(UserError, match="height=12: must be a multiple of the codec's 8"):
         codec.encode(np.zeros((5, 12, 8, 3), np.uint8))
 
 
@@ -128,9 +128,9 @@ def test_other_weights_are_refused_by_name(codec, tmp_path):
     data = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "other" / "model.safetensors").write_bytes(data)
-    with pytest.raises(Refused, match=r"codec\.weights=.*these data were made with"):
+    with pytest.raises(UserError, match=r"codec\.weights=.*these data were made with"):
         codecs.from_description(described, str(tmp_path / "other"))
-    with pytest.raises(Refused, match=r"codec\.weights is empty"):
+    with pytest.raises(UserError, match=r"codec\.weights is empty"):
         codecs.from_description(described)
 
 
@@ -143,7 +143,7 @@ def test_videos_go_through_it_from_clips_to_samples(tmp_path):
     config.router_training.update(steps=4)
     config.partition.num_clusters = 2
     experiment, run = Experiment.from_config(config), RunFolder(tmp_path / "run")
-    assert experiment.latent_shape == (3, 2, 2, 4)
+    assert codecs.latent_shape(experiment) == (3, 2, 2, 4)
     prepare(experiment, run)
     cluster(experiment, run)
     latent = json.loads((run.data / "manifest.json").read_text())["latent"]
@@ -157,7 +157,7 @@ def test_videos_go_through_it_from_clips_to_samples(tmp_path):
     assert ensemble.sample(prompt, num_steps=2).videos.shape == (1, 9, 16, 16, 3)
     assert ensemble.sample(prompt, num_steps=2, frames=13, image=picture).videos.shape == (1, 13, 16, 16, 3)
     assert ensemble.sample(prompt, num_steps=2, video=np.stack([picture] * 5)).videos.shape == (1, 9, 16, 16, 3)
-    with pytest.raises(Refused, match="frames=12: must be 1 more than a multiple of 4; the nearest is 9 or 13"):
+    with pytest.raises(UserError, match="frames=12: must be 1 more than a multiple of 4; the nearest is 9 or 13"):
         ensemble.sample(prompt, frames=12)
-    with pytest.raises(Refused, match=r"video has 4 frames: .* must be one of 1;"):
+    with pytest.raises(UserError, match=r"video has 4 frames: .* must be one of 1;"):
         ensemble.sample(prompt, video=np.stack([picture] * 4))

@@ -9,16 +9,16 @@ import pytest
 import safetensors.numpy
 
 from paris_jax import Ensemble
+from paris_jax.artifacts.run_folder import Role, RunFolder, roles
+from paris_jax.clustering.build import cluster
+from paris_jax.commands.assemble import assemble
+from paris_jax.commands.train import train
+from paris_jax.config.experiment import Experiment
+from paris_jax.data.preparation import prepare
 from paris_jax.data.records import read_records
 from paris_jax.encoders import clip, dinov2, features, published, t5, text
 from paris_jax.encoders.tokens import tokenizer
-from paris_jax.errors import Refused
-from paris_jax.experiment import Experiment
-from paris_jax.run_folder import Role, RunFolder, roles
-from paris_jax.stages.assemble import assemble
-from paris_jax.stages.cluster import cluster
-from paris_jax.stages.prepare import prepare
-from paris_jax.stages.train import train
+from paris_jax.errors import UserError
 from tests.conftest import micro_config
 from tests.oracles import encoders as oracle
 
@@ -60,7 +60,7 @@ def test_a_tokenizer_may_stand_beside_its_encoder_as_in_diffusers(tmp_path):
     (tmp_path / "text_encoder_2").mkdir()
     shutil.copytree(folder("t5"), tmp_path / "tokenizer_2")
     assert tokenizer(tmp_path / "text_encoder_2")("a ball") == tokenizer(folder("t5"))("a ball")
-    with pytest.raises(Refused, match=r"text_encoder and .* hold no tokenizer: put tokenizer\.json, spiece\.model"):
+    with pytest.raises(UserError, match=r"text_encoder and .* hold no tokenizer: put tokenizer\.json, spiece\.model"):
         tokenizer(tmp_path / "text_encoder")
 
 
@@ -98,23 +98,23 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(name, read, tmp_path):
         w[cut] = w[cut][:-1]
         w["adapter.weight"] = np.ones(2, np.float32)
 
-    with pytest.raises(Refused, match="3 of its tensors do not fit") as refused:
+    with pytest.raises(UserError, match="3 of its tensors do not fit") as refused:
         read(damaged(tmp_path, name, change))
     for said in (f"{gone} is missing", f"{cut} has shape (31,) instead of (32,)", "adapter.weight is extra"):
         assert said in str(refused.value)
 
 
 def test_what_is_no_encoder_of_the_kind_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"config\.json does not exist; name the folder"):
+    with pytest.raises(UserError, match=r"config\.json does not exist; name the folder"):
         t5.read(tmp_path)
-    with pytest.raises(Refused, match=r"config\.json lacks num_heads"):
+    with pytest.raises(UserError, match=r"config\.json lacks num_heads"):
         t5.read(folder("clip"))
-    with pytest.raises(Refused, match="holds no encoder of CLIP"):
+    with pytest.raises(UserError, match="holds no encoder of CLIP"):
         clip.read(folder("t5"))
     shutil.copytree(folder("t5"), tmp_path / "old")
     config = json.loads((tmp_path / "old" / "config.json").read_text()) | {"feed_forward_proj": "relu"}
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Refused, match=r"feed_forward_proj is 'relu'; T5-v1\.1's is 'gated-gelu'"):
+    with pytest.raises(UserError, match=r"feed_forward_proj is 'relu'; T5-v1\.1's is 'gated-gelu'"):
         t5.read(tmp_path / "old")
 
 
@@ -140,9 +140,9 @@ def test_a_text_too_long_for_clip_is_cut_there_and_too_long_for_t5_refused():
     long = " ".join(["a red ball"] * 12)
     encoding = both().encode([long])[0]
     assert np.isfinite(encoding.pooled).all() and len(encoding.tokens) > 24
-    with pytest.raises(Refused, match=r"has \d+ tokens; at most 8 are taken"):
+    with pytest.raises(UserError, match=r"has \d+ tokens; at most 8 are taken"):
         both(max_tokens=8).encode([long])
-    with pytest.raises(Refused, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         both().encode([" "])
 
 
@@ -150,9 +150,9 @@ def test_other_weights_than_those_promised_are_refused_by_name(tmp_path):
     described = both().describe()
     assert text.from_description(described, {"t5": folder("t5"), "clip": folder("clip")}).describe() == described
     other = damaged(tmp_path, "t5", lambda w: w["shared.weight"].__setitem__((0, 0), 9.0))
-    with pytest.raises(Refused, match=r"text\.t5=.*weights have the hash .* these data were made with"):
+    with pytest.raises(UserError, match=r"text\.t5=.*weights have the hash .* these data were made with"):
         text.from_description(described, {"t5": str(other), "clip": folder("clip")})
-    with pytest.raises(Refused, match=r"text\.t5 is empty; name the folder"):
+    with pytest.raises(UserError, match=r"text\.t5 is empty; name the folder"):
         text.from_description(described)
 
 
@@ -173,7 +173,7 @@ def test_dinov2_describes_a_clip_by_its_look(monkeypatch):
     np.testing.assert_allclose(same, found, atol=1e-5)  # frames 0, 2, 3 and 5 are seen
     assert np.abs(other - found).max() > 1e-3
     np.testing.assert_allclose(describe(video[None])[0], found, atol=1e-5)  # whatever stands beside it
-    with pytest.raises(Refused, match=r"features\.weights is empty"):
+    with pytest.raises(UserError, match=r"features\.weights is empty"):
         features.features("dinov2")
 
 
@@ -200,7 +200,7 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     assemble(experiment, run)
     other = damaged(tmp_path, "t5", lambda w: w["shared.weight"].__setitem__((0, 0), 9.0))
     config.text.t5 = str(other)
-    with pytest.raises(Refused, match="was made with other weights of its encoders"):
+    with pytest.raises(UserError, match="was made with other weights of its encoders"):
         prepare(Experiment.from_config(config), run)
     ensemble_encoders, loaded = {"t5": folder("t5"), "clip": folder("clip")}, published.loaded
     ensemble = Ensemble.load(run.ensemble, encoders=ensemble_encoders)
@@ -216,5 +216,5 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     assert not published._loaded
     (record, *_) = read_records(run.data)
     assert record.tokens.dtype == record.pooled.dtype == published.T5Clip.stored
-    with pytest.raises(Refused, match=r"text\.t5 is empty"):
+    with pytest.raises(UserError, match=r"text\.t5 is empty"):
         Ensemble.load(run.ensemble)

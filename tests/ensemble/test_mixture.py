@@ -1,17 +1,20 @@
 """The ensemble is the right mixture: invariant 5 of the design, on exact experts and on real networks."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.diffusion.guidance import METHODS, Strength, projected
-from paris_jax.ensemble import sampler
+from paris_jax.config.sampling import GuidanceMethod, RouterConditioning
+from paris_jax.diffusion.guidance import Strength, projected
+from paris_jax.ensemble import sparse_velocity
+from paris_jax.ensemble.conditioning import Condition, EncodedText
 from paris_jax.ensemble.routing import Routing, weights
-from paris_jax.ensemble.sampler import ROUTED_BY, Condition, Plan, Text, Weights
-from paris_jax.errors import Refused
+from paris_jax.ensemble.sparse_velocity import EnsembleParams, SamplerConfig
+from paris_jax.errors import UserError
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
@@ -33,7 +36,7 @@ def random_params(config, seed):
 def together(experts, router=None, clusters=None):
     """Weights of experts of one kind."""
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
-    return Weights((stack,), router, jnp.arange(len(experts)) if clusters is None else clusters)
+    return EnsembleParams((stack,), router, jnp.arange(len(experts)) if clusters is None else clusters)
 
 
 def key_data(seed, count):
@@ -41,7 +44,7 @@ def key_data(seed, count):
 
 
 def plan_of(routing, experts=3, network=NETWORK, router=ROUTER, **how):
-    return Plan((network,), tuple((0, k) for k in range(experts)), router, routing, **how)
+    return SamplerConfig((network,), tuple((0, k) for k in range(experts)), router, routing, **how)
 
 
 def told(text, scale=1.0, negative=None, **strength):
@@ -51,13 +54,15 @@ def told(text, scale=1.0, negative=None, **strength):
 def sample(plan, arrays, noise, keys, times, told, forced):
     """All steps at once: the latent, and what was told of them."""
     steps = len(times) - 1
-    state = sampler.advance(plan, arrays, sampler.begin(plan, noise, steps), 0, steps, keys, times, told, forced)
-    return state.x, sampler.trace_of(state)
+    state = sparse_velocity.take_steps(
+        plan, arrays, sparse_velocity.initial_state(plan, noise, steps), 0, steps, keys, times, told, forced
+    )
+    return state.x, sparse_velocity.trace_of(state)
 
 
 def inputs(batch=3):
     keys = jax.random.split(jax.random.key(9), 3)
-    text = Text(
+    text = EncodedText(
         jax.random.normal(keys[0], (batch, 4, 3)),
         jnp.arange(batch, dtype=jnp.int32) % 4 + 1,
         jax.random.normal(keys[1], (batch, 4)),
@@ -69,7 +74,7 @@ def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTE
     x, t, text = at or inputs()
     guidance = "classifier_free" if scale != 1.0 else ""
     plan = plan_of(routing, len(arrays.clusters), network, router, guidance=guidance, **how)
-    v, trace = sampler.velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
+    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
     return v, trace.weight
 
 
@@ -107,7 +112,7 @@ MIXTURE = {"mean": jnp.array([-1.0, 0.3, 1.2]), "std": jnp.array([0.3, 0.5, 0.2]
 def mixture_arrays(present=(0, 1, 2)):
     chosen = jnp.array(present)
     stack = {k: MIXTURE[k][chosen] for k in ("mean", "std")}
-    return Weights((stack,), MIXTURE, chosen.astype(jnp.int32))
+    return EnsembleParams((stack,), MIXTURE, chosen.astype(jnp.int32))
 
 
 def marginal_velocity(x, t, mixture=MIXTURE):
@@ -178,7 +183,7 @@ def kolmogorov(first, second):
 def test_samples_of_the_exact_ensemble_follow_the_data(solver, steps):
     """20,000 draws of three elements, which are what they are together: every one, and their mean and spread."""
     count = 20_000
-    text = Text(jnp.zeros((count, 1, 3)), jnp.ones(count, jnp.int32), jnp.zeros((count, 4)))
+    text = EncodedText(jnp.zeros((count, 1, 3)), jnp.ones(count, jnp.int32), jnp.zeros((count, 4)))
     noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 3))
     plan = plan_of(Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, block=count)
     keys, forced = key_data(4, count), jnp.zeros(steps, jnp.int32)
@@ -227,7 +232,7 @@ def test_a_forced_expert_and_a_one_hot_router_are_that_expert(expert):
     np.testing.assert_allclose(velocity(Routing("forced"), arrays, forced=expert)[0], expected, rtol=1e-4, atol=1e-4)
     bias = arrays.router["logits_out"]["bias"] + 1e4 * jax.nn.one_hot(expert, 3)
     router = arrays.router | {"logits_out": arrays.router["logits_out"] | {"bias": bias}}
-    one_hot = Weights(arrays.experts, router, arrays.clusters)
+    one_hot = EnsembleParams(arrays.experts, router, arrays.clusters)
     for routing in (FULL, Routing("top_k", 1), Routing("top_k", 2), Routing("threshold", p=0.9)):
         np.testing.assert_allclose(velocity(routing, one_hot)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -236,13 +241,15 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
     x, t, text = inputs()
     arrays, scale = arrays_of_three(), 4.0
     guided, w = velocity(FULL, arrays, scale)
-    branches = [sampler.merge(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, no_text(text))]
+    branches = [sparse_velocity.merge_experts(plan_of(FULL), arrays, w, x, t, own)[0] for own in (text, no_text(text))]
     np.testing.assert_allclose(guided, branches[1] + scale * (branches[0] - branches[1]), rtol=1e-3, atol=1e-3)
 
     def difference(method):
         """Between guiding the merged velocity and merging what each expert, guided on its own, says."""
         outside, *each = (
-            sampler.velocity(plan_of(rule, guidance=method), arrays, x, t, told(text, scale), jnp.int32(expert))[0]
+            sparse_velocity.ensemble_velocity(
+                plan_of(rule, guidance=method), arrays, x, t, told(text, scale), jnp.int32(expert)
+            )[0]
             for rule, expert in ((FULL, 0), *((Routing("forced"), k) for k in range(3)))
         )
         inside = jnp.einsum("be,ebthwc->bthwc", w, jnp.stack(each))
@@ -284,7 +291,7 @@ def test_threshold_keeps_the_smallest_set_that_reaches_p():
     ],
 )
 def test_an_impossible_rule_is_refused_by_name(routing, named):
-    with pytest.raises(Refused, match=named):
+    with pytest.raises(UserError, match=named):
         routing.check(3)
 
 
@@ -292,19 +299,21 @@ def test_new_values_do_not_recompile():
     """Prompt, seed, guidance and times are arguments of one compiled program a shape."""
     x, _, text = inputs()
     plan, keys = plan_of(Routing("top_k", 2), guidance="classifier_free"), key_data(0, 3)
-    before = sampler.advance._cache_size()
+    before = sparse_velocity.take_steps._cache_size()
     for scale, shift, seed in ((2.0, 1.0, 0), (5.0, 0.5, 1), (7.5, 0.25, 2)):
         changed = dataclasses.replace(text, tokens=text.tokens * (1 + seed))
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
         forced = jnp.zeros(4, jnp.int32)
         sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
-    assert sampler.advance._cache_size() == before + 1
+    assert sparse_velocity.take_steps._cache_size() == before + 1
 
 
 def guided(x, t, text, negative=None, plan=None, **strength):
     plan = plan or plan_of(Routing("top_k", 2), guidance="classifier_free")
-    v, trace = sampler.velocity(plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0))
+    v, trace = sparse_velocity.ensemble_velocity(
+        plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0)
+    )
     return v, trace.weight
 
 
@@ -313,18 +322,18 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
     t, passes = jnp.array([0.2, 0.5, 0.8]), []
     on, _ = guided(x, t, text)
     plain, _ = velocity(Routing("top_k", 2), arrays_of_three(), at=(x, t, text))
-    run = sampler.expert_velocity
+    run = sparse_velocity.expert_velocity
 
     def counted(*given):
         jax.debug.callback(lambda: passes.append(1))
         return run(*given)
 
-    monkeypatch.setattr(sampler, "expert_velocity", counted)
-    sampler.velocity.clear_cache()
+    monkeypatch.setattr(sparse_velocity, "expert_velocity", counted)
+    sparse_velocity.ensemble_velocity.clear_cache()
     one_by_one = plan_of(Routing("top_k", 2), guidance="classifier_free", block=1)
     some, _ = guided(x, t, text, plan=one_by_one, low=jnp.float32(0.4), high=jnp.float32(0.6))
     jax.effects_barrier()
-    sampler.velocity.clear_cache()
+    sparse_velocity.ensemble_velocity.clear_cache()
     np.testing.assert_allclose(some, jnp.stack([plain[0], on[1], plain[2]]), rtol=2e-4, atol=2e-4)
     assert len(passes) == 2 * 4  # two experts, for two samples without guidance and for one with both branches
 
@@ -334,7 +343,10 @@ def test_projected_guidance_remembers_nothing_of_steps_without_it():
     x, _, text = inputs()
     plan = plan_of(Routing("top_k", 1), guidance="projected")
     told_it = told(text, 4.0, low=jnp.float32(0.1), high=jnp.float32(0.9))
-    field = lambda t, memory: sampler._field(plan, arrays_of_three(), x, t, told_it, jnp.int32(0), memory)  # noqa: E731
+
+    def field(t, memory):
+        return sparse_velocity._guided_velocity(plan, arrays_of_three(), x, t, told_it, jnp.int32(0), memory)
+
     _, memory, _ = field(jnp.full(3, 0.95), jnp.zeros_like(x))
     np.testing.assert_array_equal(memory, jnp.zeros_like(x))
     _, memory, _ = field(jnp.full(3, 0.5), memory)
@@ -347,15 +359,16 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
     negative = dataclasses.replace(text, tokens=text.tokens[::-1], pooled=-text.pooled)
     v, w = guided(x, t, text, negative)
     towards, away = (
-        sampler.merge(plan_of(Routing("top_k", 2)), arrays_of_three(), w, x, t, c)[0] for c in (text, negative)
+        sparse_velocity.merge_experts(plan_of(Routing("top_k", 2)), arrays_of_three(), w, x, t, c)[0]
+        for c in (text, negative)
     )
     np.testing.assert_allclose(v, away + 4.0 * (towards - away), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(GuidanceMethod))
 def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     x, t, text = inputs()
-    plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in ROUTED_BY}
+    plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in get_args(RouterConditioning)}
     w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
     np.testing.assert_allclose(w["prompt"], w["branch"], atol=1e-6)  # both report the prompt's, from two programs
     blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, no_text(text)))
@@ -365,11 +378,13 @@ def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     # No text may be an encoding, which is then what the router is told.
     empty = dataclasses.replace(text, pooled=text.pooled[::-1])
     condition = dataclasses.replace(told(text, 4.0), nothing=empty.pooled)
-    of_empty = sampler.velocity(plans["nothing"], arrays_of_three(), x, t, condition, jnp.int32(0))[1].weight
+    of_empty = sparse_velocity.ensemble_velocity(plans["nothing"], arrays_of_three(), x, t, condition, jnp.int32(0))[
+        1
+    ].weight
     np.testing.assert_allclose(of_empty, guided(x, t, empty, plan=plans["prompt"])[1], atol=1e-6)
     # Asked about each branch, the router makes the unconditional velocity the whole ensemble's without a prompt.
     v, w_prompt = guided(x, t, text, plan=plans["branch"], momentum=0.0)
-    towards, _ = sampler.merge(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)
+    towards, _ = sparse_velocity.merge_experts(plan_of(FULL), arrays_of_three(), w_prompt, x, t, text)
     if method == "classifier_free":
         np.testing.assert_allclose(v, blind + 4.0 * (towards - blind), rtol=1e-3, atol=1e-3)
     else:
@@ -383,7 +398,9 @@ def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
 
     def weight(temperature):
         condition = dataclasses.replace(told(text), temperature=jnp.float32(temperature))
-        return sampler.velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[1].weight
+        return sparse_velocity.ensemble_velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[
+            1
+        ].weight
 
     plain = np.asarray(weight(1.0))
     np.testing.assert_allclose(weight(2.0), np.sqrt(plain) / np.sqrt(plain).sum(-1, keepdims=True), rtol=1e-4)

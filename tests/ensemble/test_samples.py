@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paris_jax.ensemble.samples import Samples, compare
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 
 PROMPTS = ["a small red circle", 'a "large" <blue> square & co', "a digit"]
 
@@ -54,7 +54,7 @@ def test_a_contact_sheet_shows_every_sample(tmp_path):
 
 
 def test_an_unknown_ending_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(Refused, match=r"'\.avi'; allowed are \.mp4, \.gif, \.webm, \.png"):
+    with pytest.raises(UserError, match=r"'\.avi'; allowed are \.mp4, \.gif, \.webm, \.png"):
         make().save(tmp_path / "new" / "out.avi")
     assert not list(tmp_path.iterdir())
 
@@ -100,9 +100,9 @@ def test_a_comparison_has_a_row_a_prompt_and_a_column_a_way():
     assert page.count("<tr>") == 1 + 3
     assert page.count("<video") == 6
     assert "&lt;full&gt;" in page and "<blue>" not in page
-    with pytest.raises(Refused, match="different prompts"):
+    with pytest.raises(UserError, match="different prompts"):
         compare({"a": make(), "b": make(PROMPTS[:2])})
-    with pytest.raises(Refused, match="nothing to compare"):
+    with pytest.raises(UserError, match="nothing to compare"):
         compare({})
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
-from paris_jax.diffusion import times
-from paris_jax.errors import Refused
-from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages.assemble import assemble
-from paris_jax.stages.sample import sample
-from paris_jax.stages.status import status
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.commands.assemble import assemble
+from paris_jax.commands.sample import sample
+from paris_jax.commands.status import status
+from paris_jax.diffusion import timesteps
+from paris_jax.errors import UserError
 
 PROMPTS = [
     "a large red circle moving right fast on a white ground",
@@ -78,14 +78,14 @@ def test_other_prompts_seeds_strengths_and_schedules_do_not_compile_again(ensemb
     ],
 )
 def test_two_rules_at_once_are_refused_by_name(how, ensemble):
-    with pytest.raises(Refused, match=r"different routing rules; give one of them") as refusal:
+    with pytest.raises(UserError, match=r"different routing rules; give one of them") as refusal:
         ensemble.sample(PROMPTS, num_steps=2, **how)
     assert all(f"{name}=" in str(refusal.value) for name in how)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
 def test_a_seed_that_no_key_can_be_made_of_is_refused(seed, ensemble):
-    with pytest.raises(Refused, match=rf"seed={seed}: must be from 0 to 4294967295"):
+    with pytest.raises(UserError, match=rf"seed={seed}: must be from 0 to 4294967295"):
         ensemble.sample(PROMPTS, num_steps=2, seed=seed)
 
 
@@ -172,7 +172,7 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
     ],
 )
 def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
-    with pytest.raises(Refused, match=named):
+    with pytest.raises(UserError, match=named):
         ensemble.sample(PROMPTS, **({"num_steps": 3} | how))
 
 
@@ -200,9 +200,9 @@ def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):
 
 @pytest.mark.parametrize("prompt, named", [("", "empty"), ("  ", "empty"), ("word " * 100, "100 words; at most 24")])
 def test_an_empty_or_too_long_prompt_is_refused(prompt, named, ensemble):
-    with pytest.raises(Refused, match=named):
+    with pytest.raises(UserError, match=named):
         ensemble.sample([prompt])
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         ensemble.sample([])
 
 
@@ -224,7 +224,7 @@ def test_prompts_may_have_seeds_of_their_own(ensemble):
 
 
 def test_the_steps_may_be_given_one_by_one(ensemble):
-    grid = np.asarray(times.grid(3, ensemble.shift))
+    grid = np.asarray(timesteps.timestep_schedule(3, ensemble.shift))
     np.testing.assert_array_equal(
         ensemble.sample(PROMPTS, times=grid).videos, ensemble.sample(PROMPTS, num_steps=3).videos
     )
@@ -268,7 +268,7 @@ def test_an_ensemble_works_without_one_of_its_experts(trained, micro, tmp_path):
     dropped = Ensemble.load(trained.ensemble).sample(PROMPTS, num_steps=2, routing="full", drop=1)
     np.testing.assert_allclose(samples.videos, dropped.videos, atol=1e-5)
     np.testing.assert_allclose(samples.routing, dropped.routing[..., [0, 2]], atol=1e-6)
-    with pytest.raises(Refused, match="experts=\\[1\\]: this ensemble has the experts 0, 2"):
+    with pytest.raises(UserError, match="experts=\\[1\\]: this ensemble has the experts 0, 2"):
         remaining.sample(PROMPTS, experts=1)
     states = {stage: state for stage, state, _ in status(run)}
     assert states["train expert 1"] == "missing" and states["train expert 0"] == "done"
@@ -280,9 +280,9 @@ def test_the_sample_command_writes_files_and_shows_expert_use(trained, tmp_path,
     assert "expert 0" in capsys.readouterr().out
     for path in paths:
         path.unlink()
-    with pytest.raises(Refused, match=r"ending '.avi'"):
+    with pytest.raises(UserError, match=r"ending '.avi'"):
         sample(str(trained.ensemble), PROMPTS, str(tmp_path / "x.avi"))
-    with pytest.raises(Refused, match="--prompt is missing"):
+    with pytest.raises(UserError, match="--prompt is missing"):
         sample(str(trained.ensemble), [], None)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from paris_jax.data.shapes import ShapesSource
+from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.evaluation import compute, estimates, results
 
 
@@ -20,9 +20,9 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
     real = np.stack([clip.video for clip in source])
     videos = {"real": real, "ensemble": _worse(real, rng, 20), "monolith": _worse(real, rng, 45)}
     clips = [_shown(clip, i, attributes) for i, clip in enumerate(source)]
-    jobs = [compute.Job(f"expert {k}", 1000, 32, 123_456_789) for k in range(3)]
+    jobs = [compute.TrainingCost(f"expert {k}", 1000, 32, 123_456_789) for k in range(3)]
     comparisons = [
-        results.comparison(
+        results.compare(
             "frechet",
             "Frechet distance (shapes judge)",
             "lower",
@@ -31,14 +31,14 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             reference=estimate(0.9, 0.1),
             reference_label="floor: real against real",
         ),
-        results.comparison(
+        results.compare(
             "loss",
             "Held-out flow loss",
             "lower",
             {"ensemble": estimate(0.6123, 0.004, 192), "monolith": estimate(0.609, 0.004, 192)},
             estimate(0.003, 0.0021, 192),
         ),
-        results.comparison(
+        results.compare(
             "motion",
             "Motion",
             None,
@@ -51,7 +51,7 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
     ]
     agreement = None
     if attributes:
-        row = results.comparison(
+        row = results.compare(
             "agreement",
             "Agreement with the prompt",
             "higher",
@@ -117,7 +117,9 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             "by_cluster": {"0": [0.97, 0.02, 0.01], "1": [0.05, 0.93, 0.02], "2": [0.02, 0.01, 0.97]},
         },
         "compute": compute.identity(
-            jobs, compute.Job("monolith", 3000, 32, 123_456_789), compute.Job("router", 600, 32, 20_000_000)
+            jobs,
+            compute.TrainingCost("monolith", 3000, 32, 123_456_789),
+            compute.TrainingCost("router", 600, 32, 20_000_000),
         ),
         "shown": clips,
     }, videos

@@ -41,7 +41,7 @@ def test_winner_by_95_percent_interval(value, stderr, better, expected):
 
 def comparison(label: str, value: float, better="lower") -> dict:
     zero = estimates.Estimate(value=0.0, stderr=0.1, n=10)
-    return results.comparison(
+    return results.compare(
         label, label, better, {"ensemble": zero, "monolith": zero}, estimates.Estimate(value=value, stderr=0.1, n=10)
     )
 

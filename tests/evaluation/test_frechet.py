@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from paris_jax.evaluation.estimates import jackknife
-from paris_jax.evaluation.frechet import frechet_difference, frechet_distance, frechet_estimate
+from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_distance, frechet_estimate
 
 
 def exact_gaussian(n: int, mean: np.ndarray, covariance: np.ndarray, seed: int) -> np.ndarray:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from paris_jax.evaluation import losses
-from paris_jax.evaluation.losses import Points, by_cluster, by_time, heldout_losses, router_hits
+from paris_jax.evaluation.metrics import flow_loss
+from paris_jax.evaluation.metrics.flow_loss import Points, by_cluster, by_time, heldout_losses, router_hits
 
 SHAPE = (2, 4, 4, 3)
 
@@ -63,7 +63,7 @@ def test_every_batch_has_one_size_and_is_counted():
     given, sizes = points(), []
     heldout_losses(lambda x, t, index: sizes.append(len(x)) or x, given, batch=4)
     assert set(sizes) == {4}
-    assert len(sizes) == losses.num_batches(given, 4)
+    assert len(sizes) == flow_loss.num_batches(given, 4)
 
 
 def test_a_velocity_that_is_not_finite_is_refused():
@@ -95,4 +95,4 @@ def test_expert_use_is_the_mean_over_clips():
     routing = np.zeros((3, 4, 2))
     routing[:, :3, 0] = 1
     routing[:, 3:, 1] = 1
-    np.testing.assert_allclose(losses.expert_use(routing), [[0.75, 0.25]] * 3)
+    np.testing.assert_allclose(flow_loss.expert_use(routing), [[0.75, 0.25]] * 3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paris_jax.evaluation.motion import mean_motion, optical_flow
+from paris_jax.evaluation.metrics.motion import mean_motion, optical_flow
 
 
 def moving_noise(shift: tuple[float, float], frames: int = 5, size: int = 32) -> np.ndarray:
@@ -37,7 +37,7 @@ def test_plain_ground_does_not_move():
 
 
 def test_faster_shapes_have_more_motion():
-    from paris_jax.data.shapes import render
+    from paris_jax.data.sources.shapes import render
 
     base = {
         "world": "flat",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from paris_jax.evaluation import scores
-from paris_jax.evaluation.frechet import frechet_distance
-from paris_jax.evaluation.losses import Losses
+from paris_jax.evaluation.metrics.flow_loss import Losses
+from paris_jax.evaluation.metrics.frechet import frechet_distance
 
 
 class FakeJudge:
@@ -16,9 +16,9 @@ class FakeJudge:
         return features, [{"ground": "light" if f.mean() > 0 else "dark"} for f in features]
 
 
-def looked(means: np.ndarray) -> scores.Looked:
+def looked(means: np.ndarray) -> scores.ClassifiedVideos:
     videos = np.broadcast_to(means[:, None, None, None, :], (len(means), 2, 4, 4, 3))
-    return scores.Looked(FakeJudge(), videos)
+    return scores.ClassifiedVideos(FakeJudge(), videos)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_difference_within_the_error_of_the_floor_wins_nothing(sets):
 def test_agreement_has_the_real_clips_as_its_ceiling(sets):
     by_arm, _ = sets
     asked = by_arm["real"].read
-    row, by_attribute = scores.agreement(asked, by_arm)
+    row, by_attribute = scores.attribute_accuracy(asked, by_arm)
     assert row["reference"]["value"] == 1
     assert row["ensemble"]["value"] > row["monolith"]["value"]
     assert row["winner"] == "ensemble"

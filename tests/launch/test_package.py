@@ -19,7 +19,7 @@ def test_the_wheel_holds_all_files_of_the_package(tmp_path):
         for path in (ROOT / "paris_jax").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert "paris_jax/data/digits.npy" in wanted
+    assert "paris_jax/data/sources/digits.npy" in wanted
     assert not wanted - packed
     assert {"paris_jax/configs/shapes.py", "paris_jax/configs/paris2.py"} <= packed
     assert any(name.endswith("/licenses/LICENSE") for name in packed)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from paris_jax.models import attention, functional, positions
+from paris_jax.models import attention, flops, functional, positions
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
-from paris_jax.training import flops
 
 CONFIG = DiTConfig(
     channels=6,
@@ -167,7 +166,7 @@ def cost(config, frames):
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), functional.abstract(config))
     run = jax.jit(lambda *given: functional.apply(config, *given))
     counted = run.lower(params, x[:1], t[:1], tokens[:1], length[:1], pooled[:1]).compile().cost_analysis()["flops"]
-    return flops.forward(config, x.shape[1:], tokens.shape[1]), counted
+    return flops.forward_flops(config, x.shape[1:], tokens.shape[1]), counted
 
 
 @pytest.mark.parametrize("config", [CONFIG, JOINT], ids=["factorised", "joint"])
@@ -181,7 +180,9 @@ def test_the_work_of_its_products_grows_with_the_frames_and_not_with_their_squar
 
     def pairs(config, frames):
         with_none = dataclasses.replace(config, double_blocks=0, single_blocks=0)
-        whole = flops.forward(config, (frames, 32, 32, 6), 5) - flops.forward(with_none, (frames, 32, 32, 6), 5)
+        whole = flops.forward_flops(config, (frames, 32, 32, 6), 5) - flops.forward_flops(
+            with_none, (frames, 32, 32, 6), 5
+        )
         S, D = frames * 256 + 5, config.hidden
         return whole - 3 * 2 * S * D * D * 12 - (2 * 12 + 2 * 2 * 3) * D * D
 

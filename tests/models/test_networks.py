@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from paris_jax.experiment import Network
-from paris_jax.models import attention, functional, positions, presets
+from paris_jax.config import network
+from paris_jax.config.network import NetworkSettings
+from paris_jax.models import attention, functional, positions
 from paris_jax.models.blocks import REMAT
 from paris_jax.models.dit import DiTConfig, pack, unpack
 from paris_jax.models.router import RouterConfig
@@ -56,12 +57,12 @@ def inputs(batch=3, frames=2, height=4, width=6, text=5, seed=1):
     ],
 )
 def test_parameter_counts_of_the_networks(name, parameters):
-    assert functional.count(presets.network_config(Network(preset=name), **PUBLISHED)) == parameters
+    assert functional.count(functional.network_config(NetworkSettings(preset=name), **PUBLISHED)) == parameters
 
 
 @pytest.mark.parametrize("name, parameters", [("tiny", 236_355), ("small", 7_645_187), ("b", 130_745_091)])
 def test_parameter_counts_of_the_routers(name, parameters):
-    config = presets.router_config(presets.Router(preset=name), channels=16, pooled_width=768, clusters=3)
+    config = functional.router_config(network.RouterSettings(preset=name), channels=16, pooled_width=768, clusters=3)
     assert functional.count(config) == parameters
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
-from paris_jax import manifest
-from paris_jax.ensemble import bundle
+from paris_jax.artifacts import ensemble_manifest, manifest
 
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
@@ -40,7 +39,7 @@ def test_every_notebook_has_its_text():
 
 
 def shipped() -> bool:
-    return manifest.exists(Path(bundle.__file__).parent / "bundled" / "shapes")
+    return manifest.exists(Path(ensemble_manifest.__file__).parent / "bundled" / "shapes")
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.models import functional
 from paris_jax.models.attention import attend
 from paris_jax.models.dit import DiTConfig, DoubleBlock, SingleBlock, _rope, pack, unpack
 from paris_jax.weights import convert
-from paris_jax.weights.files import Tensors
 
 FIXTURE = Path(__file__).parents[1] / "weights" / "flux.safetensors"
 CONFIG = DiTConfig(

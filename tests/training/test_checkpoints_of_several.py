@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from paris_jax.errors import Refused
+from paris_jax.errors import UserError
 from tests.conftest import free_address
 
 
@@ -27,10 +27,10 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from paris_jax.training import checkpoints, hosts
+    from paris_jax.training import checkpoints, distributed
 
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
-    hosts.join_hosts(told, timeout=60)
+    distributed.join_processes(told, timeout=60)
     mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
     shardings = State(NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp")))
 
@@ -58,7 +58,7 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
             step, state, data, clocks = saved.restore(abstract)
             own = [np.asarray(shard.data)[1] for shard in state.values.addressable_shards]
             told.append((step, (int(state.step), own, data, clocks), " ".join(logged)))
-        except Refused as error:
+        except UserError as error:
             told.append((str(error), None, " ".join(logged)))
         logged.clear()
     saved.close()

@@ -7,11 +7,11 @@ import types
 import jax
 import pytest
 
-from paris_jax.errors import Lost, LostAgain, Refused
-from paris_jax.experiment import Network
-from paris_jax.run_folder import Role
-from paris_jax.stages import train as stage
-from paris_jax.training import failures, hosts, loop
+from paris_jax.artifacts.run_folder import Role
+from paris_jax.commands import train as stage
+from paris_jax.config.network import NetworkSettings
+from paris_jax.errors import DeviceLost, DeviceLostAgain, UserError
+from paris_jax.training import distributed, failures, train
 from tests.training.test_train import reclaimed
 
 EXPERT = Role("expert", 0)
@@ -22,10 +22,10 @@ GONE = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: ...")
 
 def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, run):
     """The published 11.89B network on this machine: parameters, their average and two moments of float32 each."""
-    experiment = dataclasses.replace(micro, network=Network(preset="11b"))
+    experiment = dataclasses.replace(micro, network=NetworkSettings(preset="11b"))
     reclaimed(run, experiment)
     with pytest.raises(
-        Refused, match=r"expert 0 does not fit: its state and batch take 1[67]\d\.\d\d GiB of each cpu "
+        UserError, match=r"expert 0 does not fit: its state and batch take 1[67]\d\.\d\d GiB of each cpu "
     ):
         stage.train(experiment, run, EXPERT)
     assert not run.checkpoints(EXPERT).exists()
@@ -34,17 +34,17 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
 @pytest.mark.parametrize(
     "error, kind, sentence",
     [
-        (FULL, Refused, r"expert 0 does not fit \(RESOURCE_EXHAUSTED: Out of memory .* 99 bytes\.\); the checkpoint of "
-         r"step 4 is kept: lower training.batch=4, raise training.accumulate=1, set network.remat=full, or share"),
-        (FULL_TOO, Refused, r"expert 0 does not fit \(INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: .*\); the checkpoint of "),
-        (GONE, Lost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); its finished checkpoints are kept$"),
+        (FULL, UserError, r"expert 0 does not fit \(RESOURCE_EXHAUSTED: Out of memory .* 99 bytes\.\); the checkpoint "
+         r"of step 4 is kept: lower training.batch=4, raise training.accumulate=1, set network.remat=full, or share"),
+        (FULL_TOO, UserError, r"expert 0 does not fit \(INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: .*\); the checkpoint of "),
+        (GONE, DeviceLost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); its finished checkpoints are kept$"),
     ],
     ids=["memory", "driver's memory", "device"],
 )  # fmt: skip
 def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
     error, kind, sentence, micro, run, trained, monkeypatch
 ):
-    real, seen = loop.sharding.place_batch, []
+    real, seen = train.sharding.place_batch, []
 
     def fails_at_the_seventh_step(batch, mesh):
         seen.append(batch)
@@ -52,7 +52,7 @@ def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
             raise error
         return real(batch, mesh)
 
-    monkeypatch.setattr(loop.sharding, "place_batch", fails_at_the_seventh_step)
+    monkeypatch.setattr(train.sharding, "place_batch", fails_at_the_seventh_step)
     with pytest.raises(kind, match=sentence):
         stage.train(micro, run, EXPERT)
     monkeypatch.undo()
@@ -65,25 +65,25 @@ def test_a_device_lost_again_and_again_at_one_place_is_no_accident(micro, run, m
     def fails(batch, mesh):
         raise GONE
 
-    monkeypatch.setattr(loop.sharding, "place_batch", fails)
+    monkeypatch.setattr(train.sharding, "place_batch", fails)
     kinds = []
     for _ in range(4):
-        with pytest.raises(Lost) as lost:
+        with pytest.raises(DeviceLost) as lost:
             stage.train(micro, run, EXPERT)
         kinds.append(lost.type)
-        if lost.type is LostAgain:
+        if lost.type is DeviceLostAgain:
             assert "lost its device 3 times without a new checkpoint in between (INTERNAL: CUDA_ERROR" in str(
                 lost.value
             )
             assert "run the same command again" in str(lost.value)
-    assert kinds == [Lost, Lost, LostAgain, Lost]  # then somebody has looked at it
+    assert kinds == [DeviceLost, DeviceLost, DeviceLostAgain, DeviceLost]  # then somebody has looked at it
     (run.role(EXPERT) / "lost.json").write_text("damaged")
-    with pytest.raises(Lost):
+    with pytest.raises(DeviceLost):
         stage.train(micro, run, EXPERT)
 
 
 def test_an_unexpected_error_says_at_which_step_and_with_which_clips_it_came(micro, run, monkeypatch):
-    real, seen = loop.sharding.place_batch, []
+    real, seen = train.sharding.place_batch, []
 
     def fails_at_the_third_step(batch, mesh):
         seen.append(batch)
@@ -91,7 +91,7 @@ def test_an_unexpected_error_says_at_which_step_and_with_which_clips_it_came(mic
             raise RuntimeError("no one knows why")
         return real(batch, mesh)
 
-    monkeypatch.setattr(loop.sharding, "place_batch", fails_at_the_third_step)
+    monkeypatch.setattr(train.sharding, "place_batch", fails_at_the_third_step)
     with pytest.raises(RuntimeError, match="no one knows why") as error:
         stage.train(micro, run, EXPERT)
     (note,) = error.value.__notes__
@@ -117,20 +117,22 @@ GLOO = "UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"
     ],
 )
 def test_what_is_lost_is_told_from_mistakes(error, alone, together, monkeypatch):
-    assert hosts.lost(error) is alone
+    assert distributed.is_device_lost(error) is alone
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert hosts.lost(error) is together
+    assert distributed.is_device_lost(error) is together
 
 
-def test_devices_that_know_their_memory_are_asked(monkeypatch):
+def test_devices_that_know_their_memory_are_asked():
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**30}, device_kind="GPU")
     program = types.SimpleNamespace(
         mesh=types.SimpleNamespace(local_devices=[device]), job=types.SimpleNamespace(name="router")
     )
     for needed in (2**30, 2**31):
-        monkeypatch.setattr(failures.slices, "argument_bytes", lambda _, needed=needed: needed)
+        program.argument_bytes = lambda needed=needed: needed
         if needed > 2**30:
-            with pytest.raises(Refused, match=r"router does not fit: .* 2\.00 GiB of each GPU and there are 1\.00 GiB"):
-                failures.check_room(program)
+            with pytest.raises(
+                UserError, match=r"router does not fit: .* 2\.00 GiB of each GPU and there are 1\.00 GiB"
+            ):
+                failures.check_memory(program)
         else:
-            failures.check_room(program)
+            failures.check_memory(program)

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from paris_jax.errors import Refused
-from paris_jax.stages import train as stage
-from paris_jax.training import metrics, watch
-from paris_jax.training.step import TIME_BINS
+from paris_jax.errors import UserError
+from paris_jax.training import metrics
+from paris_jax.training.losses import TIME_BINS
 
 HERE = importlib.util.find_spec("tensorflow") is not None and importlib.util.find_spec("tensorboard") is not None
 
@@ -95,18 +94,18 @@ def test_a_job_that_goes_on_is_one_run_of_weights_and_biases(tmp_path, monkeypat
 
 def test_weights_and_biases_is_told_the_same_id_at_every_start(micro, tmp_path, monkeypatch):
     job = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/0", name="expert 0")
-    assert stage.tracker(micro, job) is None
+    assert metrics.wandb_arguments(micro, job) is None
     experiment = dataclasses.replace(micro, wandb="project")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    first, again = (stage.tracker(experiment, job) for _ in range(2))
+    first, again = (metrics.wandb_arguments(experiment, job) for _ in range(2))
     assert first == again and first["project"] == "project" and first["name"] == "micro, expert 0"
     other = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/1", name="expert 1")
-    assert stage.tracker(experiment, other)["id"] != first["id"]
+    assert metrics.wandb_arguments(experiment, other)["id"] != first["id"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        Refused, match=r"wandb='project': Weights & Biases is not installed; pip install -e '.\[wandb\]'"
+        UserError, match=r"wandb='project': Weights & Biases is not installed; pip install -e '.\[wandb\]'"
     ):
-        stage.tracker(experiment, job)
+        metrics.wandb_arguments(experiment, job)
 
 
 def test_a_line_is_the_average_of_its_steps_and_time_bins_weigh_samples(tmp_path):
@@ -130,13 +129,13 @@ def test_the_first_step_that_is_not_finite_is_found():
 
 def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(monkeypatch):
     """Ten steps of 4 clips in 2 seconds, 1 GFLOP a clip, on two devices of 50 GFLOP/s: 20 of 100 GFLOP/s."""
-    monkeypatch.setattr(watch.chips, "of", lambda device: types.SimpleNamespace(peak=50e9))
-    monkeypatch.setattr(watch.time, "perf_counter", lambda: 12.0)
+    monkeypatch.setattr(metrics.flops, "chip_of", lambda device: types.SimpleNamespace(peak=50e9))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 12.0)
     job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5000})
     mesh = types.SimpleNamespace(devices=np.array([device, device]), local_devices=[device])
-    clocks = watch.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
-    found = watch.speed(job, 10, clocks, mesh)
+    clocks = metrics.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
+    found = metrics.throughput(job, 10, clocks, mesh)
     assert 1e6 < found.pop("host_memory") < 1e12
     assert found == {
         "seconds_per_step": 0.2,
@@ -187,7 +186,7 @@ def test_a_disk_that_is_full_at_a_new_start_keeps_the_lines(tmp_path, monkeypatc
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(type(job.path), "write_bytes", full)
-    with pytest.raises(Refused, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device"):
         metrics.Metrics(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert json.loads(before)["loss"] == 1.0
@@ -195,8 +194,8 @@ def test_a_disk_that_is_full_at_a_new_start_keeps_the_lines(tmp_path, monkeypatc
 
 def test_where_there_is_no_terminal_lines_tell_speed_and_the_time_that_is_left(caplog, monkeypatch):
     now = iter([100.0, 105.0, 111.0, 112.0])
-    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(now))
-    console = watch.Console(types.SimpleNamespace(name="expert 0", steps=4000), 0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    console = metrics.ProgressReport(types.SimpleNamespace(name="expert 0", steps=4000), 0)
     said = {"loss": 1.25, "seconds_per_step": 0.5, "data_wait": 0.01}
     with caplog.at_level("INFO"), console:
         for step in (1000, 1010, 1022, 4000):

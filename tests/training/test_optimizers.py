@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from paris_jax.config.training import TrainingSettings
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
-from paris_jax.training import state as states
-from paris_jax.training.settings import Training
+from paris_jax.training.optimizer import learning_rate
+from paris_jax.training.optimizer import optimizer as optimizer_
 
 NETWORK = DiTConfig(
     channels=4, text_width=8, pooled_width=8, hidden=32, heads=2, double_blocks=1, single_blocks=2, rope_axes=(4, 6, 6)
 )
-SETTINGS = Training(learning_rate=0.01, warmup=0, decay="constant", clip_norm=1e9, eps=1e-12)
+SETTINGS = TrainingSettings(learning_rate=0.01, warmup=0, decay="constant", clip_norm=1e9, eps=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def params():
 
 def first_update(params, size=1.0, **settings):
     """What the first step changes, by name, when every gradient is drawn from a normal law of this spread."""
-    transform = states.optimizer(dataclasses.replace(SETTINGS, **settings), steps=10)
+    transform = optimizer_(dataclasses.replace(SETTINGS, **settings), steps=10)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     drawn = [size * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
@@ -70,8 +71,8 @@ def test_adamws_first_step_is_the_sign_of_the_gradient(params):
 
 def test_adafactor_keeps_means_of_rows_and_columns_and_steps_relative_to_the_parameter(params):
     wide = functional.init(dataclasses.replace(NETWORK, hidden=128, heads=8), jax.random.key(0))
-    kept = states.optimizer(dataclasses.replace(SETTINGS, optimizer="adafactor"), 10).init(wide)
-    adam = states.optimizer(SETTINGS, 10).init(wide)
+    kept = optimizer_(dataclasses.replace(SETTINGS, optimizer="adafactor"), 10).init(wide)
+    adam = optimizer_(SETTINGS, 10).init(wide)
     assert sum(x.size for x in jax.tree.leaves(kept)) < 0.2 * sum(x.size for x in jax.tree.leaves(adam))
     updates, grads = first_update(params, optimizer="adafactor")
     for name, before in functional.to_names(params).items():
@@ -96,10 +97,10 @@ def test_weight_decay_shrinks_matrices_and_nothing_else(params, optimizer):
     ],
 )
 def test_the_learning_rate_warms_up_and_decays(decay, expected):
-    schedule = states.learning_rate(Training(learning_rate=1.0, warmup=10, decay=decay, decay_share=0.2), 110)
+    schedule = learning_rate(TrainingSettings(learning_rate=1.0, warmup=10, decay=decay, decay_share=0.2), 110)
     assert {n: float(schedule(n)) for n in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_decay_longer_than_what_follows_the_warm_up_begins_right_after_it():
-    schedule = states.learning_rate(Training(learning_rate=1.0, warmup=50, decay="wsd", decay_share=1.0), 100)
+    schedule = learning_rate(TrainingSettings(learning_rate=1.0, warmup=50, decay="wsd", decay_share=1.0), 100)
     assert [float(schedule(n)) for n in (50, 75, 100)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from paris_jax import manifest
-from paris_jax.ensemble import parts
-from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages import train as stage
+from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.commands import train as stage
 from paris_jax.training import metrics
 from tests.conftest import QUICK, free_address
 from tests.training.test_train import command, reclaimed, with_training
@@ -111,7 +110,9 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
 
     stage.train(with_training(experiment, fsdp=1), run, EXPERT)
     assert_learned_the_same(run, alone, steps=60)
-    for here, there in zip(*(jax.tree.leaves(parts.read(r.export(EXPERT)).params) for r in (run, alone)), strict=True):
+    for here, there in zip(
+        *(jax.tree.leaves(exported.read(r.export(EXPERT)).params) for r in (run, alone)), strict=True
+    ):
         np.testing.assert_allclose(here, there, atol=0.02)
 
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from paris_jax.errors import Refused
-from paris_jax.models import axes, functional, presets
+from paris_jax.config.network import NETWORK_PRESETS, ROUTER_PRESETS, NetworkSettings
+from paris_jax.config.training import TrainingSettings
+from paris_jax.errors import UserError
+from paris_jax.models import functional, sharding_rules
+from paris_jax.models.router import RouterConfig
 from paris_jax.training import sharding
 from paris_jax.training import state as states
-from paris_jax.training.program import Job, Program
-from paris_jax.training.settings import Training
-from paris_jax.training.step import TimeLaw
+from paris_jax.training.job import Job
+from paris_jax.training.losses import TimestepSampler
+from paris_jax.training.step import ShardedStep
 from tests.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -31,20 +34,20 @@ class FakeMesh:
     """The sizes of a mesh without its devices."""
 
     def __init__(self, **shape):
-        self.shape = dict.fromkeys(axes.MESH, 1) | shape
+        self.shape = dict.fromkeys(sharding_rules.MESH_AXES, 1) | shape
 
 
 def make_job(router=False, attention="joint", **settings) -> Job:
     """A network of eight heads on samples of 8 + 6 tokens, with every kind of parameter large enough to be split."""
     given = {"channels": 24, "pooled_width": 64, "dtype": "float32", "remat": "none"}
     if router:
-        tiny = dataclasses.replace(presets.ROUTERS["tiny"], hidden=128, heads=2)
-        config = presets.RouterConfig(**dataclasses.asdict(tiny), clusters=3, **given)
+        tiny = dataclasses.replace(ROUTER_PRESETS["tiny"], hidden=128, heads=2)
+        config = RouterConfig(**dataclasses.asdict(tiny), clusters=3, **given)
     else:
-        network = presets.Network(preset="tiny", hidden=128, heads=8, single_blocks=1, attention=attention)
-        config = presets.network_config(network, text_width=64, **given)
-    settings = Training(**{"steps": 10, "batch": 8, "warmup": 2} | settings)
-    law = TimeLaw("logit_normal", 0.0, 1.0, 2.0)
+        network = NetworkSettings(preset="tiny", hidden=128, heads=8, single_blocks=1, attention=attention)
+        config = functional.network_config(network, text_width=64, **given)
+    settings = TrainingSettings(**{"steps": 10, "batch": 8, "warmup": 2} | settings)
+    law = TimestepSampler("logit_normal", 0.0, 1.0, 2.0)
     return Job("test", epath.Path("nowhere"), config, settings, settings.steps, law, (2, 4, 4, 24), 6)
 
 
@@ -72,8 +75,8 @@ def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:
 @functools.cache
 def first_state(kind: type) -> states.TrainState:
     """A network's state as one device makes it, on the host."""
-    job = make_job(router=kind is presets.RouterConfig)
-    return jax.tree.map(np.asarray, Program(job, jax.devices()[:1]).first_state())
+    job = make_job(router=kind is RouterConfig)
+    return jax.tree.map(np.asarray, ShardedStep(job, jax.devices()[:1]).first_state())
 
 
 def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
@@ -81,7 +84,7 @@ def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
 
     The network is shaken: a fresh one answers nothing but zeros, whatever its attention does.
     """
-    program = Program(job, jax.devices()[:devices])
+    program = ShardedStep(job, jax.devices()[:devices])
     state, found, rng = first_state(type(job.config)), [], np.random.default_rng(1)
     moved = [a + 0.1 * rng.normal(size=a.shape).astype(a.dtype) for a in jax.tree.leaves(state.params)]
     state = dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), moved))
@@ -109,7 +112,7 @@ def on_eight_devices() -> dict:
     assert jax.device_count() == 8
     job = make_job(**MESHES[-1][1])
     offload = dataclasses.replace(job, config=dataclasses.replace(job.config, remat="offload"))
-    state, alone = Program(job).first_state(), first_state(type(job.config))
+    state, alone = ShardedStep(job).first_state(), first_state(type(job.config))
     return {
         "far": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state, alone)), strict=True)),
         "losses": [losses(make_job(**splits), devices) for devices, splits in MESHES],
@@ -190,7 +193,7 @@ def test_every_parameter_and_moment_lies_where_the_table_says(optimizer):
     for name, leaf in shapes.items():
         of = next((p for p in parameters if name.endswith("." + p)), None)
         ends = [end for end in SPECS if of and of.endswith(end)]
-        large = of and parameters[of] == leaf.shape and leaf.size >= axes.SMALLEST_SPLIT
+        large = of and parameters[of] == leaf.shape and leaf.size >= sharding_rules.SMALLEST_SPLIT
         expected = P(*SPECS[max(ends, key=len)]) if ends and large else P()
         assert lies[name] == expected, name
         split += bool(expected)
@@ -210,22 +213,24 @@ def test_every_device_holds_its_piece_of_the_state(found):
 
 def table(job) -> dict:
     names = functional.to_names(functional.abstract(job.config))
-    return {name: axes.parameter_spec(name, leaf.shape, SIZES) for name, leaf in names.items()}
+    return {name: sharding_rules.parameter_spec(name, leaf.shape, SIZES) for name, leaf in names.items()}
 
 
 def test_the_table_names_every_matrix_of_every_preset():
-    for name in presets.NETWORKS:
-        config = presets.network_config(presets.Network(preset=name), channels=16, text_width=4096, pooled_width=768)
+    for name in NETWORK_PRESETS:
+        config = functional.network_config(NetworkSettings(preset=name), channels=16, text_width=4096, pooled_width=768)
         for parameter in functional.to_names(functional.abstract(config)):
             if parameter.endswith("kernel"):
-                assert any(parameter.endswith(end) for end in axes.PARAMETERS), parameter
+                assert any(parameter.endswith(end) for end in sharding_rules.PARAMETER_RULES), parameter
 
 
 def test_the_published_network_is_split_to_its_last_percents():
     """11.89B parameters over fsdp = 64: what is left whole on every device is less than a fiftieth of its share."""
-    config = presets.network_config(presets.Network(preset="11b"), channels=16, text_width=4096, pooled_width=768)
+    config = functional.network_config(NetworkSettings(preset="11b"), channels=16, text_width=4096, pooled_width=768)
     names = functional.to_names(functional.abstract(config))
-    whole = sum(leaf.size for name, leaf in names.items() if not axes.parameter_spec(name, leaf.shape, {"fsdp": 64}))
+    whole = sum(
+        leaf.size for name, leaf in names.items() if not sharding_rules.parameter_spec(name, leaf.shape, {"fsdp": 64})
+    )
     assert whole < functional.count(config) / 64 / 50
 
 
@@ -237,8 +242,8 @@ def test_the_published_network_is_split_to_its_last_percents():
     ],
 )
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(settings, said):
-    with pytest.raises(Refused, match=said):
-        sharding.make_mesh(Training(steps=10, warmup=0, **settings), jax.devices()[:1])
+    with pytest.raises(UserError, match=said):
+        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, **settings), jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -255,18 +260,20 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused(settings, said):
     ],
 )
 def test_a_mesh_that_does_not_divide_the_network_is_refused(router, shape, said):
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         sharding.check_network(make_job(router).config, FakeMesh(**shape), 8)
 
 
 def test_a_batch_that_does_not_divide_into_its_parts_is_refused():
-    with pytest.raises(Refused, match=r"training.batch=8 does not divide into training.accumulate=8 parts over .* = 2"):
-        sharding.make_mesh(Training(steps=10, warmup=0, batch=8, fsdp=2, accumulate=8), jax.devices()[:1] * 2)
+    with pytest.raises(
+        UserError, match=r"training.batch=8 does not divide into training.accumulate=8 parts over .* = 2"
+    ):
+        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, batch=8, fsdp=2, accumulate=8), jax.devices()[:1] * 2)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(Refused, match=r"training.batch=3 does not divide over data x fsdp = 2"):
-        sharding.make_mesh(Training(steps=10, warmup=0, batch=3, fsdp=2), jax.devices()[:1] * 2)
+    with pytest.raises(UserError, match=r"training.batch=3 does not divide over data x fsdp = 2"):
+        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, batch=3, fsdp=2), jax.devices()[:1] * 2)
 
 
 class FakeDevices:
@@ -275,9 +282,9 @@ class FakeDevices:
     def __init__(self, processes, **shape):
         from types import SimpleNamespace
 
-        self.shape = dict.fromkeys(axes.MESH, 1) | shape
+        self.shape = dict.fromkeys(sharding_rules.MESH_AXES, 1) | shape
         self.devices = np.array([SimpleNamespace(process_index=p) for p in processes]).reshape(
-            [self.shape[name] for name in axes.MESH]
+            [self.shape[name] for name in sharding_rules.MESH_AXES]
         )
 
 
@@ -298,5 +305,5 @@ def test_processes_that_hold_the_same_samples_bring_the_same_rows(mesh, parts, m
 
 
 def test_a_mesh_across_which_samples_are_shared_unevenly_is_refused():
-    with pytest.raises(Refused, match="the same samples"):
+    with pytest.raises(UserError, match="the same samples"):
         sharding.rows_of_this_process(FakeDevices([0, 1, 1, 2], data=2, tensor=2))

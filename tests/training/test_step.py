@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from paris_jax.stages.train import compute_dtype
-from paris_jax.training import chips
+from paris_jax.config.training import MaskSettings, TrainingSettings
+from paris_jax.models import flops
 from paris_jax.training import state as states
-from paris_jax.training.settings import Masks, Training
-from paris_jax.training.step import TimeLaw, drop_text, in_parts, make_step
+from paris_jax.training.job import compute_dtype
+from paris_jax.training.losses import TimestepSampler, drop_text
+from paris_jax.training.step import make_step, microbatches
 from tests.training.test_optimizers import NETWORK
 
 COUNT = 4000
@@ -25,7 +26,9 @@ def test_tokens_and_pooled_text_are_dropped_independently_at_their_own_rates():
         "pooled": jnp.ones((COUNT, 2)),
         "latent": jnp.ones((COUNT, 1)),
     }
-    made = drop_text(batch, jax.random.split(jax.random.key(0), COUNT), Training(drop_tokens=0.4, drop_pooled=0.2))
+    made = drop_text(
+        batch, jax.random.split(jax.random.key(0), COUNT), TrainingSettings(drop_tokens=0.4, drop_pooled=0.2)
+    )
     no_tokens, no_pooled = (np.asarray(made[name] == 0).reshape(COUNT, -1) for name in ("tokens", "pooled"))
     for dropped in (no_tokens, no_pooled):
         assert (dropped.all(1) == dropped.any(1)).all()  # all of a sample's text or none
@@ -41,10 +44,10 @@ def test_what_is_said_instead_of_a_text_may_be_an_encoding():
     batch = {"tokens": jnp.ones((3, 4, 2)), "length": jnp.array([4, 2, 3], jnp.int32), "pooled": jnp.ones((3, 2))}
     null = {"tokens": np.array([[5.0, 6], [7, 8]], np.float16), "pooled": np.array([9.0, 10], np.float16)}
     keys = jax.random.split(jax.random.key(0), 3)
-    made = drop_text(batch, keys, Training(drop_tokens=1.0, drop_pooled=0.0), null)
+    made = drop_text(batch, keys, TrainingSettings(drop_tokens=1.0, drop_pooled=0.0), null)
     np.testing.assert_array_equal(made["tokens"], [[[5, 6], [7, 8], [0, 0], [0, 0]]] * 3)
     assert made["length"].tolist() == [2, 2, 2] and (made["pooled"] == 1).all()
-    made = drop_text(batch, keys, Training(drop_tokens=0.0, drop_pooled=1.0), null)
+    made = drop_text(batch, keys, TrainingSettings(drop_tokens=0.0, drop_pooled=1.0), null)
     assert made["pooled"].tolist() == [[9, 10]] * 3 and made["length"].tolist() == [4, 2, 3]
 
 
@@ -61,11 +64,11 @@ def batch():
 
 
 def one_step(batch, network=NETWORK, **settings):
-    chosen = Training(learning_rate=0.1, warmup=0, decay="constant", eps=1.0, **settings)
+    chosen = TrainingSettings(learning_rate=0.1, warmup=0, decay="constant", eps=1.0, **settings)
     state = states.create(network, chosen, 10, jax.random.key(0))
-    made, values = jax.jit(make_step(network, chosen, 10, TimeLaw("logit_normal", 0.0, 1.0, 1.0), Masks()))(
-        state, batch
-    )
+    made, values = jax.jit(
+        make_step(network, chosen, 10, TimestepSampler("logit_normal", 0.0, 1.0, 1.0), MaskSettings())
+    )(state, batch)
     return state, made, values
 
 
@@ -88,7 +91,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts, batch):
 
 def test_parts_of_a_batch_leave_every_sample_on_its_device():
     """Two devices hold samples 0-3 and 4-7; of two parts, each takes two samples of both."""
-    parts = in_parts({"index": jnp.arange(8)}, 2)["index"]
+    parts = microbatches({"index": jnp.arange(8)}, 2)["index"]
     np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
@@ -123,5 +126,5 @@ def test_the_peak_of_a_device_is_found_by_its_kind(kind, teraflops):
     class Device:
         device_kind = kind
 
-    found = chips.of(Device())
+    found = flops.chip_of(Device())
     assert (found and found.peak) == (teraflops and teraflops * 1e12)

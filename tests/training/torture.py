@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from paris_jax.experiment import Experiment
-from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages import train as stage
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.commands import train as stage
+from paris_jax.config.experiment import Experiment
 from paris_jax.training import metrics
 
 EXPERT = Role("expert", 0)
@@ -118,8 +118,8 @@ def torture(experiment: Experiment, run: RunFolder, kills: int, seed: int, say=p
 
 
 def main() -> None:
-    from paris_jax.stages.cluster import cluster
-    from paris_jax.stages.prepare import prepare
+    from paris_jax.clustering.build import cluster
+    from paris_jax.data.preparation import prepare
     from tests.conftest import micro_config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

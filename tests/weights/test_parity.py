@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from paris_jax.artifacts.tensors import Tensors
 from paris_jax.models import functional
 from paris_jax.weights import convert
-from paris_jax.weights.files import Tensors
 from tests.ensemble.test_mixture import random_params
 from tests.oracles import flux, opensora
 

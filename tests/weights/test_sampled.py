@@ -9,21 +9,22 @@ import pytest
 import safetensors.numpy
 
 from paris_jax import Ensemble, cli
+from paris_jax.artifacts import exported
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.tensors import Tensors
+from paris_jax.clustering.build import cluster
+from paris_jax.commands import train as stage
+from paris_jax.commands.import_weights import import_weights
+from paris_jax.commands.train import train
+from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
-from paris_jax.encoders import codecs, published, t5
+from paris_jax.data.preparation import prepare
+from paris_jax.encoders import codecs, published, t5, text
 from paris_jax.encoders.tokens import tokenizer
-from paris_jax.ensemble import parts
-from paris_jax.errors import Refused
-from paris_jax.experiment import Experiment
-from paris_jax.models import functional, presets
-from paris_jax.run_folder import Role, RunFolder
-from paris_jax.stages import train as stage
-from paris_jax.stages.cluster import cluster
-from paris_jax.stages.import_weights import import_weights
-from paris_jax.stages.prepare import prepare
-from paris_jax.stages.train import cluster_folders, train
+from paris_jax.errors import UserError
+from paris_jax.models import functional
+from paris_jax.training.job import cluster_folders
 from paris_jax.weights import convert
-from paris_jax.weights.files import Tensors
 from tests.conftest import micro_config
 from tests.oracles import encoders as oracle
 
@@ -46,9 +47,9 @@ def config():
 
 
 def network(experiment):
-    width, pooled = experiment.text_widths
-    sizes = {"channels": experiment.latent_shape[-1], "text_width": width, "pooled_width": pooled}
-    return presets.network_config(experiment.network, **sizes, kept_frames=True)
+    width, pooled = text.widths_of(experiment)
+    sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
+    return functional.network_config(experiment.network, **sizes, kept_frames=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +87,13 @@ def test_what_is_imported_can_be_sampled_from_as_it_is(weights):
 def test_encoders_of_other_sizes_are_refused(weights, tmp_path, monkeypatch):
     folder, *_ = weights
     monkeypatch.setattr(published.T5Clip, "width", 48)
-    with pytest.raises(Refused, match=r"tokens of 48 and a pooled vector of 32 numbers, these experts know 32 and 32"):
+    with pytest.raises(
+        UserError, match=r"tokens of 48 and a pooled vector of 32 numbers, these experts know 32 and 32"
+    ):
         Ensemble.load(folder, encoders=ENCODERS)
     monkeypatch.undo()
     monkeypatch.setattr(codecs.HunyuanVideo, "channels", 16)
-    with pytest.raises(Refused, match="latents of 16 channels, these experts know 4"):
+    with pytest.raises(UserError, match="latents of 16 channels, these experts know 4"):
         Ensemble.load(folder, encoders=ENCODERS)
 
 
@@ -106,7 +109,7 @@ def test_half_precision_of_the_other_kind_is_widened_and_weights_alone_say_what_
     words = dataclasses.replace(experiment.text, name="words", width=32, padded=False)
     other = dataclasses.replace(experiment, text=words)
     import_weights("opensora2", [tmp_path / "half.safetensors"], str(plain), other)
-    with pytest.raises(Refused, match=r"holds a network's weights and not how it is used; train with it"):
+    with pytest.raises(UserError, match=r"holds a network's weights and not how it is used; train with it"):
         Ensemble.load(plain, encoders=ENCODERS)
 
 
@@ -131,7 +134,7 @@ def test_padded_texts_are_attended_to_as_a_whole():
     np.testing.assert_allclose(made, whole, rtol=0.01, atol=0.01)
     short = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS).encode(PROMPTS[:1])[0].tokens
     assert len(made) == TOKENS > len(short) and np.abs(made[: len(short)] - short).max() > 0.05
-    with pytest.raises(Refused, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         encoder.encode([""])
 
 
@@ -152,7 +155,7 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatc
 
     def learned() -> np.ndarray:
         train(experiment, run, role)
-        kernel = parts.read(run.export(role)).params["conditioning"]["pooled"]["inner"]["kernel"]
+        kernel = exported.read(run.export(role)).params["conditioning"]["pooled"]["inner"]["kernel"]
         run.role(role).rmtree()
         return kernel
 
@@ -166,5 +169,5 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatc
 def test_only_published_texts_are_padded():
     made = micro_config()
     made.text.padded = True
-    with pytest.raises(Refused, match=r"text\.padded=True: text\.name='words' has its texts at their true length"):
+    with pytest.raises(UserError, match=r"text\.padded=True: text\.name='words' has its texts at their true length"):
         Experiment.from_config(made)

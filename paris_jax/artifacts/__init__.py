@@ -1,0 +1,1 @@
+"""Files that travel: run folders, manifests, exported networks, and their validation."""

@@ -1,0 +1,159 @@
+"""The ensemble's manifest: which parts were admitted, and that they belong together."""
+
+import dataclasses
+import os
+from typing import Any
+
+from etils import epath
+
+from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts.exported import ExportedNetwork
+from paris_jax.errors import UserError
+
+# What all parts of an ensemble must agree on: the space they work in, the words they were told, and the clusters. What
+# an expert predicts is its own affair.
+SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "shift", "partition")
+BUNDLED_PREFIX = "bundled:"
+BUNDLED_FOLDER = epath.Path(__file__).parent / "bundled"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedEnsemble:
+    """Admitted experts by cluster, and the router (None where one expert needs none)."""
+
+    experts: dict[int, ExportedNetwork]
+    router: ExportedNetwork | None
+    sampling: dict[str, Any]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every part agrees on, from any of them."""
+        return next(iter(self.experts.values())).manifest
+
+
+def resolve(path: epath.PathLike) -> epath.Path:
+    """The folder an ensemble's name stands for: a path, or `bundled:NAME` for one that ships with the package."""
+    name = os.fspath(path)
+    if not name.startswith(BUNDLED_PREFIX):
+        return epath.Path(path)
+    folder = BUNDLED_FOLDER / name.removeprefix(BUNDLED_PREFIX)
+    if not manifest.exists(folder):
+        known = (
+            sorted(BUNDLED_PREFIX + p.name for p in BUNDLED_FOLDER.iterdir() if manifest.exists(p))
+            if BUNDLED_FOLDER.exists()
+            else []
+        )
+        raise UserError(f"There is no ensemble {name!r} in this package; it ships {', '.join(known) or 'none'}")
+    return folder
+
+
+def check_together(experts: dict[int, ExportedNetwork], router: ExportedNetwork | None) -> None:
+    """Refuses parts of another latent space, text encoder, partition or role, by name and field."""
+    first = next(iter(experts.values()))
+    everyone = [*experts.values(), *([router] if router else [])]
+    for part in everyone:
+        for field in SHARED:
+            own, others = _shared(part, field), _shared(first, field)
+            if own != others:
+                raise UserError(
+                    f"{part.folder} does not belong with {first.folder}: its {field} is {own!r} instead of {others!r}; "
+                    "assemble parts that were trained on one partition"
+                )
+    for cluster, part in experts.items():
+        if part.manifest["role"] != "monolith" and part.manifest["cluster"] != cluster:
+            raise UserError(
+                f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}"
+            )
+        if part.manifest["network"]["kind"] != "dit":
+            raise UserError(f"{part.folder} is a {part.manifest['network']['kind']}, not an expert")
+    if router is None and len(experts) > 1:
+        raise UserError("An ensemble of several experts needs a router; train it with 'paris-jax train --role=router'")
+    if router and router.manifest["network"]["kind"] != "router":
+        raise UserError(f"{router.folder} is not a router")
+
+
+def _shared(part: ExportedNetwork, field: str) -> Any:
+    value: Any = part.manifest.get(field)
+    return {k: v for k, v in value.items() if k != "prediction"} if field == "conventions" else value
+
+
+def write(
+    folder: epath.Path,
+    experts: dict[int, ExportedNetwork],
+    router: ExportedNetwork,
+    sampling: dict[str, Any],
+    config_hash: str,
+    **content: Any,
+) -> None:
+    """Writes the ensemble's manifest, naming each part by its path from there and by the hash of its manifest."""
+    check_together(experts, router)
+
+    def entry(part: ExportedNetwork) -> dict[str, str]:
+        path, here = os.fspath(part.folder), os.fspath(folder)
+        if path.rpartition("://")[0] == here.rpartition("://")[0]:  # both on this machine, or both in buckets
+            path = os.path.relpath(path, here)
+        return {"path": path, "manifest_sha256": manifest.hash_file(part.folder / manifest.FILE_NAME)}
+
+    manifest.write(
+        folder,
+        "ensemble",
+        [],
+        config_hash,
+        experts={str(k): entry(part) for k, part in sorted(experts.items())},
+        router=entry(router),
+        sampling=sampling,
+        clusters=router.manifest["clusters"],
+        **content,
+    )
+
+
+def read(path: epath.PathLike) -> ExportedEnsemble:
+    """Reads an ensemble and every part it names, checked as at admission; a part on its own is an ensemble of one."""
+    folder = resolve(path)
+    if not manifest.exists(folder):
+        raise UserError(
+            f"There is no ensemble at {folder}; make it with 'paris-jax assemble --workdir=RUN', or name one that "
+            "ships, such as bundled:shapes"
+        )
+    kind = manifest.read_kind(folder)
+    if kind == "part":
+        return read_single(folder, manifest.read(folder, "part").get("sampling", {}))
+    if kind == "weights":
+        raise UserError(
+            f"{folder} holds a network's weights and not how it is used; train with it (training.start), or import "
+            "Open-Sora's again with --config=configs/paris2.py:opensora2"
+        )
+    found = manifest.read(folder, "ensemble")
+
+    def part(entry: dict[str, str]) -> ExportedNetwork:
+        where = _network_folder(folder, entry)
+        admitted = exported.read(where)
+        if manifest.hash_file(where / manifest.FILE_NAME) != entry["manifest_sha256"]:
+            raise UserError(f"{where} is not the part that was admitted to {folder}; run 'paris-jax assemble' again")
+        return admitted
+
+    experts = {int(k): part(entry) for k, entry in found["experts"].items()}
+    router = part(found["router"])
+    check_together(experts, router)
+    return ExportedEnsemble(experts, router, found["sampling"])
+
+
+def _network_folder(folder: epath.Path, entry: dict[str, str]) -> epath.Path:
+    """Where a part lies that an ensemble's manifest names."""
+    path = entry["path"] if "://" in entry["path"] else os.fspath(folder / entry["path"])
+    scheme, mark, rest = path.rpartition("://")
+    return epath.Path(scheme + mark + os.path.normpath(rest))  # a bucket knows no ".."
+
+
+def expert_manifests(folder: epath.Path) -> dict[int, dict[str, Any]]:
+    """The manifest of each expert that an ensemble names, by its cluster."""
+    entries = manifest.read(folder, "ensemble")["experts"]
+    return {int(k): manifest.read(_network_folder(folder, entry), "part") for k, entry in sorted(entries.items())}
+
+
+def read_single(folder: epath.PathLike, sampling: dict[str, Any]) -> ExportedEnsemble:
+    """One trained network on its own, such as the monolith, used through the same sampler."""
+    part = exported.read(folder)
+    experts = {part.manifest["cluster"] or 0: part}
+    check_together(experts, None)
+    return ExportedEnsemble(experts, None, sampling)

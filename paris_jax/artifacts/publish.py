@@ -1,0 +1,106 @@
+"""`paris-jax export --ensemble`: an ensemble as one folder that can be carried, or put on a hub as it is.
+
+The manifest of a run's ensemble only names its parts, which lie with the run. Here they are copied beside it, byte for
+byte, so that every hash still holds, with a card that says what they are and how to use them.
+"""
+
+import dataclasses
+import logging
+
+from etils import epath
+from rich.progress import track
+
+from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax.artifacts.ensemble_manifest import ExportedEnsemble
+from paris_jax.artifacts.exported import ExportedNetwork
+from paris_jax.config.sampling import SamplingParams
+from paris_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+CARD = "README.md"
+NAMES = ("experts", "router", CARD)  # what the folder holds before its manifest, and after a copy that was cut short
+
+
+def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
+    """Copies an ensemble (a folder, local or gs://, or `bundled:NAME`) with all its parts to the folder `out`.
+
+    The manifest comes last; a copy that was interrupted is made again.
+
+    Raises:
+      Refused: what cannot be loaded; a single network, whose folder is whole already; a folder that holds other things.
+    """
+    source, folder = ensemble_manifest.resolve(ensemble), epath.Path(out)
+    found = ensemble_manifest.read(source)
+    if found.router is None:
+        raise UserError(f"{source} is a single network, whose folder holds all of it: copy it as it is")
+    if manifest.exists(folder):
+        raise UserError(f"{folder} holds something finished already; choose another --out, or delete it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    others = sorted(p.name for p in folder.iterdir() if p.name not in NAMES) if folder.exists() else []
+    if not others and (folder / CARD).exists() and not (folder / "experts").exists():
+        others = [CARD]  # of somebody else: a copy that was cut short has experts first
+    if others:
+        raise UserError(f"{folder} holds {', '.join(others[:3])}, which is no part of this; choose another --out")
+    pieces = {f"experts/{k}": part for k, part in found.experts.items()} | {"router": found.router}
+    told = manifest.read(source, "ensemble")
+    copied = {name: _copy(part, folder / name) for name, part in track(pieces.items(), "writing")}
+    manifest.write_atomically(folder / CARD, card(found))
+    made = {"made": told["made"]} if "made" in told else {}
+    experts = {k: copied[f"experts/{k}"] for k in found.experts}
+    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, told["config_hash"], **made)
+    logger.info("%s holds %d experts and the router; say in %s under which licence", folder, len(experts), CARD)
+
+
+def _copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
+    """The part in another folder, its files checked there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*part.manifest["files"], manifest.FILE_NAME):
+            (part.folder / name).copy(folder / name, overwrite=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"Cannot copy {part.folder} to {folder} ({reason}); free some space or choose another --out"
+        ) from error
+    manifest.read(folder, "part", verify=True)
+    return dataclasses.replace(part, folder=folder)
+
+
+def card(found: ExportedEnsemble) -> str:
+    """What a stranger wants to know of an ensemble, as the page that hubs show."""
+    shared, sampling = found.shared, SamplingParams(**found.sampling)
+    T, H, W, C = shared["latent"]["shape"]
+    used = {"full": "all experts", "top_k": f"top {sampling.top_k} of the experts"}.get(sampling.routing, "a threshold")
+    rows = [
+        ("network", "parameters", "predicts", "trained for"),
+        ("---",) * 4,
+        *((f"expert {k}", *_facts(part)) for k, part in sorted(found.experts.items())),
+        *([("router", *_facts(found.router))] if found.router else []),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""---
+library_name: paris_jax
+pipeline_tag: text-to-video
+---
+# {len(found.experts)} experts and a router, for paris_jax
+
+Decentralized diffusion for video: each expert was trained alone on one cluster of the clips, and the router weighs
+them at every denoising step.
+
+    paris-jax sample --ensemble=THIS_FOLDER --prompt="..."
+
+{table}
+
+- latents: {T} x {H} x {W} x {C}, of the codec `{shared["codec"]["name"]}`; {shared["fps"]:g} frames a second
+- text: `{shared["text"]["name"]}`, up to {shared["text_length"]} tokens
+- sampled by default in {sampling.steps} steps of {sampling.solver}, guidance {sampling.guidance:g}, {used}
+
+Every file's size and hash stand in the manifests and are checked when it is loaded.
+"""
+
+
+def _facts(part: ExportedNetwork) -> tuple[str, str, str]:
+    steps, batch = (part.manifest["training"].get(name, "?") for name in ("steps", "batch"))
+    predicts = getattr(part.config, "predicts", "cluster")
+    return f"{part.manifest['parameters'] / 1e6:.2f}M", predicts, f"{steps} steps of {batch} clips"

@@ -1,0 +1,168 @@
+"""Names inside a run folder: the only place that knows its paths, and what makes a folder belong to a config.
+
+RUN/config.json                    the resolved config and its hash
+RUN/data/                          all clips as latents
+RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
+RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, lock, export/
+RUN/ensemble/ samples/ evaluation/
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from paris_jax.artifacts import manifest
+from paris_jax.errors import UserError
+
+ROLES = ("expert", "monolith", "router")  # of roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One network to train: an expert of one cluster, the monolith, or the router."""
+
+    kind: str
+    cluster: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"expert {self.cluster}" if self.kind == "expert" else self.kind
+
+    @property
+    def arguments(self) -> str:
+        """The flags of `paris-jax train` that name this role."""
+        return f"--role={self.kind}" + (f" --cluster={self.cluster}" if self.kind == "expert" else "")
+
+
+def roles(num_clusters: int) -> list[Role]:
+    """Every network of a run, in the order a single machine trains them."""
+    return [*(Role("expert", k) for k in range(num_clusters)), Role("router"), Role("monolith")]
+
+
+class RunFolder:
+    """Everything one experiment writes, on a local path or gs:// (through etils.epath)."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.config = self.path / "config.json"
+        self.data = self.path / "data"
+        self.partition = self.path / "partition"
+        self.heldout = self.partition / "heldout"
+        self.ensemble = self.path / "ensemble"
+        self.samples = self.path / "samples"
+        self.evaluation = self.path / "evaluation"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def cluster(self, k: int) -> epath.Path:
+        return self.partition / "clusters" / str(k)
+
+    def role(self, role: Role) -> epath.Path:
+        return self.path / "experts" / str(role.cluster) if role.kind == "expert" else self.path / role.kind
+
+    def checkpoints(self, role: Role) -> epath.Path:
+        return self.role(role) / "checkpoints"
+
+    def metrics(self, role: Role) -> epath.Path:
+        return self.role(role) / "metrics.jsonl"
+
+    def log(self, role: Role) -> epath.Path:
+        """What a role's process said, where a launcher started it."""
+        return self.role(role) / "train.log"
+
+    def sweep(self, role: Role) -> epath.Path:
+        """Short trainings of a role that compare settings."""
+        return self.path / "sweeps" / role.name.replace(" ", "-")
+
+    def export(self, role: Role) -> epath.Path:
+        return self.role(role) / "export"
+
+    @contextlib.contextmanager
+    def only_writer(self, role: Role) -> Iterator[None]:
+        """Keeps other processes of this machine from training `role` here, until this one is through or dead.
+
+        Folders that cannot be locked (gs://, some network file systems) are not kept: there, jobs are told apart by
+        whoever starts them.
+        """
+        if "://" in str(self.path):
+            yield
+            return
+        folder = self.role(role)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise UserError(
+                    f"{role.name} of {self.path} is being trained by process {lock.read().strip()} already; wait for "
+                    "it, or stop it with 'kill' (it saves and can be resumed) and run the same command again"
+                ) from None
+            except OSError:
+                pass
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def claim(self, config: dict[str, Any], config_hash: str) -> None:
+        """Writes config.json at the first stage; afterwards refuses a config whose hash is another one.
+
+        A config under which nothing was made (its first stage was refused, say) stands in nobody's way.
+        """
+        if not self.config.exists() or (self.stored_config()["hash"] != config_hash and self._holds_only_a_config()):
+            # The processes of a job come here together.
+            value = {"schema": manifest.SCHEMA, "hash": config_hash, "config": config}
+            manifest.write_json(self.config, value, shared=True)
+            return
+        found = self.stored_config()
+        if found["hash"] != config_hash:
+            changed = sorted(_differences(found["config"], config))
+            raise UserError(
+                f"{self.path} was made with another config (different: {', '.join(changed)}); "
+                "use a new --workdir, or give the config that this one was made with"
+            )
+
+    def _holds_only_a_config(self) -> bool:
+        return not any(_holds_files(path) for path in self.path.iterdir() if path.name != self.config.name)
+
+    def stored_config(self) -> dict[str, Any]:
+        """Returns {"hash", "config"} of config.json, or refuses where there is none."""
+        if not self.config.exists():
+            raise UserError(
+                f"{self.config} does not exist; start with 'paris-jax prepare --config=... --workdir={self.path}'"
+            )
+        stored = manifest.read_json(self.config)
+        if not isinstance(stored, dict) or not {"hash", "config"} <= stored.keys():
+            raise UserError(f"{self.config} is not a paris_jax config; restore it from a copy, or use a new --workdir")
+        return stored
+
+
+def find_run_folder(path: epath.PathLike) -> RunFolder | None:
+    """The run folder that an ensemble or the export of a role lies in."""
+    for folder in list(epath.Path(path).parents)[:3]:
+        if str(folder) in ("/", "gs://"):
+            break
+        with contextlib.suppress(UserError):  # other people's config.json
+            run = RunFolder(folder)
+            run.stored_config()
+            return run
+    return None
+
+
+def _holds_files(path: epath.Path) -> bool:
+    return any(map(_holds_files, path.iterdir())) if path.is_dir() else True
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Dotted names of the fields in which two nested dictionaries differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        fields = old.keys() | new.keys()
+        return [d for f in fields for d in _differences(old.get(f), new.get(f), f"{name}.{f}" if name else f)]
+    return [] if old == new else [name]

@@ -1,0 +1,1 @@
+"""The held-out split, and features -> k-means -> clusters."""

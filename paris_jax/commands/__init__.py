@@ -1,0 +1,1 @@
+"""The commands of `paris-jax`, one file each."""

@@ -1,0 +1,78 @@
+"""`paris-jax assemble`: checks every expert and the router, and admits them to RUN/ensemble."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+from etils import epath
+
+from paris_jax.artifacts import ensemble_manifest, exported, manifest
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.config import hashing
+from paris_jax.config.experiment import Experiment
+from paris_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(
+    experiment: Experiment,
+    run: RunFolder,
+    allow_missing: bool = False,
+    elsewhere: Mapping[int, epath.PathLike] | None = None,
+) -> None:
+    """Admits the experts and the router of a run, each checked file by file and array by array.
+
+    Args:
+      allow_missing: admit the experts that are there; at least one, and the router, must be.
+      elsewhere: of clusters, the export folder of an expert to take instead of this run's: one of another size or
+        objective, say, trained by another team, on the same clusters.
+    """
+    run.claim(experiment.to_dict(), experiment.hash)
+    elsewhere, clusters = dict(elsewhere or {}), range(experiment.partition.num_clusters)
+    beyond = sorted(elsewhere.keys() - set(clusters))
+    if beyond:
+        raise UserError(f"--expert={beyond[0]}:...: this experiment has clusters 0 to {len(clusters) - 1}")
+    folders = {k: epath.Path(elsewhere.get(k, run.export(Role("expert", k)))) for k in clusters}
+    absent = [k for k, folder in folders.items() if k not in elsewhere and not manifest.exists(folder)]
+    if absent and (not allow_missing or len(absent) == len(clusters)):
+        which = ", ".join(map(str, absent))
+        raise UserError(
+            f"Expert {which} is not trained: run 'paris-jax train --workdir={run} --role=expert --cluster={absent[0]}' "
+            "first, or assemble without with --allow_missing"
+        )
+    if not manifest.exists(run.export(Role("router"))):
+        raise UserError(f"The router is not trained: run 'paris-jax train --workdir={run} --role=router' first")
+    experts = {k: exported.read(folder) for k, folder in folders.items() if k not in absent}
+    router = exported.read(run.export(Role("router")))
+    for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
+        if part.manifest["config_hash"] != experiment.hash:
+            raise UserError(f"{part.folder} was trained with another config than {run.config}; train it again here")
+    _check_kinds(experiment, experts, {k: part for k, part in experts.items() if k not in elsewhere})
+    before = _text(run)
+    ensemble_manifest.write(run.ensemble, experts, router, dataclasses.asdict(experiment.sampling), experiment.hash)
+    missing = f", without expert {', '.join(map(str, absent))}" if absent else ""
+    from_elsewhere = f", {len(elsewhere)} of them from elsewhere" if elsewhere else ""
+    holds = "holds" if _text(run) != before else "was assembled already and holds"
+    logger.info("%s %s %d experts and the router%s%s", run.ensemble, holds, len(experts), from_elsewhere, missing)
+
+
+def _check_kinds(
+    experiment: Experiment, experts: Mapping[int, exported.ExportedNetwork], own: Mapping[int, exported.ExportedNetwork]
+) -> None:
+    """Refuses an expert that cannot be given frames in a run that gives some, and own ones of different beginnings."""
+    for part in experts.values():
+        if experiment.masks.kinds and not part.manifest["network"].get("kept_frames"):
+            raise UserError(
+                f"{part.folder} was trained without config.masks and cannot be given frames, as this run does"
+            )
+    starts = {k: part.manifest["training"].get("start") for k, part in own.items()}
+    if len({hashing.canonical_json(start) for start in starts.values()}) > 1:
+        raise UserError(
+            f"The experts {', '.join(map(str, starts))} did not start from the same weights (training.start); train "
+            "them again from the same"
+        )
+
+
+def _text(run: RunFolder) -> str:
+    return (run.ensemble / manifest.FILE_NAME).read_text() if manifest.exists(run.ensemble) else ""

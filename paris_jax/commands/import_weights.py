@@ -1,0 +1,175 @@
+"""`paris-jax import` and `export`: published weights to ours, and ours to the names that others read."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts.tensors import Tensors
+from paris_jax.config import network
+from paris_jax.config.experiment import Experiment
+from paris_jax.data.preparation import UNIT, text_encoder
+from paris_jax.encoders import codecs
+from paris_jax.encoders import text as text_encoders
+from paris_jax.errors import UserError, nearest
+from paris_jax.models import functional
+from paris_jax.models.dit import DiTConfig
+from paris_jax.training.job import compute_dtype, timestep_shift
+from paris_jax.weights import convert
+from paris_jax.weights.layouts import LAYOUTS
+
+logger = logging.getLogger(__name__)
+# What is published, and in which layouts.
+SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
+DTYPES = ("", "float32", "bfloat16")
+VIDEO = "opensora2"  # source and layout of what works in HunyuanVideo's latents, and can be sampled from as it is
+
+
+def import_weights(
+    source: str, paths: Sequence[epath.PathLike], out: str | None, experiment: Experiment | None, dtype: str = ""
+) -> None:
+    """Writes published weights of a spatiotemporal DiT as ours to the folder `out`, from which training can start.
+
+    Args:
+      source: one of SOURCES.
+      paths: safetensors files, folders of them, or an index.
+      experiment: whose experts the network is for; by default the sizes are the tensors' own, with FLUX.1's positions.
+        Where it says what a video network needs to be sampled from, its codec, text, size of videos and shift, that is
+        written, too: the folder is then an ensemble of one.
+      dtype: "float32" or "bfloat16"; by default as published.
+
+    Raises:
+      Refused: files that are not whole, or tensors that do not fit, every one by name; nothing is written then.
+    """
+    if source not in SOURCES:
+        raise UserError(f"--source={source}: must be one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
+    if not paths:
+        raise UserError(
+            f"There is no file; name those of the weights: paris-jax import --source={source} FILE... --out=DIR"
+        )
+    if not out:
+        raise UserError("--out is missing; name the folder to write, such as --out=weights/flux1-dev")
+    folder = epath.Path(out)
+    if manifest.exists(folder):
+        raise UserError(f"{folder} holds weights already; choose another --out, or delete it")
+    tensors = Tensors(list(paths))
+    layout = convert.layout_of(tensors)
+    if layout not in SOURCES[source]:
+        raise UserError(
+            f"{tensors.files[0]} has the layout {layout!r}; {source} comes as {' or '.join(SOURCES[source])}"
+        )
+    config = _of_experiment(experiment) if experiment else _of_tensors(tensors, layout)
+    report = convert.check(tensors, config, layout)
+    with _bar("reading", convert.count(config, layout)) as advance:
+        use = _use(experiment) if experiment and VIDEO in (source, layout) else None
+        convert.import_network(tensors, config, report, folder, source, dtype, advance, use)
+    _tell(config, report, folder)
+    if use:
+        told = f"To sample from it: paris-jax sample --ensemble={folder}"
+    elif VIDEO in (source, layout):
+        told = "To sample from it, import it with a config whose codec is hunyuan and whose text is t5+clip"
+    else:
+        told = "To sample from it, train with it first: it knows another latent space"
+    Console(highlight=False).print(told, soft_wrap=True)
+
+
+def export_weights(part: str | None, layout: str, out: str | None) -> None:
+    """Writes one of our networks (a part's folder, or imported weights) as a safetensors file of another layout."""
+    if not part or not out:
+        raise UserError("--part and --out are needed: --part=RUN/experts/0/export --out=expert.safetensors")
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    if epath.Path(out).exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    folder = epath.Path(part)
+    config = exported.network(convert.read_manifest(folder, verify=True), folder)
+    if not isinstance(config, DiTConfig):
+        raise UserError(f"{folder} is a router; only experts and monoliths have a layout that others read")
+    if config.predicts != "velocity":
+        raise UserError(f"{folder} predicts {config.predicts}; these layouts are of networks that predict the velocity")
+    if config.attention != "joint":
+        raise UserError(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
+    tensors = Tensors(folder / convert.WEIGHTS)
+    with _bar("writing", convert.count(config, layout)) as advance:
+        convert.export_network(tensors, config, layout, epath.Path(out), advance)
+    logger.info("wrote %s: %.2fM parameters as %s", out, functional.count(config) / 1e6, layout)
+
+
+def _of_experiment(experiment: Experiment) -> DiTConfig:
+    width, pooled = text_encoders.widths_of(experiment)
+    sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
+    dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
+    return functional.network_config(experiment.network, **sizes, dtype=dtype, kept_frames=bool(experiment.masks.kinds))
+
+
+def _use(experiment: Experiment) -> dict[str, Any] | None:
+    """What a published video network needs to be sampled from; None where its codec or text is not the experiment's."""
+    settings = experiment.text
+    if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
+        return None
+    codec, (width, pooled) = dataclasses.asdict(experiment.codec), text_encoders.widths_of(experiment)
+    described = {"name": settings.name, "max_tokens": settings.max_tokens, "padded": settings.padded}
+    described |= {"width": width, "pooled_width": pooled, "weights": {}}
+    if settings.t5 and settings.clip:
+        described = text_encoder(experiment, ()).describe()
+    shape = codecs.latent_shape(experiment)
+    return {
+        "role": "monolith",
+        "cluster": None,
+        "clusters": 1,
+        "latent": {"shape": list(shape), **UNIT},
+        "codec": (codecs.codec if codec["weights"] else codecs.sizes)(**codec).describe(),
+        "text": described,
+        "text_length": settings.max_tokens,
+        "fps": experiment.data.fps,
+        "shift": timestep_shift(experiment, shape),
+        "sampling": dataclasses.asdict(experiment.sampling),
+    }
+
+
+def _of_tensors(tensors: Tensors, layout: str) -> DiTConfig:
+    try:
+        sizes = convert.sizes(tensors, layout)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{tensors.files[0]}: the network's sizes cannot be read, {error} is not there; give --config"
+        ) from error
+    published = network.NETWORK_PRESETS["11b"]
+    if not sizes["heads"] or sizes["hidden"] // sizes["heads"] != sum(published.rope_axes):
+        raise UserError(
+            f"{tensors.files[0]} has {sizes['heads']} heads for {sizes['hidden']} features, FLUX.1's heads have "
+            f"{sum(published.rope_axes)}: name the --config whose experts it is for"
+        )
+    return DiTConfig(**sizes, rope_axes=published.rope_axes, theta=published.theta)
+
+
+class _bar:
+    """A progress bar over so many steps, as a function that takes one."""
+
+    def __init__(self, name: str, total: int):
+        self._progress = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        self._task = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[], None]:
+        self._progress.start()
+        return lambda: self._progress.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _tell(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None:
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shown = ", ".join(f"{name} {sizes[name]}" for name in ("hidden", "heads", "double_blocks", "single_blocks"))
+    console = Console(highlight=False)
+    console.print(f"{functional.count(config) / 1e6:,.2f}M parameters as {report.layout}: {shown}", soft_wrap=True)
+    console.print(f"read: {len(report.read)} of our arrays", soft_wrap=True)
+    console.print(f"starts at nothing: {', '.join(report.fresh) or 'none'}", soft_wrap=True)
+    console.print(f"not used: {', '.join(report.unused) or 'none'}", soft_wrap=True)
+    console.print(f"To start from it: --config.training.start={folder}", soft_wrap=True)

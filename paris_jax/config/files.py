@@ -1,0 +1,72 @@
+"""What a command is told about its experiment: a config file, and fields changed on the command line."""
+
+import os
+import runpy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from paris_jax.errors import UserError
+
+EXAMPLE = "--config=configs/shapes.py:tiny"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Calls get_config of a config file and returns the config as nested dictionaries, unchecked.
+
+    Args:
+      name: the file, with the argument of get_config after a colon where there is one: "configs/shapes.py:tiny".
+
+    Raises:
+      Refused: the file does not exist, or its get_config fails.
+    """
+    file, _, argument = name.partition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(f"--config={name}: there is no config file {file!r} here; give a .py file, such as {EXAMPLE}")
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+        config = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except KeyError as error:
+        what = "has no get_config" if error.args == ("get_config",) else f"fails with KeyError: {error}"
+        raise UserError(f"--config={name}: {file} {what}; see the top of the file for its variants") from error
+    except Exception as error:  # whatever a user's file raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config={name}: {file} fails with {said}; mend the file") from error
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+def change(config: dict[str, Any], changes: Iterable[str]) -> None:
+    """Sets fields in place, from "training.steps=100"; what does not fit is left for `Experiment` to refuse by name."""
+    for text in changes:
+        name, _, value = text.partition("=")
+        *groups, last = name.split(".")
+        inner = config
+        for k, group in enumerate(groups):
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise UserError(
+                    f"--config.{text}: config.{'.'.join(groups[: k + 1])} is one value, not a group of fields"
+                )
+        inner[last] = _like(inner.get(last), value)
+
+
+def embedded() -> str:
+    """The path of configs/shapes.py: the checkout's, or the copy that a wheel carries."""
+    package = Path(__file__).parents[1]
+    for folder in (package.parent / "configs", package / "configs"):
+        if (folder / "shapes.py").exists():
+            near = os.path.relpath(folder / "shapes.py")
+            return str(folder / "shapes.py") if near.startswith("..") else near
+    raise UserError(f"configs/shapes.py is not beside the package; name a config file, such as {EXAMPLE}")
+
+
+def _like(old: Any, text: str) -> Any:
+    """`text` as a value of the type of `old`, or as it is where that cannot be."""
+    if isinstance(old, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    try:
+        return type(old)(text) if isinstance(old, int | float) else text
+    except ValueError:
+        return text

@@ -1,0 +1,104 @@
+"""Network presets, and the config sections that choose one and override its sizes.
+
+Parameter counts (of `channels=16, text 4096, pooled 768` for the large ones) are asserted by abstract evaluation in
+tests/models/test_networks.py.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from paris_jax.config import checks
+from paris_jax.config.checks import Problems
+
+Attention = Literal["joint", "factorised"]
+Remat = Literal["none", "named", "full", "offload"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    hidden: int
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    rope_axes: tuple[int, int, int]
+    theta: float = 1e4
+    mlp_ratio: int = 4
+
+
+NETWORK_PRESETS = {
+    # Our choices, by measurement: where there are five tokens a side, rotations made to tell thousands of places apart
+    # look alike, hence the small theta; and few blocks need many heads to look in every direction.
+    "tiny": Preset(hidden=112, heads=7, double_blocks=1, single_blocks=2, rope_axes=(4, 6, 6), theta=20.0, mlp_ratio=3),
+    "small": Preset(hidden=384, heads=6, double_blocks=4, single_blocks=8, rope_axes=(16, 24, 24)),
+    "base": Preset(hidden=768, heads=12, double_blocks=6, single_blocks=12, rope_axes=(16, 24, 24)),
+    "large": Preset(hidden=1280, heads=20, double_blocks=8, single_blocks=16, rope_axes=(16, 24, 24)),
+    "xl": Preset(hidden=2048, heads=16, double_blocks=12, single_blocks=24, rope_axes=(16, 56, 56)),
+    "11b": Preset(hidden=3072, heads=24, double_blocks=19, single_blocks=38, rope_axes=(16, 56, 56)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterPreset:
+    hidden: int
+    heads: int
+    blocks: int
+    rope_axes: tuple[int, int, int]
+    theta: float = 1e4
+
+
+ROUTER_PRESETS = {
+    "tiny": RouterPreset(hidden=64, heads=1, blocks=2, rope_axes=(16, 24, 24), theta=20.0),
+    "small": RouterPreset(hidden=256, heads=4, blocks=6, rope_axes=(16, 24, 24)),
+    "b": RouterPreset(hidden=768, heads=12, blocks=12, rope_axes=(16, 24, 24)),  # DiT-B, as published
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """The experts' and the monolith's network, as a config names it: a preset, with fields to override."""
+
+    preset: str = "tiny"
+    hidden: int = 0  # 0: the preset's
+    heads: int = 0  # 0: the preset's
+    double_blocks: int = -1  # -1: the preset's
+    single_blocks: int = -1  # -1: the preset's
+    remat: str = "none"  # what the backward pass computes again: "none", "named", "full", "offload" (blocks.REMAT)
+    attention: str = "joint"  # or "factorised": in space with the text, then in time, for long videos
+
+    def problems(self) -> Problems:
+        yield from checks.choice("preset", self.preset, NETWORK_PRESETS)
+        yield from checks.choice("remat", self.remat, get_args(Remat))
+        yield from checks.choice("attention", self.attention, get_args(Attention))
+        yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
+        yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
+        if self.preset in NETWORK_PRESETS:
+            yield from self._impossible_sizes()
+
+    def _impossible_sizes(self) -> Problems:
+        preset = self.resolve()
+        head = sum(preset.rope_axes)
+        if preset.hidden != head * preset.heads:
+            yield (
+                f"hidden={preset.hidden} over heads={preset.heads} is not {head} a head, the width that preset "
+                f"{self.preset!r} gives its positions; use {head} * heads, for example hidden={head * preset.heads}"
+            )
+        if preset.double_blocks + preset.single_blocks < 1:
+            yield "double_blocks and single_blocks are both 0; at least one block is needed"
+
+    def resolve(self) -> Preset:
+        """The preset with its overrides."""
+        given: dict[str, int] = {name: n for name in ("hidden", "heads") if (n := getattr(self, name)) > 0}
+        given |= {name: n for name in ("double_blocks", "single_blocks") if (n := getattr(self, name)) >= 0}
+        return dataclasses.replace(NETWORK_PRESETS[self.preset], **given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """The router's network, as a config names it."""
+
+    preset: str = "tiny"
+    attention: str = "joint"  # or "factorised", as the network's
+
+    def problems(self) -> Problems:
+        yield from checks.choice("preset", self.preset, ROUTER_PRESETS)
+        yield from checks.choice("attention", self.attention, get_args(Attention))

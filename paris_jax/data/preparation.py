@@ -1,0 +1,281 @@
+"""`paris-jax prepare`: clips to cached latents, text and features, shard by shard."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.config.experiment import Experiment
+from paris_jax.data import records
+from paris_jax.data.records import Record
+from paris_jax.data.sources.clip import Clip
+from paris_jax.data.sources.source import Source, source
+from paris_jax.encoders import codecs, features, published, text
+from paris_jax.encoders.words import TextEncoding, split, words_of
+from paris_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+STEM = "data"
+PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that work on accelerators, where there are some
+BATCH = 16  # clips that the encoders see at once; other batches may round otherwise
+UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
+
+
+def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_size: int = records.SHARD_SIZE) -> None:
+    """Encodes every clip of the experiment into RUN/data; goes on at the first shard that is missing.
+
+    The files are the same, byte for byte, however often it was interrupted and on however many processes.
+
+    Args:
+      experiment: what to prepare.
+      run: where to.
+      processes: shards encoded at once.
+      shard_size: clips of a shard.
+
+    Raises:
+      Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
+        another config.
+    """
+    encoders = weights_of(describe_encoders(experiment, ()))
+    names = experiment.codec.name, experiment.text.name, experiment.features.name
+    if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
+        raise UserError(
+            f"--processes={processes}: these encoders work on the accelerators, which one process has; use 1"
+        )
+    if manifest.exists(run.data):
+        run.claim(experiment.to_dict(), experiment.hash)
+        found = manifest.read(run.data, "data")
+        if found["config_hash"] != experiment.data_hash:
+            raise UserError(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
+        if weights_of(found) != encoders:
+            raise UserError(
+                f"{run.data} was made with other weights of its encoders; name those, or use a new --workdir"
+            )
+        logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
+        return
+    clips = source(experiment.data)
+    if not len(clips):
+        raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
+    run.claim(experiment.to_dict(), experiment.hash)  # not before the clips were looked at
+    count = -(-len(clips) // shard_size)
+    jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
+    missing = [job for job in jobs if not job.is_done()]
+    with Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), Speed(), TimeRemainingColumn()
+    ) as progress:
+        task = progress.add_task("clips", total=len(clips))
+        progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
+        if processes == 1:
+            for job in missing:
+                write(job, lambda: progress.advance(task))
+        else:
+            # Spawned, because a forked process would inherit locks of JAX's threads.
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+                for done in concurrent.futures.as_completed([pool.submit(write, job) for job in missing]):
+                    progress.advance(task, done.result())
+    finish(experiment, run, clips, jobs)
+    published.drop()
+    logger.info("%d clips are prepared: %s", len(clips), run.data)
+
+
+class Speed(ProgressColumn):
+    """Clips a second, of the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g} clips/s" if task.speed else "", style="progress.data.speed")
+
+
+def describe_encoders(experiment: Experiment, vocabulary: Iterable[str]) -> dict[str, Any]:
+    """What the manifest says of codec, text encoder and features; refuses one that cannot be run here."""
+    return {
+        "codec": codecs.codec(**dataclasses.asdict(experiment.codec)).describe(),
+        "text": text_encoder(experiment, vocabulary).describe(),
+        "features": features.features(**dataclasses.asdict(experiment.features)).describe(),
+    }
+
+
+def weights_of(described: dict[str, Any]) -> dict[str, Any]:
+    """Hashes of the weights of described encoders; None for those that have none."""
+    fields = {"codec": "sha256", "text": "weights", "features": "sha256"}
+    return {name: described[name].get(field) for name, field in fields.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard to write: independent of all others, and known to be done by the mark that is written after it."""
+
+    experiment: Experiment
+    clips: Source
+    folder: str
+    number: int
+    count: int
+    size: int
+    encoders: dict[str, Any]  # hashes of their weights
+
+    @property
+    def path(self) -> epath.Path:
+        return epath.Path(self.folder) / records.shard_name(STEM, self.number, self.count)
+
+    @property
+    def mark(self) -> epath.Path:
+        return self.path.parent / f"{self.path.name}.json"
+
+    @property
+    def indices(self) -> range:
+        return range(self.number * self.size, min(len(self.clips), (self.number + 1) * self.size))
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the shard is made of: a mark of anything else does not count."""
+        made_of = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
+        return {**made_of, "source": self.clips.describe(), "indices": [*self.indices]}
+
+    def is_done(self) -> bool:
+        return self.path.exists() and self.mark.exists() and manifest.read_json(self.mark)["origin"] == self.origin
+
+
+class Tally:
+    """What the manifest says of all clips, gathered while they pass."""
+
+    def __init__(self):
+        self.clips = 0
+        self.text_length = 0
+        self.words: set[str] = set()
+        self.numbers = 0  # of a latent's values in one channel
+        self.sum = np.zeros(())  # by channel, (C,) float64
+        self.squares = np.zeros(())
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, record: Record) -> None:
+        latent = record.latent.astype(np.float64).reshape(-1, record.latent.shape[-1])
+        self.clips += 1
+        self.text_length = max(self.text_length, len(record.tokens))
+        self.words.update(split(record.caption))
+        self.numbers += len(latent)
+        self.sum = self.sum + latent.sum(0)
+        self.squares = self.squares + (latent**2).sum(0)
+        self.shape = record.latent.shape
+
+    def to_json(self) -> dict[str, Any]:
+        sums = {"sum": self.sum.tolist(), "squares": self.squares.tolist()}
+        return vars(self) | sums | {"words": sorted(self.words), "shape": list(self.shape)}
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Adds the `to_json()` of another tally."""
+        self.clips += other["clips"]
+        self.text_length = max(self.text_length, other["text_length"])
+        self.words.update(other["words"])
+        self.numbers += other["numbers"]
+        self.sum = self.sum + np.asarray(other["sum"])
+        self.squares = self.squares + np.asarray(other["squares"])
+        self.shape = tuple(other["shape"])
+
+    def latent(self, shared: bool) -> dict[str, Any]:
+        """Shape, and mean and spread by channel (or one for all, `shared`), of the latents."""
+        mean, square = self.sum / self.numbers, self.squares / self.numbers
+        if shared:
+            mean, square = mean.mean(keepdims=True), square.mean(keepdims=True)
+        spread = np.sqrt(np.maximum(square - mean**2, 1e-8))
+        # Six digits are plenty, and the same on machines that add in another order.
+        digits = {"mean": mean, "spread": spread}
+        return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
+
+
+def write(job: Shard, advance: Callable[[], object] = lambda: None) -> int:
+    """Encodes and writes one shard, then its mark; returns its number of clips."""
+    tally = Tally()
+
+    def counted() -> Iterator[Record]:
+        for record in encode(job.experiment, (job.clips[i] for i in job.indices)):
+            tally.add(record)
+            yield record
+            advance()
+
+    records.write_shard(job.path, counted())
+    manifest.write_json(job.mark, {"origin": job.origin, "tally": tally.to_json()})
+    return len(job.indices)
+
+
+def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
+    """Turns clips into records, in order; the encoders see BATCH of them at a time."""
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
+    describe = features.features(**dataclasses.asdict(experiment.features))
+    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat, some encoders are slow
+    clips = iter(clips)
+    while batch := list(itertools.islice(clips, BATCH)):
+        words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words])
+        words = {clip.caption: words[clip.caption] for clip in batch}
+        videos = np.stack([clip.video for clip in batch])
+        for clip, latent, feature in zip(batch, codec.encode(videos), describe(videos), strict=True):
+            latent, (tokens, pooled) = latent.astype(np.float16), words[clip.caption]
+            yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes)
+
+
+def _encode_captions(experiment: Experiment, clips: Sequence[Clip]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Tokens and pooled vector of each caption, as they are stored; a refusal names its clip."""
+    captions = list(dict.fromkeys(clip.caption for clip in clips))
+    if not captions:
+        return {}
+    encoder = text_encoder(experiment, words_of(captions))
+    try:
+        made = encoder.encode(captions)
+    except UserError:
+        for clip in clips:
+            try:
+                encoder.encode([clip.caption])
+            except UserError as refused:
+                raise UserError(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
+        raise
+    return {caption: _stored(one, encoder.stored) for caption, one in zip(captions, made, strict=True)}
+
+
+def _stored(encoding: TextEncoding, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and pooled vector as they are stored."""
+    return encoding.tokens.astype(dtype), encoding.pooled.astype(dtype)
+
+
+def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
+    """The experiment's text encoder; `words` with this vocabulary."""
+    settings = experiment.text
+    own: dict[str, Any] = {}
+    if settings.name == "words":
+        own = {"vocabulary": vocabulary, "width": settings.width}
+    elif settings.name == "t5+clip":
+        own = {"t5": settings.t5, "clip": settings.clip, "padded": settings.padded}
+    return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
+
+
+def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard]) -> None:
+    """Writes the manifest of all shards, then removes their marks."""
+    total = Tally()
+    for job in jobs:
+        total.merge(manifest.read_json(job.mark)["tally"])
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
+    encoder = text_encoder(experiment, total.words)
+    none = _stored(encoder.null(), encoder.stored)
+    manifest.write(
+        run.data,
+        "data",
+        [*(job.path.name for job in jobs), *records.write_null(run.data, *none)],
+        experiment.data_hash,
+        **describe_encoders(experiment, sorted(total.words)),
+        latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
+        text_length=total.text_length,
+        clips=total.clips,
+        fps=experiment.data.fps,
+        source=clips.describe(),
+    )
+    for job in jobs:
+        job.mark.unlink(missing_ok=True)

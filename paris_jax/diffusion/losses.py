@@ -1,0 +1,39 @@
+"""What the networks minimise, per sample: nothing here looks at a sample's neighbours in the batch."""
+
+import jax
+import jax.numpy as jnp
+
+from paris_jax.diffusion import path, predictions
+
+
+def flow_matching(velocity_field: predictions.Predictor, x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
+    """|| v(x_t, t) - (e - x_0) ||^2, averaged over each sample's elements: (B,) float32.
+
+    Decentralized Diffusion Models (arXiv 2501.05450), equation of the expert loss: x_0 comes from one cluster only.
+    """
+    predicted = velocity_field(path.interpolate(x_0, noise, t_B), t_B)
+    return _mean_square(predicted, path.velocity(x_0, noise))
+
+
+def noise_prediction(network: predictions.Predictor, x_0: jax.Array, noise: jax.Array, s_B: jax.Array) -> jax.Array:
+    """|| e^(x_s, s) - e ||^2 on the cosine path, averaged over each sample's elements: (B,) float32.
+
+    Ho et al. 2020 (arXiv 2006.11239), equation 14: DDPM's simple loss.
+    """
+    return _mean_square(network(predictions.cosine(x_0, noise, s_B), s_B), noise)
+
+
+def _mean_square(predicted: jax.Array, target: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=tuple(range(1, target.ndim)))
+
+
+def cross_entropy(logits_BK: jax.Array, cluster_B: jax.Array) -> jax.Array:
+    """-log p(cluster | x_t, t, c), the router's loss: (B,) float32, nats."""
+    log_probabilities = jax.nn.log_softmax(logits_BK.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probabilities, cluster_B[:, None], axis=1)[:, 0]
+
+
+def by_time_bin(values_B: jax.Array, t_B: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
+    """Sums and counts of a per-sample value in equal bins of time: two arrays (bins,)."""
+    member = jax.nn.one_hot(jnp.clip((t_B * bins).astype(jnp.int32), 0, bins - 1), bins)
+    return values_B @ member, member.sum(0)

@@ -1,0 +1,69 @@
+"""Where published encoders lie and work: on every device of this machine, whatever their number.
+
+Their weights are split by the table that splits the experts in training (`models/axes.py`), so that each device holds
+its share; a batch is split by its rows.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from paris_jax.models import sharding_rules
+from paris_jax.weights.reading import Later
+
+
+def dtype() -> str:
+    """What encoders compute in: bfloat16, but on CPUs float32."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+@functools.cache
+def mesh() -> Mesh:
+    """This machine's devices along `fsdp`, which splits batches and the width of weights."""
+    devices = jax.local_devices()
+    sizes = [len(devices) if name == "fsdp" else 1 for name in sharding_rules.MESH_AXES]
+    return jax.make_mesh(sizes, sharding_rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def put(params: Any) -> Any:
+    """A tree of `Later` on the devices, read one array at a time; matrices in the dtype they are computed with."""
+    return jax.tree_util.tree_map_with_path(_put, params)
+
+
+def _put(path: Any, later: Later) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    values = later.read(dtype() if is_matrix(name, later.ndim) else np.float32)
+    return jax.make_array_from_callback(values.shape, sharding(name, values.shape), lambda index: values[index])
+
+
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether an array of weights, by its name and number of axes, is kept in the dtype that is computed with."""
+    return ndim > 2 or name.endswith("tokens")
+
+
+def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """How an array of weights is split; one that the devices do not divide is whole on each."""
+    split = sharding_rules.parameter_spec(name, shape, mesh().shape)
+    count = mesh().size
+    fits = all(length % count == 0 for length, by in zip(shape, split, strict=False) if by)
+    return NamedSharding(mesh(), split if fits else PartitionSpec())
+
+
+def rows(*arrays: np.ndarray) -> tuple[jax.Array, ...]:
+    """Arrays of a batch, split over the devices by their first axis.
+
+    They are first filled up to a power of two of rows for each device, by their last row, so that few numbers of rows
+    are compiled; what is made of those is to be cut off. A single row is on every device.
+    """
+    count, devices = len(arrays[0]), mesh().size
+    if count == 1:
+        place = NamedSharding(mesh(), PartitionSpec())
+        return tuple(jax.device_put(array, place) for array in arrays)
+    each = 1 << (-(-count // devices) - 1).bit_length()
+    more = devices * each - count
+    place = NamedSharding(mesh(), PartitionSpec("fsdp"))
+    filled = (np.concatenate([a, np.repeat(a[-1:], more, axis=0)]) if more else a for a in map(np.asarray, arrays))
+    return tuple(jax.device_put(array, place) for array in filled)

@@ -1,0 +1,306 @@
+"""`paris-jax evaluate`: ensemble and monolith on the same held-out prompts, noise and times, and the report."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.config import hashing
+from paris_jax.config.experiment import Experiment
+from paris_jax.data.records import read_records
+from paris_jax.data.sources.shapes import ATTRIBUTES
+from paris_jax.diffusion import cond_masks
+from paris_jax.encoders import codecs
+from paris_jax.ensemble.pipeline import Ensemble
+from paris_jax.errors import UserError
+from paris_jax.evaluation import compute, heldout, report, results, scores
+from paris_jax.evaluation.heldout import Heldout
+from paris_jax.evaluation.metrics import flow_loss
+from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier, read_card
+from paris_jax.evaluation.metrics.flow_loss import Losses, Points
+
+logger = logging.getLogger(__name__)
+RESULTS, REPORT, PARTIAL = "results.json", "report.html", ".partial"
+MONOLITH, ROUTER = Role("monolith"), Role("router")
+
+
+def evaluate(experiment: Experiment, run: RunFolder) -> None:
+    """Compares both arms and writes RUN/evaluation/{results.json,report.html}.
+
+    Each arm's videos and losses are kept once they are made, so an interrupted evaluation goes on behind the last of
+    them. A finished one is repeated only if sampling or evaluation settings or a network changed.
+
+    Raises:
+      Refused: a stage before this one is missing, or there are too few held-out clips.
+    """
+    run.claim(experiment.to_dict(), experiment.hash)
+    if not experiment.data.heldout_fraction:
+        raise UserError(
+            "config.data.heldout_fraction=0 sets no clips apart to evaluate on; raise it, with a new --workdir"
+        )
+    check_ready(run)
+    key = evaluation_hash(experiment, run)
+    if manifest.exists(run.evaluation) and manifest.read(run.evaluation, "evaluation")["evaluation_hash"] == key:
+        logger.info("the evaluation is done already: %s", run.evaluation / REPORT)
+        return
+    (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # from here on, the old one is not to be trusted
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        comparison = EvaluationRun(experiment, run, ResultCache(run.evaluation / PARTIAL, key), progress)
+        found, videos = comparison.results(key)
+    manifest.write_json(run.evaluation / RESULTS, found)
+    report.write_report(found, videos, run.evaluation / REPORT, comparison.ensemble.fps)
+    manifest.write(run.evaluation, "evaluation", [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
+    if (run.evaluation / PARTIAL).exists():
+        (run.evaluation / PARTIAL).rmtree()
+    logger.info("%s", compute.describe(found["compute"]))
+    logger.info("%s", results.headline(found["comparisons"]))
+    logger.info("the evaluation is done: %s", run.evaluation / REPORT)
+
+
+def check_ready(run: RunFolder) -> None:
+    """Refuses, naming the command to run first, where the ensemble, the monolith or the held-out clips are missing."""
+    for folder, what, command in (
+        (run.heldout, "no held-out clips", "cluster"),
+        (run.ensemble, "no ensemble", "assemble"),
+        (run.export(MONOLITH), "no trained monolith", f"train {MONOLITH.arguments}"),
+    ):
+        if not manifest.exists(folder):
+            name, _, flags = command.partition(" ")
+            command = " ".join(filter(None, [f"paris-jax {name} --workdir={run}", flags]))
+            raise UserError(f"There is {what} at {folder}; run '{command}' first")
+
+
+def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
+    """Hash of everything that decides the scores: settings, both arms, held-out clips and judge."""
+    folders = (run.ensemble, run.export(MONOLITH), run.heldout)
+    decisive = {
+        "sampling": dataclasses.asdict(experiment.sampling),
+        "evaluation": dataclasses.asdict(experiment.evaluation),
+        "folders": [manifest.hash_file(folder / manifest.FILE_NAME) for folder in folders],
+        "judge": read_card(),
+        "schema": results.SCHEMA,
+    }
+    return hashing.hash_text(hashing.canonical_json(decisive))
+
+
+class ResultCache:
+    """Arrays that are made once, and found again by an evaluation of the same hash that was interrupted."""
+
+    def __init__(self, folder: epath.Path, key: str):
+        self._folder, self._key = folder, key
+
+    def get(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        path = self._folder / f"{name}-{self._key[:16]}.safetensors"
+        if not path.exists():
+            # A file under its final name is complete: it is renamed last.
+            manifest.write_atomically(path, safetensors.numpy.save(make()))
+        return safetensors.numpy.load(path.read_bytes())
+
+
+class EvaluationRun:
+    """Both arms and the held-out clips, and the asking of them."""
+
+    def __init__(self, experiment: Experiment, run: RunFolder, kept: ResultCache, progress: Progress):
+        self.experiment, self.run, self.kept, self.progress = experiment, run, kept, progress
+        settings = experiment.evaluation
+        sampling = dataclasses.asdict(experiment.sampling)
+        self.ensemble = Ensemble.load(run.ensemble, encoders=experiment.encoders)
+        self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, **sampling)
+        self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
+        self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
+        # As many real clips as prompts are set aside to measure distances to.
+        self.count = min(settings.clips, len(self.heldout) // 2)
+        if self.count < 2:
+            raise UserError(
+                f"{run.heldout} holds {len(self.heldout)} clips and an evaluation needs at least 4; raise "
+                "config.data.heldout_fraction or add clips, with a new --workdir"
+            )
+        self.prompts, self.others = self.heldout[: self.count], self.heldout[self.count : 2 * self.count]
+        self.scored = self.heldout[: settings.loss_clips]
+        self.routing: dict[str, Any] = {"routing": experiment.sampling.routing}
+        if experiment.sampling.routing == "top_k":
+            self.routing["top_k"] = min(experiment.sampling.top_k, len(self.ensemble.clusters))
+        elif experiment.sampling.routing == "threshold":
+            self.routing["threshold"] = experiment.sampling.threshold
+        rules = ("steps", "routing", "top_k", "threshold")
+        self.how = {"num_steps": experiment.sampling.steps} | {k: v for k, v in sampling.items() if k not in rules}
+
+    def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Returns results.json (see evaluation/results.py) and the shown videos by arm, uint8."""
+        videos, routing = self._videos()
+        made = self._losses()
+        judge = AttributeClassifier.load()
+        looked = {who: scores.ClassifiedVideos(judge, v) for who, v in videos.items()}
+        others = scores.ClassifiedVideos(judge, heldout.decode(self.ensemble, self.others.latents))
+        rows, by_attribute, left_out = self._judged(looked, others)
+        both = {arm: made[arm] for arm in results.MODELS}
+        rows += [*scores.flow(both), scores.motion(videos)]
+        rows += [scores.cond_frames(kind, self._kept_errors(kind, videos)) for kind in self.experiment.masks.kinds]
+        num_clusters = self.experiment.partition.num_clusters
+        shown = self.experiment.evaluation.shown
+        found = {
+            "schema": results.SCHEMA,
+            "experiment": self.experiment.name,
+            "config_hash": self.experiment.hash,
+            "evaluation_hash": key,
+            "complete": not left_out,
+            "left_out": left_out,
+            "protocol": self._protocol(),
+            "comparisons": rows,
+            **scores.flow_curves(both, self.scored.clusters, num_clusters),
+            "agreement": by_attribute,
+            "router": scores.router(made["router"], self.scored.clusters),
+            "expert_use": scores.expert_use(routing, self.ensemble.clusters, self.prompts.clusters),
+            "compute": self._compute(),
+            "shown": scores.shown_clips(self.prompts, looked, routing, shown),
+        }
+        return found, {who: codecs.to_uint8(v[:shown]) for who, v in videos.items()}
+
+    def _videos(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Videos by arm and of the prompts' own clips, and the ensemble's routing (S, N, E)."""
+        noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))
+        videos = {"real": heldout.decode(self.ensemble, self.prompts.latents)}
+        routing = np.zeros(0)
+        both = (("ensemble", self.ensemble, self.how | self.routing), ("monolith", self.monolith, self.how))
+        for name, arm, how in both:
+            task = self.progress.add_task(f"sampling: {name}", total=self.count)
+
+            def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
+                made = heldout.sample(arm, self.prompts.captions, noise, how, lambda n: self.progress.advance(task, n))
+                return dict(zip(("videos", "routing"), made, strict=True))
+
+            kept = self.kept.get(f"samples-{name}", draw)
+            self.progress.update(task, completed=self.count)
+            videos[name] = kept["videos"]
+            if name == "ensemble":
+                routing = kept["routing"]
+        return videos, routing
+
+    def _kept_errors(self, kind: str, videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Errors of frames of the prompts' own clips that are given, (N,) of each arm, and where they are not given."""
+        count = min(self.count, heldout.BATCH)
+        x_0 = jnp.asarray(self.ensemble.scale.normalise(self.prompts.latents[:count]))
+        T = x_0.shape[1]
+        mask = jnp.broadcast_to(cond_masks.of_kind(kind, T, prefix=T // 2), (count, T))
+        given, frames = np.asarray(cond_masks.cond_input(x_0, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
+        noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))[:count]
+
+        def error(made: np.ndarray) -> np.ndarray:
+            square = np.square(made[:count] - videos["real"][:count]).mean((2, 3, 4))
+            return np.sqrt((square * frames).sum(1) / frames.sum(1))
+
+        errors = {"not given": error(videos["ensemble"])}
+        for name, arm, how in (
+            ("ensemble", self.ensemble, self.how | self.routing),
+            ("monolith", self.monolith, self.how),
+        ):
+            task = self.progress.add_task(f"given {kind}: {name}", total=count)
+
+            def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
+                captions = self.prompts.captions[:count]
+                made, _ = heldout.sample(arm, captions, noise, how, lambda n: self.progress.advance(task, n), given)
+                return {"errors": error(made)}
+
+            errors[name] = self.kept.get(f"given-{kind}-{name}", draw)["errors"]
+            self.progress.update(task, completed=count)
+        return errors
+
+    def _losses(self) -> dict[str, Any]:
+        """Losses of both arms and the router's hits (N, bins), all at the same points."""
+        settings = self.experiment.evaluation
+        latents = self.ensemble.scale.normalise(self.scored.latents)
+        points = Points.draw(latents, self.scored.ids, settings.loss_times, settings.seed)
+        captions, batches = self.scored.captions, flow_loss.num_batches(points)
+        made: dict[str, Any] = {}
+        for name, arm, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
+            advance = self._bar(f"held-out loss: {name}", batches)
+
+            def ask(arm=arm, how=how, advance=advance) -> dict[str, np.ndarray]:
+                asked = heldout.velocity(arm, captions, how)
+                return dataclasses.asdict(flow_loss.heldout_losses(asked, points, advance=advance))
+
+            made[name] = Losses(**self.kept.get(f"losses-{name}", ask))
+        advance = self._bar("router", batches)
+        route = heldout.route(self.ensemble, captions, self.experiment.partition.num_clusters)
+
+        def hits() -> dict[str, np.ndarray]:
+            return {"hits": flow_loss.router_hits(route, points, self.scored.clusters, advance=advance)}
+
+        made["router"] = self.kept.get("router", hits)["hits"]
+        return made
+
+    def _bar(self, name: str, total: int) -> Callable[[], None]:
+        task = self.progress.add_task(name, total=total)
+        return lambda: self.progress.advance(task)
+
+    def _judged(
+        self, looked: dict[str, scores.ClassifiedVideos], others: scores.ClassifiedVideos
+    ) -> tuple[list, dict | None, list[str]]:
+        """Agreement and Frechet distance, and why one of them was left out."""
+        rows, by_attribute, left_out = [], None, []
+        known = self.prompts.described and all(
+            a.keys() == ATTRIBUTES.keys() and all(v in ATTRIBUTES[k] for k, v in a.items())
+            for a in self.prompts.attributes
+        )
+        note = ""
+        if known:
+            row, by_attribute = scores.attribute_accuracy(self.prompts.attributes, looked)
+            rows.append(row)
+        else:
+            left_out.append("Agreement with the prompt is left out: these clips carry no attributes to read back.")
+            note = "the judge has seen shapes only, so on these clips the distance says little"
+        if self.count >= scores.MIN_CLIPS:
+            rows.append(scores.frechet(looked, others, note))
+        else:
+            left_out.append(
+                f"The Frechet distance (shapes judge) is left out: it needs {scores.MIN_CLIPS} prompts and as many "
+                f"other held-out clips; there are {len(self.heldout)} held-out clips and {self.count} prompts."
+            )
+        return rows, by_attribute, left_out
+
+    def _compute(self) -> dict[str, Any]:
+        def job(name: str, part: dict[str, Any]) -> compute.TrainingCost:
+            trained = part["training"]
+            return compute.TrainingCost(name, trained["steps"], trained["batch"], trained["flops_per_sample"])
+
+        experts = [
+            job(f"expert {k}", part) for k, part in ensemble_manifest.expert_manifests(self.run.ensemble).items()
+        ]
+        monolith, router = (job(r.name, manifest.read(self.run.export(r), "part")) for r in (MONOLITH, ROUTER))
+        return compute.identity(experts, monolith, router)
+
+    def _protocol(self) -> dict[str, Any]:
+        sampling, settings = self.experiment.sampling, self.experiment.evaluation
+        card = read_card()
+        detail = "".join(f", {name} = {value}" for name, value in self.routing.items() if name != "routing")
+        shape = " x ".join(map(str, heldout.decode(self.ensemble, self.prompts.latents[:1]).shape[1:4]))
+        bins = settings.loss_times
+        return {
+            "prompts": self.count,
+            "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
+            + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
+            "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
+            "noise": f"seed {settings.seed}; prompt i starts from the same noise in both arms",
+            "solver": f"{sampling.solver}, {sampling.steps} steps, time shift {self.ensemble.shift:g}",
+            "guidance": f"{sampling.guidance:g}, inside the merge, with the same weights for both branches",
+            "routing": f"{sampling.routing}{detail}",
+            "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
+            f"noise and times from (seed {settings.seed}, clip id)",
+            "Frechet distance": f"{self.count} videos an arm, {self.count} other held-out clips; "
+            f"{card['features']} features of the shapes judge; not FVD",
+            "judge": f"trained on {card['training_clips']:,} shapes; reads all attributes of "
+            f"{card['accuracy']['all']:.1%} of fresh clips right ({card['command']})",
+            "intervals": "95 %, normal; jackknife over 16 groups of clips for the Frechet distance",
+            "device": jax.devices()[0].device_kind,
+            "versions": manifest.versions(),
+        }

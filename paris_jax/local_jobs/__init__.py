@@ -1,0 +1,1 @@
+"""Training jobs side by side on the devices of this machine."""

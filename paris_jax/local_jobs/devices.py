@@ -1,0 +1,121 @@
+"""The devices of this machine, cut into groups: one for each role that trains at the same time; and its memory."""
+
+import ctypes
+import dataclasses
+import glob
+import os
+import shutil
+import subprocess
+
+from paris_jax.errors import UserError
+
+KINDS = "auto, cpu, cpu:0,1, gpu:0,1 or tpu:0,1,2,3"
+# How libtpu names the chips of one process: x, y, z extents for each count that tiles a host.
+TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices that processes may be given: of kind "gpu", "tpu" or "cpu" (its cores), by number.
+
+    Without numbers it is the whole machine.
+    """
+
+    kind: str
+    numbers: tuple[str, ...] = ()
+
+    def groups(self, num_roles: int) -> list["Devices"]:
+        """Disjoint groups of one size, at most one for each role."""
+        if not self.numbers:
+            return [self]
+        size = max(1, len(self.numbers) // max(1, num_roles))
+        if self.kind != "cpu":  # a power of two, so that it divides a batch
+            size = max(s for s in TPU_BOUNDS if s <= size)
+        count = max(1, min(num_roles, len(self.numbers) // size))
+        return [dataclasses.replace(self, numbers=self.numbers[i * size : (i + 1) * size]) for i in range(count)]
+
+    def environment(self) -> dict[str, str]:
+        """What makes a process see these devices only."""
+        if self.kind == "gpu":
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.numbers)}
+        if self.kind == "tpu":
+            return {
+                "TPU_VISIBLE_CHIPS": ",".join(self.numbers),
+                "TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS[len(self.numbers)],
+                "TPU_PROCESS_BOUNDS": "1,1,1",
+            }
+        return {"JAX_PLATFORMS": "cpu"}
+
+    def pin(self) -> None:
+        """Keeps the calling thread, and every process that it starts, on these cores."""
+        if self.kind == "cpu" and self.numbers:
+            os.sched_setaffinity(0, [int(n) for n in self.numbers])
+
+    def __str__(self) -> str:
+        """As a person would type it in front of a command."""
+        words = [f"{name}={value}" for name, value in self.environment().items()]
+        pinned = ["taskset", "-c", ",".join(self.numbers)] if self.kind == "cpu" and self.numbers else []
+        return " ".join([*words, *pinned])
+
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> None:
+    """Makes this process reuse the memory it frees instead of giving it back to the system, where glibc can be told to.
+
+    On a CPU, XLA asks for a step's temporary memory at every step. Given back each time, its pages are faulted in and
+    cleared again each time: a third of a training step of the shapes' network.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
+def find_devices(asked: str) -> Devices:
+    """Reads `--devices`: "auto" is all accelerators there are or, where there is none, the cores of the CPU."""
+    kind, _, listed = asked.partition(":")
+    numbers = tuple(listed.split(","))
+    if kind in ("cpu", "gpu", "tpu") and listed:
+        if not all(n.isdigit() for n in numbers) or len(set(numbers)) < len(numbers):
+            raise UserError(f"--devices={asked}: must name different devices by number, as in {kind}:0,1")
+        if kind == "cpu" and not set(numbers) <= set(_cores()):
+            raise UserError(
+                f"--devices={asked}: the cores that may be used here are {','.join(_cores()) or 'not known'}"
+            )
+        return Devices(kind, numbers)
+    if asked not in ("auto", "cpu"):
+        raise UserError(f"--devices={asked}: must be {KINDS}")
+    wanted = os.environ.get("JAX_PLATFORMS", "") if asked == "auto" else "cpu"
+    if not wanted.startswith("cpu"):
+        if found := _gpus():
+            return Devices("gpu", found)
+        if found := _tpus():
+            return Devices("tpu", found)
+    return Devices("cpu", _cores())
+
+
+def _cores() -> tuple[str, ...]:
+    """The cores that this process may use; none where they cannot be known or given out (not Linux)."""
+    return tuple(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def _gpus() -> tuple[str, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    else:
+        count = len(glob.glob("/dev/nvidia[0-9]*"))
+    if count and visible is not None:
+        return tuple(n.strip() for n in visible.split(",") if n.strip())
+    return tuple(map(str, range(count)))
+
+
+def _tpus() -> tuple[str, ...]:
+    chips = glob.glob("/dev/accel[0-9]*") or (
+        glob.glob("/dev/vfio/[0-9]*") if os.environ.get("TPU_ACCELERATOR_TYPE") else []
+    )
+    return tuple(map(str, range(len(chips))))

@@ -1,0 +1,1 @@
+"""What a job needs before it is paid for: topologies, memory, time."""

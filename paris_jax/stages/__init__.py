@@ -1,1 +1,0 @@
-"""One file per command: each reads a run folder, calls the rooms below, and writes a run folder."""

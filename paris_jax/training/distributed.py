@@ -1,0 +1,233 @@
+"""Processes of one job: joining them, agreeing on a step, stopping on SIGTERM, detecting lost devices."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from paris_jax.errors import Preempted, UserError
+
+logger = logging.getLogger(__name__)
+SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": join whatever else is set; "0": never; not set: as `why_join` finds
+TIMEOUT = 300  # seconds
+FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+# What is said when another process of the job is gone, and what XLA says of a device that is.
+GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
+LOST = re.compile(r"^(UNAVAILABLE|DATA_LOSS)|CUDA_ERROR(?!_OUT_OF_MEMORY)|device lost|NCCL")
+
+
+def join_reason(environment: Mapping[str, str]) -> str:
+    """What says that this process is one of several of its job, or "" where nothing does."""
+    switch = environment.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise UserError(f"{SWITCH}={switch}: must be 1 (join the other processes), 0 (do not) or not set")
+    if switch:
+        return f"{SWITCH}=1" if switch == "1" else ""
+    if address := environment.get("JAX_COORDINATOR_ADDRESS"):
+        return f"JAX_COORDINATOR_ADDRESS={address}"
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (tasks := _number(environment, name) or 1) > 1:
+            return f"{name}={tasks}"
+    hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]
+    return f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts" if len(hosts) > 1 else ""
+
+
+def with_flags(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment, with what the flags `coordinator`, `num_processes` and `process_id` say put in its place."""
+    given = {name: flags[flag] for flag, name in FLAGS.items() if flags[flag] is not None}
+    missing = [f"--{flag}" for flag, name in FLAGS.items() if name not in given]
+    if given and missing:
+        raise UserError(f"{' and '.join(missing)} must be given, too: the three flags together say who is in this job")
+    return {**environment, **{name: str(value) for name, value in given.items()}}
+
+
+def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
+    """Joins the other processes of this job through jax.distributed where there are several; otherwise does nothing.
+
+    With JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which one this is;
+    on SLURM, Cloud TPU and Open MPI 4 JAX finds all three. Open MPI 5 says all but the address.
+
+    Args:
+      environment: of this process, or what stands in for it.
+      timeout: seconds to wait for the coordinator, and then for the other processes.
+
+    Raises:
+      Refused: the coordinator does not answer, not all processes come to it, or what is set does not say which
+        process this is.
+    """
+    why = join_reason(environment)
+    if not why:
+        return
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    count, number = (_number(environment, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    own_devices = None
+    if address and count is None and number is None and environment.get("OMPI_COMM_WORLD_SIZE"):
+        ranks = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+        count, number, own_devices = (_number(environment, name) for name in ranks)  # a process a device
+    where = address or "the address that JAX finds"
+    logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
+    if not address:
+        logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # names it
+    if address and number:
+        _wait_for_coordinator(address, timeout)
+    import jax
+
+    until = time.monotonic() + timeout
+
+    def join() -> None:  # when its own time is over, JAX ends the process with a stack trace: ours is over before
+        jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout + 60)
+
+    def look() -> None:
+        if time.monotonic() > until:
+            there = address or "the address that JAX found (above)"
+            raise UserError(
+                f"Not all{f' {count}' if count else ''} processes of this job came to {there} within {timeout} "
+                f"seconds; start those that are missing, see that their hosts can reach it, or set {SWITCH}=0 to run "
+                "this process alone"
+            )
+
+    try:
+        interruptible("joining", join, look)
+    except (RuntimeError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The processes of this job cannot be joined at {where} (asked for by {why}): {said}; set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or give --coordinator, --num_processes and "
+            f"--process_id), or {SWITCH}=0 to run this process alone"
+        ) from error
+    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that a device is gone or, in a job of several processes, that one of them is."""
+    import jax
+
+    said = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(said):
+        return True
+    return jax.process_count() > 1 and getattr(error, "filename", None) is None and bool(GONE.search(said))
+
+
+def minimum_over_processes(value: int) -> int:
+    """The smallest value that any process of this job has, which all of them call this to learn."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).min())
+
+
+def _wait_for_coordinator(address: str, timeout: int) -> None:
+    """Waits until something listens at the coordinator's address."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: must be host:port of process 0, such as 10.0.0.1:1234")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(1.0, until - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"The coordinator at {address} did not answer within {timeout} seconds "
+                    f"({error.strerror or error}); start process 0 there, see that this host can reach it, or set "
+                    f"{SWITCH}=0 to run this process alone"
+                ) from error
+        time.sleep(min(1.0, timeout / 10))
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    if not text:
+        return None
+    if not text.isdigit():
+        raise UserError(f"{name}={text}: must be a whole number")
+    return int(text)
+
+
+class StopRequest:
+    """SIGTERM: finish the step, save, and leave with exit code 75; processes of one job agree on the step."""
+
+    def __init__(self):
+        self._asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        # Joined processes are told by jax.distributed, which listens to the signal from the moment it is set up.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before making update `step`; to be called at every step."""
+        return self._asked or multihost_utils.reached_preemption_sync_point(step)
+
+    def compiled(self, name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """The compiled step of a job, which takes minutes for a large network.
+
+        Raises:
+          Preempted: asked to stop meanwhile. Nothing has been trained that had to be saved; the compiler's thread goes
+            on until the process ends. Processes of one job agree on a step once all have compiled.
+        """
+        began = time.perf_counter()
+        logger.info("%s: compiling its step", name)
+
+        def look() -> None:
+            if self._asked:
+                raise Preempted(f"{name} was asked to stop while its step was compiled, with nothing new to save")
+
+        compiled = interruptible("compiling", lowered.compile, look)
+        logger.info("%s: compiled in %.1f s", name, time.perf_counter() - began)
+        return compiled
+
+    def __exit__(self, *_: Any) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+POLL_SECONDS = 0.2  # seconds
+_ABANDONED = "paris_jax, not interruptible: "
+
+
+def interruptible(what: str, work: Callable[[], Any], look: Callable[[], None]) -> Any:
+    """What `work()` returns or raises; handlers of signals run meanwhile, and `look()` every fifth of a second.
+
+    What these raise leaves the work where it is, in its thread: it goes on until the process ends.
+    """
+    made: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=_ABANDONED + what, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if thread.is_alive():
+            look()
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
+def has_abandoned_work() -> bool:
+    """Whether work was left: the end of the process would wait for it, or take its memory from it."""
+    return any(thread.name.startswith(_ABANDONED) for thread in threading.enumerate())

@@ -1,0 +1,145 @@
+"""A training job: which network, on which data, with which settings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.config.experiment import Experiment
+from paris_jax.config.training import MaskSettings, TrainingSettings
+from paris_jax.data.loader import training_batches
+from paris_jax.diffusion import timesteps
+from paris_jax.encoders import text as texts
+from paris_jax.errors import UserError
+from paris_jax.models import flops, functional
+from paris_jax.models.dit import PATCH
+from paris_jax.training.losses import TimestepSampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One network to train on one slice."""
+
+    name: str  # for people: "expert 0"
+    folder: epath.Path  # where checkpoints and metrics go
+    config: functional.Config
+    settings: TrainingSettings
+    steps: int
+    time_law: TimestepSampler
+    latent_shape: tuple[int, int, int, int]  # (T, H, W, C) of one sample
+    text_length: int  # tokens of the longest caption; shorter ones are padded
+    masks: MaskSettings = MaskSettings()  # which frames are given
+    null: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # no text, where it is not zeros
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Of a training step, without recomputation."""
+        return flops.training_flops(self.config, self.latent_shape, self.text_length)
+
+    @property
+    def padded_text_length(self) -> int:
+        """`text_length`, or a few more tokens of padding where a split over `sequence` needs them."""
+        return self.text_length + -self.text_length % self.settings.sequence
+
+
+def check_role(experiment: Experiment, role: Role) -> None:
+    clusters = experiment.partition.num_clusters
+    if role.kind == "expert":
+        if role.cluster is None:
+            raise UserError(f"--role=expert needs --cluster=K, from 0 to {clusters - 1}")
+        if not 0 <= role.cluster < clusters:
+            raise UserError(f"--cluster={role.cluster}: this experiment has clusters 0 to {clusters - 1}")
+    elif role.cluster is not None:
+        raise UserError(f"--cluster={role.cluster} goes with --role=expert only; leave it out for --role={role.kind}")
+
+
+def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[Any]:
+    """The folders a role learns from: an expert's own cluster, or all of them."""
+    wanted = range(experiment.partition.num_clusters) if role.cluster is None else [role.cluster]
+    return [run.cluster(k) for k in wanted]
+
+
+def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[str, Any]:
+    """A cluster folder's manifest; refuses one that is missing, damaged or of another config."""
+    if not manifest.exists(folder):
+        raise UserError(f"{folder} is not there yet; run 'paris-jax cluster --config=... --workdir={run}' first")
+    found = manifest.read(folder, "cluster")
+    if found["config_hash"] != experiment.data_hash:
+        raise UserError(
+            f"{folder} was made with other data, codec, text, features or partition; cluster again in a new --workdir, "
+            "or use the config that made it"
+        )
+    return found
+
+
+def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, int], Any]:
+    """Makes the data iterator of one of so many equal parts of a job's batches (`loop.train`)."""
+    settings = job.settings
+
+    def batches(part: int, parts: int) -> Any:
+        return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
+
+    return batches
+
+
+def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
+    """The job of a role on prepared data, described by a cluster's manifest."""
+    T, H, W, C = data["latent"]["shape"]
+    dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
+    widths = texts.described_widths(data["text"])
+    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+
+
+def job_of(
+    experiment: Experiment,
+    folder: epath.Path,
+    role: Role,
+    latent_shape: tuple[int, int, int, int],
+    text_widths: tuple[int, int],
+    text_length: int,
+    dtype: str,
+) -> Job:
+    """The job of a role on latents and text of these sizes, computing in `dtype`."""
+    settings, shift = experiment.settings_of(role.kind), timestep_shift(experiment, latent_shape)
+    given = {
+        "channels": latent_shape[-1],
+        "pooled_width": text_widths[1],
+        "dtype": dtype,
+        "remat": experiment.network.remat,
+        "kept_frames": bool(experiment.masks.kinds),
+    }
+    if role.kind == "router":
+        config = functional.router_config(experiment.router, clusters=experiment.partition.num_clusters, **given)
+    else:
+        given |= {"text_width": text_widths[0], "predicts": settings.objective}
+        config = functional.network_config(experiment.network, **given)
+    law = TimestepSampler(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
+    steps = experiment.steps(role.kind)
+    return Job(role.name, folder, config, settings, steps, law, latent_shape, text_length, experiment.masks)
+
+
+def timestep_shift(experiment: Experiment, latent_shape: Any) -> float:
+    """The shift of times, given or by Open-Sora 2.0's rule: the same in training and sampling."""
+    T, H, W, _ = latent_shape
+    return experiment.diffusion.shift or timesteps.open_sora_shift((H // PATCH) * (W // PATCH), T)
+
+
+def compute_dtype(name: str, platform: str) -> str:
+    """ "auto" is float32 on CPUs and bfloat16 on everything else."""
+    if name != "auto":
+        return name
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def describe(job: Job, clips: int) -> str:
+    work = job.steps * job.settings.batch * job.flops_per_sample
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
+    return (
+        f"{functional.count(job.config) / 1e6:.2f}M parameters, {clips} clips, "
+        f"{job.steps} steps of {job.settings.batch}, {work / 1e12:.3g} TFLOP on {device}"
+    )

@@ -1,0 +1,74 @@
+"""Per-sample training losses: timesteps, noise, text dropout, conditioning frames, and the loss of each role."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paris_jax.config.training import MaskSettings, TrainingSettings
+from paris_jax.diffusion import cond_masks, losses, path, randomness, timesteps
+from paris_jax.models import functional
+
+TIME_BINS = 8
+MASK_KEY = 3  # folded into a sample's key for what frames it is given: another number than the splits that follow
+Batch = dict[str, jax.Array]
+Losses = Callable[[functional.Params, Batch, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimestepSampler:
+    """The law of training times: sigmoid(normal(mean, std)) or uniform, then shifted."""
+
+    kind: str
+    mean: float
+    std: float
+    shift: float
+
+    def draw(self, keys_B: jax.Array) -> jax.Array:
+        if self.kind == "uniform":
+            return timesteps.shift(jax.vmap(jax.random.uniform)(keys_B), self.shift)
+        return timesteps.logit_normal(randomness.normal(keys_B, ()), self.mean, self.std, self.shift)
+
+
+def drop_text(
+    batch: Batch, keys_B: jax.Array, settings: TrainingSettings, null: Mapping[str, np.ndarray] | None = None
+) -> Batch:
+    """Replaces the token sequence and, independently, the pooled vector of some samples by "no text".
+
+    That is zeros, or what `null` holds: tokens (L, X) and pooled (P,).
+    """
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    keep_tokens, keep_pooled = chance[:, 0] >= settings.drop_tokens, chance[:, 1] >= settings.drop_pooled
+    tokens, pooled, length = jnp.zeros(()), jnp.zeros(()), 1
+    if null:
+        length, more = len(null["tokens"]), batch["tokens"].shape[1] - len(null["tokens"])
+        tokens = jnp.pad(jnp.asarray(null["tokens"], jnp.float32), ((0, more), (0, 0)))
+        pooled = jnp.asarray(null["pooled"], jnp.float32)
+    return batch | {
+        "tokens": jnp.where(keep_tokens[:, None, None], batch["tokens"], tokens),
+        "length": jnp.where(keep_tokens, batch["length"], length),
+        "pooled": jnp.where(keep_pooled[:, None], batch["pooled"], pooled),
+    }
+
+
+def expert_losses(config: Any, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+    """Flow-matching loss of each sample, or DDPM's where the network predicts noise, (B,)."""
+    told = batch["tokens"], batch["length"], batch["pooled"], batch.get("kept")
+    objective = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.predicts]
+    return objective(lambda x, t: functional.apply(config, params, x, t, *told), x_0, noise, t_B)
+
+
+def router_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+    """Cross-entropy of each sample's cluster given its noised latent, (B,)."""
+    told = batch["pooled"], batch.get("kept")
+    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, *told)
+    return losses.cross_entropy(logits, batch["cluster"])
+
+
+def add_cond_frames(batch: Batch, keys_B: jax.Array, drawn: MaskSettings) -> Batch:
+    """Adds the frames of each sample that the network is given."""
+    x_0 = batch["latent"]
+    return batch | {"kept": cond_masks.cond_input(x_0, cond_masks.draw(keys_B, drawn.weights, x_0.shape[1]))}

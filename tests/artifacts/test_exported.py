@@ -1,0 +1,202 @@
+"""Admission: any altered, missing, extra or non-finite file is refused by name, and parts must belong together."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from paris_jax.artifacts import ensemble_manifest, exported, manifest
+from paris_jax.artifacts.run_folder import Role
+from paris_jax.commands.assemble import assemble
+from paris_jax.errors import UserError
+
+EXPERT = Role("expert", 1)
+
+
+@pytest.fixture
+def run(finished):
+    """A trained run folder that may be damaged."""
+    return finished
+
+
+def rewrite(folder: Path, change):
+    """Replaces the weights by changed ones, with a manifest that agrees: what a hostile maker would send."""
+    arrays = change(dict(safetensors.numpy.load_file(folder / exported.WEIGHTS)))
+    safetensors.numpy.save_file(arrays, folder / exported.WEIGHTS)
+    edit_manifest(folder, lambda m: m["files"][exported.WEIGHTS].update(promise(folder / exported.WEIGHTS)))
+
+
+def promise(path: Path):
+    return {"bytes": path.stat().st_size, "sha256": manifest.hash_file(path)}
+
+
+def edit_manifest(folder: Path, change):
+    path = Path(folder) / manifest.FILE_NAME
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_flipped_bit_is_refused(run):
+    weights = Path(run.export(EXPERT)) / exported.WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"experts/1/export/model.safetensors was altered"):
+        ensemble_manifest.read(run.ensemble)
+
+
+def test_a_cut_file_is_refused(run):
+    weights = Path(run.export(EXPERT)) / exported.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model.safetensors has \d+ bytes where its manifest promises"):
+        ensemble_manifest.read(run.ensemble)
+
+
+@pytest.mark.parametrize("name", [exported.WEIGHTS, manifest.FILE_NAME])
+def test_a_missing_file_is_refused(name, run):
+    (Path(run.export(EXPERT)) / name).unlink()
+    with pytest.raises(UserError, match=name):
+        ensemble_manifest.read(run.ensemble)
+
+
+def test_an_extra_file_is_refused(run):
+    (Path(run.export(EXPERT)) / "more.py").write_text("print('run me')")
+    with pytest.raises(UserError, match=r"more.py, which its manifest does not promise"):
+        ensemble_manifest.read(run.ensemble)
+
+
+def with_first(change):
+    def changed(arrays):
+        name = sorted(arrays)[0]
+        return arrays | change(name, arrays[name])
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (with_first(lambda name, a: {name: np.full_like(a, np.nan)}), "not finite"),
+        (with_first(lambda name, a: {name: np.full_like(a, np.inf)}), "not finite"),
+        (with_first(lambda name, a: {name: a[:-1].copy()}), "has shape"),
+        (with_first(lambda name, a: {name: a.astype(np.float64)}), "has dtype float64"),
+        (with_first(lambda name, a: {"smuggled": a}), "smuggled is extra"),
+        (lambda arrays: dict(list(arrays.items())[1:]), "is missing"),
+    ],
+    ids=["nan", "infinite", "shape", "dtype", "extra", "missing"],
+)
+def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told, run):
+    rewrite(Path(run.export(EXPERT)), change)
+    with pytest.raises(UserError, match=f"experts/1/export/model.safetensors is refused: .*{told}"):
+        exported.read(run.export(EXPERT))
+
+
+@pytest.mark.parametrize(
+    "what, change, told",
+    [
+        ("part", lambda m: m.pop("files"), r"experts/1/export/manifest.json lacks files"),
+        ("part", lambda m: m.pop("network"), r"experts/1/export/manifest.json lacks network"),
+        ("part", lambda m: m["network"].update(hidden="x"), r"describes a network that cannot be"),
+        ("part", lambda m: m["network"].update(heads=0), r"describes a network that cannot be"),
+        ("part", lambda m: m["network"].pop("heads"), r"describes a network that cannot be \(.*heads"),
+        ("ensemble", lambda m: m.pop("experts"), r"ensemble/manifest.json lacks experts"),
+        ("ensemble", lambda m: m.pop("sampling"), r"ensemble/manifest.json lacks sampling"),
+    ],
+)
+def test_an_altered_manifest_is_refused_by_what_is_wrong_with_it(what, change, told, run):
+    edit_manifest(run.export(EXPERT) if what == "part" else run.ensemble, change)
+    with pytest.raises(UserError, match=told):
+        ensemble_manifest.read(run.ensemble)
+
+
+def test_every_problem_is_told_at_once(run):
+    rewrite(Path(run.export(EXPERT)), lambda arrays: {name: a * np.nan for name, a in arrays.items()})
+    with pytest.raises(UserError, match=r"and \d+ more"):
+        exported.read(run.export(EXPERT))
+
+
+def test_a_part_exchanged_after_admission_is_refused(run):
+    edit_manifest(Path(run.export(EXPERT)), lambda m: m.update(note="retrained"))
+    with pytest.raises(UserError, match="not the part that was admitted"):
+        ensemble_manifest.read(run.ensemble)
+
+
+@pytest.mark.parametrize("field", ["latent", "text", "codec", "clusters", "fps"])
+def test_a_part_of_another_space_is_refused_naming_the_field(field, run, micro):
+    edit_manifest(Path(run.export(EXPERT)), lambda m: m.update({field: "another"}))
+    with pytest.raises(UserError, match=f"does not belong with .* its {field} is 'another'"):
+        assemble(micro, run)
+
+
+def test_an_expert_in_another_ones_place_is_refused(run, micro):
+    shutil.rmtree(run.export(EXPERT))
+    shutil.copytree(run.export(Role("expert", 2)), run.export(EXPERT))
+    with pytest.raises(UserError, match="is the expert of cluster 2, not of cluster 1"):
+        assemble(micro, run)
+
+
+def test_a_missing_expert_is_refused_unless_allowed(run, micro):
+    shutil.rmtree(run.role(EXPERT))
+    with pytest.raises(
+        UserError, match=r"Expert 1 is not trained: run 'paris-jax train .*--cluster=1'.*--allow_missing"
+    ):
+        assemble(micro, run)
+    assemble(micro, run, allow_missing=True)
+    assert sorted(ensemble_manifest.read(run.ensemble).experts) == [0, 2]
+
+
+def test_a_missing_router_is_refused(run, micro):
+    shutil.rmtree(run.role(Role("router")))
+    with pytest.raises(UserError, match=r"router is not trained.*--role=router"):
+        assemble(micro, run)
+
+
+def test_a_run_folder_of_another_config_is_refused(run, micro):
+    other = dataclasses.replace(micro, training=dataclasses.replace(micro.training, seed=1))
+    with pytest.raises(UserError, match=r"made with another config \(different: training.seed\)"):
+        assemble(other, run)
+
+
+def test_a_part_trained_with_another_config_is_refused(run, micro):
+    edit_manifest(run.export(EXPERT), lambda m: m.update(config_hash="0" * 64))
+    with pytest.raises(UserError, match=r"experts/1/export was trained with another config than .*config.json"):
+        assemble(micro, run)
+
+
+def test_parts_with_another_shift_of_times_do_not_belong_together(run, micro):
+    edit_manifest(run.export(EXPERT), lambda m: m.update(shift=3.0))
+    with pytest.raises(UserError, match=r"its shift is (3.0 instead of 2.0|2.0 instead of 3.0)"):
+        assemble(micro, run)
+
+
+def test_an_ensemble_that_is_not_there_is_refused_with_the_way_to_make_it(tmp_path):
+    with pytest.raises(UserError, match=r"no ensemble at .*; make it with 'paris-jax assemble"):
+        ensemble_manifest.read(tmp_path / "ensemble")
+
+
+def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog):
+    before = (Path(run.ensemble) / manifest.FILE_NAME).read_bytes()
+    with caplog.at_level("INFO"):
+        assemble(micro, run)
+    assert "was assembled already" in caplog.text
+    assert (Path(run.ensemble) / manifest.FILE_NAME).read_bytes() == before
+
+
+def test_half_precision_parts_are_read_back_to_their_rounding(run, tmp_path):
+    part = exported.read(run.export(EXPERT))
+    content = {k: part.manifest[k] for k in manifest.REQUIRED["part"] if k != "network"}
+    exported.write(tmp_path / "half", part.config, part.params, "", "bfloat16", **content)
+    read = exported.read(tmp_path / "half").params["video_in"]["kernel"]
+    expected = part.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_an_unknown_bundled_ensemble_is_refused():
+    with pytest.raises(UserError, match="no ensemble 'bundled:nothing'"):
+        ensemble_manifest.read("bundled:nothing")

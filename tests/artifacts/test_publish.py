@@ -1,0 +1,112 @@
+"""An ensemble as one folder: whole without its run, read from a hub's cache too, and refused where it cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from paris_jax import Ensemble, cli
+from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts import publish as stage
+from paris_jax.artifacts.publish import publish
+from paris_jax.artifacts.run_folder import Role
+from paris_jax.commands.sample import _default_paths
+from paris_jax.errors import UserError
+
+PROMPT = "a small red circle moving left slowly on a white ground"
+
+
+def drawn(path):
+    return np.asarray(Ensemble.load(path).sample(PROMPT, num_steps=2).videos)
+
+
+def as_a_hub_keeps_it(folder: Path, cache: Path) -> Path:
+    """The folder as snapshots of links to blobs, with the files that a hub adds."""
+    snapshot, blobs = cache / "snapshots" / "0a1b", cache / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / str(number))
+        link.symlink_to(blobs / str(number))
+    (snapshot / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    return snapshot
+
+
+def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
+    expected, weights = drawn(finished.ensemble), (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes()
+    assert cli.run(["export", f"--ensemble={finished.ensemble}", f"--out={tmp_path}/published"]) == 0
+    shutil.rmtree(finished.path)
+    snapshot = as_a_hub_keeps_it(tmp_path / "published", tmp_path / "cache")
+    shutil.rmtree(tmp_path / "published")
+    np.testing.assert_array_equal(drawn(snapshot), expected)
+    (snapshot.parent / "config.json").write_text('{"model_type": "of somebody else"}')
+    assert _default_paths(str(snapshot), "a ball", 0)[0] == epath.Path("samples/a-ball-seed0.mp4")  # not in the cache
+    assert (snapshot / "experts" / "1" / exported.WEIGHTS).read_bytes() == weights
+    card = (snapshot / stage.CARD).read_text()
+    for k in range(3):
+        trained = json.loads((snapshot / "experts" / str(k) / manifest.FILE_NAME).read_text())
+        steps = trained["training"]["steps"]
+        assert f"| expert {k} | {trained['parameters'] / 1e6:.2f}M | velocity | {steps} steps of" in card
+    assert "codec `pixels`" in card
+
+
+def test_a_copy_that_was_cut_short_is_made_again(finished, tmp_path, monkeypatch):
+    out = tmp_path / "published"
+    monkeypatch.setattr(stage, "card", lambda found: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(finished.ensemble, out)
+    assert not manifest.exists(out)
+    (out / "experts" / "0" / exported.WEIGHTS).write_bytes(b"half")
+    monkeypatch.undo()
+    publish(finished.ensemble, out)
+    np.testing.assert_array_equal(drawn(out), drawn(finished.ensemble))
+
+
+def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_path):
+    publish("bundled:shapes", tmp_path / "a")
+    publish(tmp_path / "a", tmp_path / "b")
+    for name in ("manifest.json", "README.md", "router/model.safetensors", "experts/2/manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert manifest.read(tmp_path / "b", "ensemble")["made"]["licence"] == "Apache-2.0"
+
+
+def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"mine holds diary.txt, which is no part of this; choose another --out"):
+        publish(finished.ensemble, tmp_path / "mine")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"page holds README.md, which is no part of this; choose another --out"):
+        publish(finished.ensemble, tmp_path / "page")
+    with pytest.raises(UserError, match=r"diary.txt is a file; choose another --out"):
+        publish(finished.ensemble, tmp_path / "mine" / "diary.txt")
+    with pytest.raises(UserError, match="is a single network, whose folder holds all of it"):
+        publish(finished.export(Role("monolith")), tmp_path / "x")
+    with pytest.raises(UserError, match="ensemble holds something finished already"):
+        publish(finished.ensemble, finished.ensemble)
+    (finished.export(Role("expert", 1)) / exported.WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match=r"experts/1/export/model.safetensors has 0 bytes"):
+        publish(finished.ensemble, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ensemble=bundled:shapes"], "--out is missing"),
+        (["--ensemble=bundled:shapes", "--out=x", "--layout=bfl"], "--layout is for a single network"),
+        (["--ensemble=bundled:shapes", "--out=x", "--part=y"], "--part is for a single network"),
+        (["--ensemble=bundled:shapes", "--out=/proc/nothing/x"], "(No such file or directory); free some space"),
+        (["--ensemble=nowhere", "--out=x"], "There is no ensemble at nowhere"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["export", *flags]) == 1
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,226 @@
+"""Clips to clusters: complete or not there, the same however often it was killed, and refused in one clear sentence."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.clustering.build import cluster
+from paris_jax.clustering.clusters import Clustering
+from paris_jax.config import experiment as experiments
+from paris_jax.config import sections
+from paris_jax.config.training import TrainingSettings
+from paris_jax.data import records
+from paris_jax.errors import UserError
+
+WORLDS = ("flat", "textured", "digits")
+SHARES = (0.5, 0.3, 0.2)
+
+
+def experiment(batch: int = 8, heldout: float = 0.2, **partition) -> experiments.Experiment:
+    settings = {"restarts": 2, **partition}
+    return experiments.Experiment(
+        data=sections.DataSettings(heldout_fraction=heldout),
+        partition=sections.ClusteringSettings(**settings),
+        training=TrainingSettings(batch=batch),
+    )
+
+
+def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120, order: int | None = None) -> RunFolder:
+    """A run folder with clips of three worlds that their features tell apart, in two shards."""
+    rng = np.random.default_rng(0)
+    clips = []
+    for i in range(num_clips):
+        world = rng.choice(3, p=SHARES)
+        clips.append(
+            records.Record(
+                id=f"clip-{i:04d}",
+                latent=rng.normal(size=(2, 4, 4, 3)).astype(np.float16),
+                tokens=rng.normal(size=(3, 8)).astype(np.float16),
+                pooled=rng.normal(size=8).astype(np.float16),
+                feature=(10 * np.eye(3, 6)[world] + rng.normal(size=6)).astype(np.float32),
+                caption=f"a thing of the {WORLDS[world]} world",
+                attributes={"world": WORLDS[world]},
+            )
+        )
+    if order is not None:
+        clips = [clips[i] for i in np.random.default_rng(order).permutation(num_clips)]
+    run = RunFolder(path)
+    run.claim(made_for.to_dict(), made_for.hash)
+    half = num_clips // 2
+    names = [records.shard_name("data", n, 2) for n in range(2)]
+    records.write_shard(run.data / names[0], clips[:half])
+    records.write_shard(run.data / names[1], clips[half:])
+    contract = dict.fromkeys(records.CONTRACT, "as prepared")
+    manifest.write(run.data, "data", names, made_for.data_hash, clips=num_clips, **contract)
+    return run
+
+
+def files(folder) -> dict[str, bytes]:
+    root = Path(folder)
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def partitioned(tmp_path_factory) -> RunFolder:
+    run = prepared(tmp_path_factory.mktemp("run"), experiment())
+    cluster(experiment(), run)
+    return run
+
+
+def test_every_clip_is_held_out_or_in_one_cluster(partitioned):
+    assignment = manifest.read_json(partitioned.partition / "assignment.json")
+    assert len(assignment["clusters"] | assignment["heldout"]) == 120
+    assert not assignment["clusters"].keys() & assignment["heldout"].keys()
+    for k in range(3):
+        found = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
+        assert found == {name: k for name, c in assignment["clusters"].items() if c == k}
+    assert {r.id: r.cluster for r in records.read_records(partitioned.heldout)} == assignment["heldout"]
+
+
+def test_clusters_are_the_worlds_also_for_held_out_clips(partitioned):
+    report = manifest.read_json(partitioned.partition / "report.json")
+    assert report["purity"]["world"] == 1.0
+    assert sum(c["heldout"] for c in report["clusters"]) == report["heldout"] > 0
+    for folder in (partitioned.heldout, *(partitioned.cluster(k) for k in range(3))):
+        for record in records.read_records(folder):
+            assert record.attributes["world"] == WORLDS[record.cluster]
+
+
+def test_folders_carry_what_a_job_needs(partitioned):
+    for k in range(3):
+        found = manifest.read(partitioned.cluster(k), "cluster", verify=True)
+        assert found["cluster"] == k
+        assert found["clips"] == len(records.read_records(partitioned.cluster(k)))
+        assert records.data_contract(found) == dict.fromkeys(records.CONTRACT, "as prepared")
+    whole = manifest.read(partitioned.partition, "partition", verify=True)
+    assert sum(whole["sizes"]) + whole["heldout"] == 120
+    # Held-out clips are of another kind, so that nothing trains on them by mistake.
+    with pytest.raises(UserError, match="'heldout'"):
+        manifest.read(partitioned.heldout, "cluster")
+
+
+def test_saved_centroids_assign_as_the_stage_did(partitioned):
+    partition = Clustering.from_bytes((partitioned.partition / "centroids.safetensors").read_bytes())
+    for record in records.read_records([partitioned.cluster(0), partitioned.cluster(2), partitioned.heldout]):
+        assert partition.assign(record.feature[None])[0] == record.cluster
+
+
+def test_the_order_of_clips_changes_nothing(partitioned, tmp_path):
+    run = prepared(tmp_path, experiment(), order=1)
+    cluster(experiment(), run)
+    assert files(run.partition) == files(partitioned.partition)
+
+
+def test_running_again_does_nothing(partitioned):
+    before = {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")}
+    cluster(experiment(), partitioned)
+    assert {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")} == before
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_build as tests
+from paris_jax.clustering.build import manifest, records
+
+def kill_at(module, name, count):
+    original, calls = getattr(module, name), []
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(module, name, wrapped)
+
+kill_at({module}, {name!r}, {count})
+tests.cluster(tests.experiment(), tests.RunFolder({run!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "count"),
+    [
+        ("records", "encode_record", 40),  # in the middle of a cluster's shard
+        ("manifest", "write", 3),  # a cluster's shards are there, its manifest is not
+        ("manifest", "write", 5),  # only the partition's manifest is missing
+    ],
+)
+def test_a_killed_run_leaves_nothing_half_done_and_goes_on(partitioned, tmp_path, module, name, count):
+    run = prepared(tmp_path, experiment())
+    script = KILL.format(tests=str(Path(__file__).parent), module=module, name=name, count=count, run=str(run))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+
+    assert not manifest.exists(run.partition)
+    for k in range(3):
+        if manifest.exists(run.cluster(k)):
+            manifest.read(run.cluster(k), "cluster", verify=True)
+    cluster(experiment(), run)
+    assert files(run.partition) == files(partitioned.partition)
+
+
+def test_a_full_disk_is_told_and_nothing_is_taken_for_done(partitioned, tmp_path):
+    run = prepared(tmp_path, experiment())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes: the small files fit, the largest shard does not
+    try:
+        with pytest.raises(UserError, match=r"Cannot write .*free some space"):
+            cluster(experiment(), run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not manifest.exists(run.partition)
+    cluster(experiment(), run)
+    assert files(run.partition) == files(partitioned.partition)
+
+
+def test_refuses_before_prepare(tmp_path):
+    with pytest.raises(UserError, match=r"run 'paris-jax prepare .* first"):
+        cluster(experiment(), RunFolder(tmp_path))
+
+
+def test_refuses_another_config(partitioned):
+    with pytest.raises(UserError, match=r"another config .*partition.seed"):
+        cluster(experiment(seed=1), partitioned)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_clusters": 13}, r"num_clusters=13: \d+ clips .* at most 1[12] clusters of config.training.batch=8"),
+        ({"batch": 24}, r"Cluster 2 has \d+ clips, fewer than config.training.batch=24 \(all sizes: .*lower"),
+        ({"fine_clusters": 119}, r"fine_clusters=119: must be at most \d+"),
+        ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 clips .* raise it"),
+    ],
+)
+def test_refuses_what_the_clips_do_not_allow(tmp_path, settings, sentence):
+    made_for = experiment(**settings)
+    run = prepared(tmp_path, made_for)
+    with pytest.raises(UserError, match=sentence):
+        cluster(made_for, run)
+    assert not run.partition.exists()
+
+
+def test_refuses_a_feature_that_is_not_finite_and_names_the_clip(tmp_path, monkeypatch):
+    run = prepared(tmp_path, experiment())
+    broken = dataclasses.replace(records.read_records(run.data)[7], feature=np.array([np.nan] * 6, np.float32))
+    monkeypatch.setattr(records, "read_records", lambda folder: [broken])
+    with pytest.raises(UserError, match="'clip-0007' is not finite"):
+        cluster(experiment(), run)
+
+
+def test_without_held_out_clips_there_is_no_such_folder(tmp_path):
+    made_for = experiment(heldout=0.0, fine_clusters=9)
+    run = prepared(tmp_path, made_for)
+    cluster(made_for, run)
+    assert not run.heldout.exists()
+    assert sum(manifest.read(run.partition, "partition")["sizes"]) == 120

@@ -1,0 +1,68 @@
+"""The partition depends on the clips, not on their order; saved and read back it assigns as before."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from paris_jax.clustering import clusters
+
+SIZES = (90, 60, 30)
+
+
+@pytest.fixture
+def clips():
+    """Ids and features of three blobs of different sizes, in mixed order; one feature is large, one never changes."""
+    rng = np.random.default_rng(0)
+    truth = rng.permutation(np.repeat(np.arange(3), SIZES))
+    features = np.eye(3, 5)[truth] * 8 + rng.normal(size=(len(truth), 5))
+    features[:, 3] *= 1e4
+    features[:, 4] = 7.0
+    return [f"clip-{i:04d}" for i in range(len(truth))], features.astype(np.float32), truth
+
+
+def test_finds_the_blobs_and_numbers_them_by_size(clips):
+    ids, features, truth = clips
+    _, found = clusters.fit(ids, features, num_clusters=3)
+    assert np.array_equal(found, truth)
+
+
+@pytest.mark.parametrize("fine", [0, 12])
+def test_the_order_of_clips_changes_nothing(clips, fine):
+    ids, features, _ = clips
+    partition, found = clusters.fit(ids, features, num_clusters=3, fine_clusters=fine)
+    order = np.random.default_rng(1).permutation(len(ids))
+    again, found_again = clusters.fit([ids[i] for i in order], features[order], num_clusters=3, fine_clusters=fine)
+    assert np.array_equal(found_again, found[order])
+    assert again.to_bytes() == partition.to_bytes()
+
+
+def test_two_stages_merge_fine_clusters(clips):
+    ids, features, truth = clips
+    partition, found = clusters.fit(ids, features, num_clusters=3, fine_clusters=12)
+    assert partition.fine.shape == (12, 5)
+    assert sorted(set(partition.merge.tolist())) == [0, 1, 2]
+    assert np.mean(found == truth) > 0.98
+
+
+@pytest.mark.parametrize("fine", [0, 12])
+def test_assigning_the_clips_again_gives_their_clusters_also_after_saving(clips, fine):
+    ids, features, _ = clips
+    partition, found = clusters.fit(ids, features, num_clusters=3, fine_clusters=fine)
+    read = clusters.Clustering.from_bytes(partition.to_bytes())
+    assert np.array_equal(read.assign(features), found)
+    for field in dataclasses.fields(partition):
+        np.testing.assert_array_equal(getattr(read, field.name), getattr(partition, field.name))
+
+
+def test_centroids_are_the_means_of_the_clusters(clips):
+    ids, features, truth = clips
+    partition, _ = clusters.fit(ids, features, num_clusters=3)
+    expected = [partition.standardise(features)[truth == k].mean(axis=0) for k in range(3)]
+    np.testing.assert_allclose(partition.centroids, expected, atol=1e-5)
+
+
+def test_two_clips_of_one_name_are_an_error(clips):
+    ids, features, _ = clips
+    with pytest.raises(ValueError, match="different"):
+        clusters.fit([ids[0], *ids[:-1]], features, num_clusters=3)

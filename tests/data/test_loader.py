@@ -1,0 +1,156 @@
+"""The input of training: the same batches whatever happens around them."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from paris_jax.artifacts import manifest
+from paris_jax.data import records
+from paris_jax.data.loader import training_batches
+from paris_jax.data.records import Record
+from paris_jax.errors import UserError
+
+SCALE = {"shape": [1, 2, 2, 3], "mean": [0.5], "spread": [2.0]}
+
+
+def write_cluster(folder, cluster: int, clips: int, **content) -> None:
+    """Clip n of cluster k has the latent 100 k + n everywhere and 1 + n % 3 tokens."""
+    made = [
+        Record(
+            id=f"{cluster}-{n}",
+            latent=np.full((1, 2, 2, 3), 100 * cluster + n, np.float16),
+            tokens=np.full((1 + n % 3, 4), n + 1, np.float16),
+            pooled=np.full(4, n, np.float16),
+            feature=np.zeros(2, np.float32),
+            caption="",
+            attributes={},
+            cluster=cluster,
+        )
+        for n in range(clips)
+    ]
+    name = records.shard_name("clips", 0, 1)
+    records.write_shard(folder / name, made)
+    described = {"codec": {}, "text": {}, "features": {}, "latent": SCALE, "text_length": 3, "fps": 8.0, "source": {}}
+    manifest.write(folder, "cluster", [name], "hash", clips=clips, cluster=cluster, **(described | content))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for cluster, clips in enumerate((10, 7, 4)):
+        write_cluster(tmp_path / str(cluster), cluster, clips)
+    return [tmp_path / str(cluster) for cluster in range(3)]
+
+
+def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(iterator, count))
+
+
+def clips(batches) -> list[int]:
+    """The clips in the order they came, as 100 cluster + number."""
+    return np.concatenate([batch["latent"][:, 0, 0, 0, 0] * 2 + 0.5 for batch in batches]).round().astype(int).tolist()
+
+
+def assert_same(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], strict=True)
+
+
+def test_a_batch_holds_what_a_step_needs(folders):
+    batch = next(training_batches(folders[0], batch=4, seed=0))
+    kinds = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    assert kinds == {
+        "latent": ((4, 1, 2, 2, 3), "float32"),
+        "tokens": ((4, 3, 4), "float32"),
+        "length": ((4,), "int32"),
+        "pooled": ((4, 4), "float32"),
+        "cluster": ((4,), "int32"),
+        "index": ((4,), "int32"),
+    }
+    for row, clip in enumerate(clips([batch])):
+        length = 1 + clip % 3
+        assert batch["length"][row] == length
+        assert (batch["latent"][row] == (clip - 0.5) / 2).all()  # (x - mean) / spread
+        assert (batch["tokens"][row, :length] == clip + 1).all()
+        assert (batch["tokens"][row, length:] == 0).all()
+        assert (batch["pooled"][row] == clip).all()
+
+
+def test_every_epoch_has_every_clip_once_in_its_own_order(folders):
+    seen = clips(take(training_batches(folders[0], batch=4, seed=0), 15))
+    epochs = [seen[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+
+
+def test_clusters_come_in_natural_proportion_with_their_label(folders):
+    batches = take(training_batches(folders, batch=3, seed=1), 14)
+    seen = clips(batches)
+    assert sorted(seen[:21]) == [*range(10), *range(100, 107), *range(200, 204)]
+    assert np.concatenate([b["cluster"] for b in batches]).tolist() == [clip // 100 for clip in seen]
+    assert seen[:10] != sorted(seen[:10])
+
+
+def test_index_is_the_place_in_the_stream(folders):
+    batches = take(training_batches(folders, batch=3, seed=1), 9)
+    assert np.concatenate([b["index"] for b in batches]).tolist() == list(range(27))
+
+
+def test_batches_depend_on_the_seed_and_not_on_threads_or_order_of_folders(folders):
+    first = take(training_batches(folders, batch=4, seed=3), 12)
+    assert_same(first, take(training_batches(folders, batch=4, seed=3, threads=5, read_ahead=9), 12))
+    assert_same(first, take(training_batches(folders[::-1], batch=4, seed=3), 12))
+    assert clips(first) != clips(take(training_batches(folders, batch=4, seed=4), 12))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 5, 11])
+def test_an_iterator_goes_on_exactly_where_it_was(folders, stop):
+    whole = take(training_batches(folders[0], batch=4, seed=3), 14)
+    iterator = training_batches(folders[0], batch=4, seed=3)
+    assert_same(take(iterator, stop), whole[:stop])
+    state = json.loads(json.dumps(iterator.get_state()))  # a checkpoint holds it as JSON
+    resumed = training_batches(folders[0], batch=4, seed=3)
+    next(resumed)
+    resumed.set_state(state)
+    assert_same(take(resumed, 14 - stop), whole[stop:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_same_global_batches(folders, count):
+    whole = take(training_batches(folders, batch=8, seed=3), 6)
+    shares = [take(training_batches(folders, 8, 3, process_index=p, process_count=count), 6) for p in range(count)]
+    for step, batch in enumerate(whole):
+        joined = {key: np.concatenate([share[step][key] for share in shares]) for key in batch}
+        assert_same([joined], [batch])
+
+
+def test_fewer_clips_than_a_batch_is_refused(folders):
+    with pytest.raises(UserError, match=r"Cluster 2 .* has 4 clips, fewer than one batch of 5; lower training\.batch"):
+        training_batches(folders[2], batch=5, seed=0)
+    with pytest.raises(UserError, match="has 21 clips, fewer than one batch of 22"):
+        training_batches(folders, batch=22, seed=0)
+    assert clips(take(training_batches(folders[2], batch=4, seed=0), 1)) != []
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(folders):
+    with pytest.raises(UserError, match=r"training\.batch=4: must be a multiple of the 3 processes"):
+        training_batches(folders, batch=4, seed=0, process_count=3)
+
+
+def test_folders_of_two_data_sets_are_refused(folders, tmp_path):
+    write_cluster(tmp_path / "other", 3, 5, text_length=9)
+    with pytest.raises(UserError, match="differ in text_length"):
+        training_batches([*folders, tmp_path / "other"], batch=4, seed=0)
+
+
+def test_a_folder_alone_is_enough(folders, tmp_path):
+    import shutil
+
+    expected = take(training_batches(folders[1], batch=4, seed=0), 5)
+    shutil.move(folders[1], tmp_path / "elsewhere")
+    for folder in (folders[0], folders[2]):
+        shutil.rmtree(folder)
+    assert_same(take(training_batches(tmp_path / "elsewhere", batch=4, seed=0), 5), expected)

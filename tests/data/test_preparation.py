@@ -1,0 +1,254 @@
+"""prepare: whatever happens on the way, the same data or one clear sentence."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paris_jax.artifacts import manifest
+from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.config.experiment import Experiment
+from paris_jax.data import preparation as stage
+from paris_jax.data import records, video
+from paris_jax.data.preparation import prepare
+from paris_jax.data.sources.shapes import ShapesSource
+from paris_jax.encoders import codecs, text
+from paris_jax.encoders.words import Words
+from paris_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {"data": {"num_clips": 20, "seed": 5}}
+
+
+def experiment(**sections) -> Experiment:
+    return Experiment.from_config(CONFIG | sections)
+
+
+def contents(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(run.data).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> RunFolder:
+    """A run that nothing disturbed."""
+    run = RunFolder(tmp_path_factory.mktemp("whole"))
+    prepare(experiment(), run, shard_size=6)
+    return run
+
+
+def test_every_clip_is_there_with_all_that_training_needs(whole):
+    found = manifest.read(whole.data, "data", verify=True)
+    assert (found["clips"], found["fps"], found["source"]) == (20, 8.0, {"name": "shapes", "seed": 5})
+    assert found["latent"]["shape"] == [4, 10, 10, 24]
+    stored = records.read_records(whole.data)
+    source = ShapesSource(5, 20, 8, 20, 20, 8.0)
+    assert len(stored) == 20
+    codec, words = codecs.from_description(found["codec"]), text.from_description(found["text"])
+    for record, clip in zip(stored, source, strict=True):
+        assert (record.id, record.caption, record.attributes) == (clip.id, clip.caption, clip.attributes)
+        np.testing.assert_array_equal(codecs.to_uint8(codec.decode(record.latent)), clip.video)
+        (encoding,) = words.encode([clip.caption])
+        np.testing.assert_array_equal(record.tokens.astype(np.float32), encoding.tokens)
+        np.testing.assert_array_equal(record.pooled.astype(np.float32), encoding.pooled)
+        assert words.unknown_words(clip.caption) == []
+    assert found["text_length"] == max(len(record.tokens) for record in stored)
+    normal = np.stack([codecs.LatentScale.from_manifest(found["latent"]).normalise(r.latent) for r in stored])
+    assert abs(normal.mean()) < 1e-4
+    assert normal.std() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_bar_tells_clips_a_second_once_it_knows():
+    task: Any = types.SimpleNamespace(speed=None)
+    assert str(stage.Speed().render(task)) == ""
+    task.speed = 12.345
+    assert str(stage.Speed().render(task)) == "12.3 clips/s"
+
+
+def test_clips_are_encoded_in_batches_and_alike_in_any(monkeypatch):
+    """Captions and clips of a batch go to the encoders together; what comes out does not depend on who is beside."""
+    clips, seen, of = list(ShapesSource(5, 20, 8, 20, 20, 8.0)), [], Words.encode
+    monkeypatch.setattr(Words, "encode", lambda self, texts: seen.append(len(texts)) or of(self, texts))
+    together = list(stage.encode(experiment(), clips))
+    assert len(seen) == 2 and sum(seen) == len({clip.caption for clip in clips})  # 16 clips, then 4
+    for record, clip in zip(together, clips, strict=True):
+        (alone,) = stage.encode(experiment(), [clip])
+        for name in records.ARRAYS:
+            np.testing.assert_array_equal(getattr(record, name), getattr(alone, name))
+
+
+def test_a_finished_run_is_left_as_it_is(whole, caplog):
+    before = {path: path.stat().st_mtime_ns for path in Path(whole.data).iterdir()}
+    with caplog.at_level("INFO"):
+        prepare(experiment(), whole)
+    assert "20 clips are prepared already" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in Path(whole.data).iterdir()} == before
+
+
+def test_two_processes_give_the_same_bytes(whole, tmp_path):
+    run = RunFolder(tmp_path)
+    prepare(experiment(), run, processes=2, shard_size=6)
+    assert contents(run) == contents(whole)
+
+
+def test_encoders_on_accelerators_are_one_processs_affair(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "describe_encoders", lambda *_: {"codec": {}, "text": {}, "features": {}})
+    monkeypatch.setattr(stage.jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="--processes=2: these encoders work on the accelerators"):
+        prepare(experiment(features={"name": "dinov2"}), RunFolder(tmp_path / "run"), processes=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_config_is_refused(whole):
+    with pytest.raises(UserError, match=r"made with another config \(different: data\.num_clips\)"):
+        prepare(experiment(data={"num_clips": 21, "seed": 5}), whole)
+
+
+KILLED = """
+import sys, time
+from paris_jax.data.sources import shapes
+whole = shapes.ShapesSource.__getitem__
+shapes.ShapesSource.__getitem__ = lambda self, index: (time.sleep(0.02), whole(self, index))[1]
+from paris_jax.config.experiment import Experiment
+from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.data.preparation import prepare
+prepare(Experiment.from_config({config}), RunFolder(sys.argv[1]), shard_size=6)
+"""
+
+
+@pytest.mark.parametrize("until", [".data-00000-of-00004.array_record.partial", "data-00002-of-00004.array_record"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(whole, tmp_path, until):
+    command = [sys.executable, "-c", KILLED.replace("{config}", repr(CONFIG)), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "data" / until).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run = RunFolder(tmp_path)
+    assert not manifest.exists(run.data)
+    finished = {path: path.stat().st_mtime_ns for path in Path(run.data).glob("data-0000[01]*.array_record")}
+    prepare(experiment(), run, shard_size=6)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not made again
+    assert contents(run) == contents(whole)
+
+
+def test_shards_of_another_source_are_made_again(whole, tmp_path):
+    run = RunFolder(tmp_path)
+    other = experiment(data={"num_clips": 20, "seed": 6})
+    source = ShapesSource(6, 20, 8, 20, 20, 8.0)
+    stage.write(stage.Shard(other, source, str(run.data), 1, 4, 6, {}))
+    assert (Path(run.data) / "data-00001-of-00004.array_record").exists()
+    prepare(experiment(), run, shard_size=6)
+    assert contents(run) == contents(whole)
+
+
+def test_a_full_disk_is_refused_and_nothing_half_written_counts(whole, tmp_path):
+    run = RunFolder(tmp_path)
+    run.claim(experiment().to_dict(), experiment().hash)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"Cannot write .*data-00000.*free some space.*run the same command again"):
+            prepare(experiment(), run, shard_size=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(run) == {}
+    prepare(experiment(), run, shard_size=6)
+    assert contents(run) == contents(whole)
+
+
+def test_a_really_full_disk_is_refused(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        run = RunFolder(tmp_path)
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(experiment(data={"num_clips": 400}), run, shard_size=50)
+        assert not manifest.exists(run.data)
+        assert not list(Path(run.data).glob(".*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def put_videos(folder: Path, captions: dict[str, str]) -> dict:
+    folder.mkdir(exist_ok=True)
+    for number, (name, caption) in enumerate(captions.items()):
+        frames = ShapesSource(number, 1, 16, 32, 40, 8.0)[0].video
+        video.write_video(folder / name, frames, 8.0, scale=1)
+        (folder / name).with_suffix(".txt").write_text(caption)
+    return {"source": "folder", "path": str(folder), "num_clips": 0}
+
+
+def test_real_videos_go_through_the_same_stage(tmp_path):
+    data = put_videos(
+        tmp_path / "videos", {"a.mp4": "something round", "b.gif": "A number, maybe?", "c.webm": "shapes"}
+    )
+    run = RunFolder(tmp_path / "run")
+    prepare(experiment(data=data), run)
+    found = manifest.read(run.data, "data", verify=True)
+    assert (found["clips"], found["source"]["videos"], found["text_length"]) == (6, 3, 3)
+    assert found["text"]["vocabulary"] == ["a", "maybe", "number", "round", "shapes", "something"]
+    assert [r.id for r in records.read_records(run.data)] == [
+        f"{n}#000{i}" for n in ("a.mp4", "b.gif", "c.webm") for i in (0, 1)
+    ]
+    fewer = RunFolder(tmp_path / "fewer")
+    prepare(experiment(data=data | {"num_clips": 4}), fewer)
+    assert manifest.read(fewer.data, "data")["clips"] == 4
+
+
+def test_a_caption_that_is_too_long_is_refused_by_clip(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "word " * 30})
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"The caption of clip b\.mp4#0000 cannot be used: .*has 30 words; at most 24"):
+        prepare(experiment(data=data), run)
+    assert not manifest.exists(run.data)
+
+
+def test_bad_video_is_refused_before_anything_is_written(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine"})
+    (tmp_path / "videos" / "b.mp4").write_bytes(b"broken")
+    (tmp_path / "videos" / "b.txt").write_text("broken")
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"b\.mp4 cannot be read"):
+        prepare(experiment(data=data), run)
+    assert not Path(run.path).exists()
+
+
+def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "words that are five long"})
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"shorter than one clip .* lower data.frames"):
+        prepare(experiment(data=data | {"frames": 400}), run)
+    with pytest.raises(UserError, match=r"at most 3.* raise text.max_tokens"):
+        prepare(experiment(data=data, text={"max_tokens": 3}), run)
+    prepare(experiment(data=data), run)
+    assert run.stored_config()["hash"] == experiment(data=data).hash
+    with pytest.raises(UserError, match=r"made with another config \(different: text.max_tokens\)"):
+        prepare(experiment(data=data, text={"max_tokens": 7}), run)
+
+
+def test_minilm_goes_through_the_same_stage(tmp_path):
+    try:
+        text.text_encoder("minilm")
+    except UserError as refused:
+        pytest.skip(str(refused))
+    run = RunFolder(tmp_path)
+    prepare(experiment(data={"num_clips": 3}, text={"name": "minilm"}), run)
+    found = json.loads((Path(run.data) / "manifest.json").read_text())
+    assert found["text"]["name"] == "minilm"
+    assert records.read_records(run.data)[0].tokens.shape[1] == 384

@@ -3,7 +3,7 @@
 Not run yet: nobody here has its weights, data or accelerators. The codec (HunyuanVideo's VAE), the text encoders
 (T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published experts start from
 [R] are read from files: config.codec.weights, config.text.t5 and .clip, config.features.weights, and, after
-`paris-jax import`, config.training.start. tests/configs/test_configs.py builds its networks and its training step
+`paris-jax import`, config.training.init_from. tests/configs/test_configs.py builds its networks and its training step
 abstractly, without memory, and checks their sizes and that both arms cost the same.
 
 Expected:  latent 9 x 32 x 32 x 16, 2304 video tokens and 512 text tokens a clip; experts 11.89B parameters, router
@@ -50,7 +50,7 @@ def _clips(config: Any) -> None:
         source="folder",
         path="videos",  # [O] the published data set is not named
         num_clips=0,  # all
-        frames=33,  # [O] OS2's first stage at 256 px
+        num_frames=33,  # [O] OS2's first stage at 256 px
         height=256,  # [S]
         width=256,  # [S]
         fps=24.0,  # [O]
@@ -60,7 +60,7 @@ def _clips(config: Any) -> None:
     config.text.update(name="t5+clip", max_tokens=512)  # [R] 4096 wide and padded to 512; pooled 768
     config.features.name = "dinov2"  # [O] Paris 1.0's choice [R]; Paris 2.0's is not published
     # Two stages of k-means are Paris 1.0's [R]; their numbers are [O].
-    config.partition.update(num_clusters=EXPERTS, fine_clusters=1024)
+    config.clustering.update(num_clusters=EXPERTS, fine_clusters=1024)
 
 
 def _networks(config: Any) -> None:
@@ -71,26 +71,26 @@ def _networks(config: Any) -> None:
 
 def _training(config: Any) -> None:
     # OS2 [S]: t = sigmoid(normal), then shifted by a line in the tokens a frame times sqrt(latent frames): here 3.
-    config.diffusion.update(time_mean=0.0, time_std=1.0, shift=0.0)
+    config.diffusion.update(timestep_mean=0.0, timestep_std=1.0, timestep_shift=0.0)
     config.training.update(
         # [O] The monolith then takes 84K steps, close to the 85K of OS2's first stage [S]; an expert takes a third [R].
         steps=28_000,
-        batch=2688,  # [O] 12 clips on each of OS2's 224 GPUs
+        global_batch_size=2688,  # [O] 12 clips on each of OS2's 224 GPUs
         learning_rate=5e-5,  # [S] OS2; its later step down to 3e-5 is left out, our schedules are cosine and constant
-        warmup=1000,  # [O]
-        decay="constant",  # [O]
+        warmup_steps=1000,  # [O]
+        lr_schedule="constant",  # [O]
         b1=0.9,  # [O]
         b2=0.999,  # [O]
         eps=1e-15,  # [S] OS2
         weight_decay=0.0,  # [S] OS2
-        clip_norm=1.0,  # [S] OS2
-        ema=0.9999,  # [O]
+        max_grad_norm=1.0,  # [S] OS2
+        ema_decay=0.9999,  # [O]
         drop_tokens=0.3162,  # [S] OS2
         drop_pooled=0.3162,  # [S] OS2
         compute_dtype="bfloat16",  # [S] OS2
         fsdp=8,  # [O] parameters, their average and two moments in float32 are 190 GB: 24 GB on each of 8 devices
-        log_every=20,  # [O]
-        checkpoint_every=500,  # [O]
+        log_every_steps=20,  # [O]
+        checkpoint_every_steps=500,  # [O]
     )
 
 
@@ -98,44 +98,44 @@ def _router_training(config: Any) -> None:
     # The router is trained apart as a classifier of noised latents [R]; how long and how is not published: all [O].
     config.router_training.update(
         steps=50_000,
-        batch=1024,
+        global_batch_size=1024,
         learning_rate=1e-4,
-        warmup=1000,
-        decay="cosine",
+        warmup_steps=1000,
+        lr_schedule="cosine",
         b2=0.999,
-        ema=0.9999,
-        times="uniform",
+        ema_decay=0.9999,
+        timestep_sampler="uniform",
         drop_pooled=0.1,  # the router must also stand the guidance branch's missing text
         compute_dtype="bfloat16",
-        log_every=50,
-        checkpoint_every=2000,
+        log_every_steps=50,
+        checkpoint_every_steps=2000,
     )
 
 
 def _sampling(config: Any) -> None:
     config.sampling.update(
-        steps=50,  # [R]
+        num_inference_steps=50,  # [R]
         solver="euler",  # [R]
-        guidance=7.5,  # [R]; its place, inside the merge, is [O]
+        guidance_scale=7.5,  # [R]; its place, inside the merge, is [O]
         routing="top_k",  # [R]
         top_k=1,  # [O] the k of the reported scores is not published, and the best k depends on the model: sweep it
     )
     config.evaluation.update(
-        clips=2048,  # [R] stratified by cluster
-        loss_clips=2048,  # [O]
-        loss_times=8,  # [O]
-        shown=12,  # [O]
+        num_clips=2048,  # [R] stratified by cluster
+        num_loss_clips=2048,  # [O]
+        loss_timesteps=8,  # [O]
+        num_shown=12,  # [O]
     )
 
 
 def _opensora2(config: Any) -> None:
     """Open-Sora 2.0's own network, to be sampled from with its published weights, or to go on from."""
     _11b(config)
-    config.text.padded = True  # [S] its code attends to all 512 tokens, and encodes an empty text for none
+    config.text.pad_to_max_tokens = True  # [S] its code attends to all 512 tokens, and encodes an empty text for none
     config.masks.update(
         none=0.75, first=0.1, last=0.05, both=0.05, prefix=0.05
     )  # [O] it has the input; shares are ours
-    config.sampling.guidance_image = 3.0  # [S]
+    config.sampling.image_guidance_scale = 3.0  # [S]
 
 
 VARIANTS = {"11b": _11b, "opensora2": _opensora2}

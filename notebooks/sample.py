@@ -60,7 +60,7 @@ prompts = [
     "a large yellow digit three drifting up left slowly on a black ground",
     "a large green square moving down slowly on a white ground",
 ]
-samples = ensemble.sample(prompts, num_steps=steps, seed=0, progress=True)
+samples = ensemble.sample(prompts, num_inference_steps=steps, seed=0, progress=True)
 samples
 
 # %% [markdown]
@@ -83,7 +83,7 @@ open_prompts = [
     "a large red slowly on a ground",
     "a large green on a ground",
 ]
-full = ensemble.sample(open_prompts, num_steps=steps, seed=0, guidance=2.0, routing="full")
+full = ensemble.sample(open_prompts, num_inference_steps=steps, seed=0, guidance_scale=2.0, routing="full")
 full.plot_routing()
 
 # %% [markdown]
@@ -94,7 +94,7 @@ full.plot_routing()
 
 # %%
 noise = ensemble.noise(len(open_prompts), seed=0)
-same = {"num_steps": steps, "noise": noise, "guidance": 2.0}
+same = {"num_inference_steps": steps, "noise": noise, "guidance_scale": 2.0}
 by_way = {
     "top 1": ensemble.sample(open_prompts, top_k=1, **same),
     "top 2": ensemble.sample(open_prompts, top_k=2, **same),
@@ -112,16 +112,16 @@ compare(by_way)
 # asked for anything else, it paints what it knows.
 
 # %%
-compare(ensemble.one_by_one(prompts, num_steps=steps, noise=noise))
+compare(ensemble.one_by_one(prompts, num_inference_steps=steps, noise=noise))
 
 # %% [markdown]
-# `experts` takes a schedule too, one expert for each step: here the first expert lays out the scene in heavy noise, and
-# the last one finishes it.
+# `fixed_expert` takes a schedule too, one expert for each step: here the first expert lays out the scene in heavy
+# noise, and the last one finishes it.
 
 # %%
 first, last = ensemble.clusters[0], ensemble.clusters[-1]
 schedule = [first if step < steps // 2 else last for step in range(steps)]
-ensemble.sample(prompts, num_steps=steps, noise=noise, experts=schedule)
+ensemble.sample(prompts, num_inference_steps=steps, noise=noise, fixed_expert=schedule)
 
 # %% [markdown]
 # ## Where the experts disagree

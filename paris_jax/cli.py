@@ -1,6 +1,6 @@
-"""The command line: flags in, one stage out.
+"""The command line: parses flags, runs one command, and turns its errors into sentences and exit codes.
 
-Exit codes: 0 done, 75 preempted (run the same command again), 1 refused with one sentence, 130 interrupted.
+Exit codes: 0 done, 75 preempted (run the same command again), 1 a user's error in one sentence, 130 interrupted.
 """
 
 import errno
@@ -13,17 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from rich.console import Console
-from rich.logging import RichHandler
 
 from paris_jax import __version__
 from paris_jax.commands import flag_groups
-from paris_jax.commands.table import COMMANDS, Call
+from paris_jax.commands.table import COMMANDS, Call, print_config
 from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest
-from paris_jax.local_jobs.devices import keep_freed_memory
-from paris_jax.training.distributed import has_abandoned_work
 
-REFUSED, PREEMPTED = 1, 75
+ERROR, PREEMPTED = 1, 75
+HELP_WIDTH = 26  # of the column of flag names
 
 
 def overview() -> str:
@@ -33,10 +30,22 @@ def overview() -> str:
 
 
 def help_of(name: str, values: flags.FlagValues) -> str:
+    """The help of a command: examples, and every flag with its default."""
     command = COMMANDS[name]
     lines = [f"paris-jax {name}: {command.does}", "", "Examples:", *(f"  {e}" for e in command.examples), "", "Flags:"]
-    lines += [f"  --{flag:<14} {values[flag].help}" for flag in values if flag not in ("help", "h")]
+    for flag in values:
+        if flag != "h":
+            default = values[flag].default
+            shown = "" if default in (None, False, [], "") else f" [default: {_shown(default)}]"
+            text = values[flag].help.partition(";\n")[0]  # absl adds how to repeat a flag
+            lines.append(f"  --{flag:<{HELP_WIDTH}} {text}{shown}")
+    if "config" in values:
+        lines += ["", "--print_config lists the fields that --config.SECTION.FIELD=value sets; so does docs/config.md."]
     return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Call]:
@@ -45,7 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     if name not in COMMANDS:
         raise UserError(f"{name!r} is not a command; commands are {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "", short_name="h", flag_values=values)
+    flag_groups.common(values)
     for define in COMMANDS[name].define:
         define(values)
     takes_config = "config" in values
@@ -65,14 +74,30 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     return name, Call(values, tuple(c.removeprefix("--config.") for c in changes), tuple(rest[1:]))
 
 
-def start(name: str, call: Call) -> None:
-    """Logging, the compilation cache, Grain's flags and the other processes of the job; once a process."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    # The checkpoint writers' threads print a failure that is raised, and told in a sentence, anyway.
+def start_logging(verbose: bool) -> None:
+    """Log lines on stderr: with colours on a terminal, one unwrapped line each in a file."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        console = Console(stderr=True)
+        handler: logging.Handler = RichHandler(
+            console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+        )
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    else:
+        handler = logging.StreamHandler()
+        logging.basicConfig(
+            level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler]
+        )
+    # Orbax's writer threads log a failure that is also raised, and reported in a sentence.
     handler.addFilter(lambda record: record.name not in ("absl", "asyncio"))
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    logging.getLogger("paris_jax").setLevel(logging.INFO)
+    logging.getLogger("paris_jax").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def start_jax(name: str, call: Call) -> None:
+    """The compilation cache, Grain's flags, and the other processes of the job; once per process."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain and Orbax read absl flags of their own
     import jax
@@ -84,10 +109,10 @@ def start(name: str, call: Call) -> None:
     if flag_groups.joining in COMMANDS[name].define:
         from paris_jax.training.distributed import FLAGS, join_processes, with_flags
 
-        told = with_flags({flag: call[flag] for flag in FLAGS})
-        # Who samples on his own may do so among the many tasks of an allocation, too.
-        if name == "train" or call["mesh"] or "JAX_COORDINATOR_ADDRESS" in told:
-            join_processes(told)
+        environment = with_flags({flag: call[flag] for flag in FLAGS})
+        # `sample` without a mesh runs alone, even as one of many tasks of an allocation.
+        if name == "train" or call["mesh"] or "JAX_COORDINATOR_ADDRESS" in environment:
+            join_processes(environment)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -102,30 +127,30 @@ def run(arguments: Sequence[str]) -> int:
         name, call = parse(arguments)
         if call["help"]:
             print(help_of(name, call.flags))
-            return 0
-        start(name, call)
-        COMMANDS[name].run(call)
+        elif "print_config" in call.flags and call["print_config"]:
+            print_config(name, call)
+        else:
+            start_logging(call["verbose"])
+            start_jax(name, call)
+            COMMANDS[name].run(call)
         return 0
-    except (UserError, DeviceLostAgain) as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return REFUSED
+    except (UserError, DeviceLostAgain) as error:
+        return _error(error)
     except Preempted as preempted:
         print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
         if isinstance(preempted, DeviceLost):
-            _leave(PREEMPTED)  # the end of a joined process waits for the others
+            _exit_now(PREEMPTED)  # a joined process would wait for the others at exit
         return PREEMPTED
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except MemoryError as error:
-        said = f" ({error})" if str(error) else ""
-        print(f"refused: There is not enough memory{said}; use smaller clips, batches or networks", file=sys.stderr)
-        return REFUSED
+        detail = f" ({error})" if str(error) else ""
+        return _error(f"There is not enough memory{detail}; use smaller clips, batches or networks")
     except ImportError as error:
         if not any("gs://" in str(argument) for argument in arguments):
             raise
-        print(f"refused: gs:// needs the extra 'tpu' ({error}); pip install -e '.[tpu]'", file=sys.stderr)
-        return REFUSED
+        return _error(f"gs:// needs the extra 'tpu' ({error}); pip install -e '.[tpu]'")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             remedy = "make room or choose another --workdir, then run the same command again"
@@ -133,13 +158,16 @@ def run(arguments: Sequence[str]) -> int:
             remedy = "name a folder or file that can be made there"
         else:
             raise
-        where = error.filename or "the run folder"
-        print(f"refused: {error.strerror}: {where}; {remedy}", file=sys.stderr)
-        return REFUSED
+        return _error(f"{error.strerror}: {error.filename or 'the run folder'}; {remedy}")
 
 
-def _leave(code: int) -> None:
-    """Ends this process at once."""
+def _error(message: object) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return ERROR
+
+
+def _exit_now(code: int) -> None:
+    """Ends this process without waiting for its threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -150,19 +178,27 @@ def _stop(*_: Any) -> None:
 
 
 def _unraisable(error: Any) -> None:
-    """Of a checkpoint that could not be written, hundreds of parts report to nobody; it is told in a sentence."""
+    """Silences the many unraisable errors of one checkpoint that could not be written; the command reports it once."""
     if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(error)
 
 
+def _has_abandoned_work() -> bool:
+    """Whether an interruptible call is still running in its thread (`training.distributed`)."""
+    distributed = sys.modules.get("paris_jax.training.distributed")
+    return bool(distributed and distributed.has_abandoned_work())
+
+
 def main() -> None:
+    from paris_jax.local_jobs.devices import keep_freed_memory
+
     keep_freed_memory()
     sys.unraisablehook = _unraisable
-    signal.signal(signal.SIGTERM, _stop)  # training replaces this by one that saves first
+    signal.signal(signal.SIGTERM, _stop)  # training replaces this by a handler that saves first
     code = run(sys.argv[1:])
-    # The sentence stands last: threads of a failed write must not add their tracebacks, nor is anybody waited for.
-    if code == REFUSED or has_abandoned_work():
-        _leave(code)
+    # The error stands last: threads of a failed write must not print behind it, and nobody waits for them.
+    if code == ERROR or _has_abandoned_work():
+        _exit_now(code)
     sys.exit(code)
 
 

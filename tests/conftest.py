@@ -60,16 +60,24 @@ def micro_config():
     """A ConfigDict that runs every stage in seconds."""
     config = default_config()
     config.name = "micro"
-    config.data.update(num_clips=60, frames=4, height=8, width=8, heldout_fraction=0.15)
+    config.data.update(num_clips=60, num_frames=4, height=8, width=8, heldout_fraction=0.15)
     config.network.update(preset="tiny", hidden=64, heads=4)
-    config.diffusion.shift = 2.0
+    config.diffusion.timestep_shift = 2.0
     config.masks.update(none=0.5, first=0.3, prefix=0.2)
-    config.training.update(steps=12, batch=4, warmup=2, log_every=4, checkpoint_every=4, ema=0.9)
-    config.router_training.update(
-        steps=12, batch=8, optimizer="muon", warmup=2, log_every=4, checkpoint_every=6, ema=0.9
+    config.training.update(
+        steps=12, global_batch_size=4, warmup_steps=2, log_every_steps=4, checkpoint_every_steps=4, ema_decay=0.9
     )
-    config.sampling.update(steps=3, guidance=2.0)
-    config.evaluation.update(clips=4, loss_clips=4, loss_times=4, shown=2)
+    config.router_training.update(
+        steps=12,
+        global_batch_size=8,
+        optimizer="muon",
+        warmup_steps=2,
+        log_every_steps=4,
+        checkpoint_every_steps=6,
+        ema_decay=0.9,
+    )
+    config.sampling.update(num_inference_steps=3, guidance_scale=2.0)
+    config.evaluation.update(num_clips=4, num_loss_clips=4, loss_timesteps=4, num_shown=2)
     return config
 
 
@@ -148,7 +156,7 @@ def trained(micro, clustered, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(clustered.path, folder)
     run = RunFolder(folder)
-    for role in roles(micro.partition.num_clusters):
+    for role in roles(micro.clustering.num_clusters):
         train(micro, run, role)
     assemble(micro, run)
     return run

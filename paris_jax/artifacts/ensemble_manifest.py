@@ -12,7 +12,7 @@ from paris_jax.errors import UserError
 
 # What all parts of an ensemble must agree on: the space they work in, the words they were told, and the clusters. What
 # an expert predicts is its own affair.
-SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "shift", "partition")
+SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "timestep_shift", "partition")
 BUNDLED_PREFIX = "bundled:"
 BUNDLED_FOLDER = epath.Path(__file__).parent / "bundled"
 
@@ -116,11 +116,11 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
             "ships, such as bundled:shapes"
         )
     kind = manifest.read_kind(folder)
-    if kind == "part":
-        return read_single(folder, manifest.read(folder, "part").get("sampling", {}))
+    if kind == "network":
+        return read_single(folder, manifest.read(folder, "network").get("sampling", {}))
     if kind == "weights":
         raise UserError(
-            f"{folder} holds a network's weights and not how it is used; train with it (training.start), or import "
+            f"{folder} holds a network's weights and not how it is used; train with it (training.init_from), or import "
             "Open-Sora's again with --config=configs/paris2.py:opensora2"
         )
     found = manifest.read(folder, "ensemble")
@@ -148,7 +148,7 @@ def _network_folder(folder: epath.Path, entry: dict[str, str]) -> epath.Path:
 def expert_manifests(folder: epath.Path) -> dict[int, dict[str, Any]]:
     """The manifest of each expert that an ensemble names, by its cluster."""
     entries = manifest.read(folder, "ensemble")["experts"]
-    return {int(k): manifest.read(_network_folder(folder, entry), "part") for k, entry in sorted(entries.items())}
+    return {int(k): manifest.read(_network_folder(folder, entry), "network") for k, entry in sorted(entries.items())}
 
 
 def read_single(folder: epath.PathLike, sampling: dict[str, Any]) -> ExportedEnsemble:

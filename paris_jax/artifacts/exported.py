@@ -52,12 +52,12 @@ def write(
     manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
     kind = "router" if isinstance(config, RouterConfig) else "dit"
     if isinstance(config, DiTConfig):
-        content["conventions"] = manifest.CONVENTIONS | {"prediction": PREDICTIONS[config.predicts]}
+        content["conventions"] = manifest.CONVENTIONS | {"prediction": PREDICTIONS[config.prediction_type]}
     network = {"kind": kind, **dataclasses.asdict(config)}
     del network["remat"]  # of training only
     manifest.write(
         folder,
-        "part",
+        "network",
         [WEIGHTS],
         config_hash,
         network=network,
@@ -75,7 +75,7 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
         or not finite, by name.
     """
     folder = epath.Path(folder)
-    found = manifest.read(folder, "part", verify=True)
+    found = manifest.read(folder, "network", verify=True)
     extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found["files"]})
     if extra:
         raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not promise; remove what is extra")
@@ -109,11 +109,11 @@ def network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
         raise UserError(
             f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again"
         ) from error
-    if isinstance(config, DiTConfig) and found["kind"] == "part":
+    if isinstance(config, DiTConfig) and found["kind"] == "network":
         said = found["conventions"]["prediction"]
-        if said != PREDICTIONS.get(config.predicts):
+        if said != PREDICTIONS.get(config.prediction_type):
             raise UserError(
-                f"{folder} predicts {said!r} by a network for {config.predicts!r}; this version knows "
+                f"{folder} predicts {said!r} by a network for {config.prediction_type!r}; this version knows "
                 f"{', '.join(PREDICTIONS)}; update paris_jax, or copy it again"
             )
     return config

@@ -16,7 +16,7 @@ from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.errors import UserError
 
 # What a shipped part keeps of the manifest it was trained with.
-KEPT = ("role", "cluster", "clusters", "shift", "training", "latent", "codec", "text", "text_length", "fps")
+KEPT = ("role", "cluster", "clusters", "timestep_shift", "training", "latent", "codec", "text", "text_length", "fps")
 
 
 def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
     router = ship(found.router, "router")
     ship(monolith, "monolith")
     config_hash = monolith.manifest["config_hash"]
-    ensemble_manifest.write(folder, experts, router, found.sampling, config_hash, made=made)
+    ensemble_manifest.write(folder, experts, router, found.sampling, config_hash, provenance=made)
 
 
 def provenance(config: dict[str, Any], sampling: dict[str, Any], revision: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _LATENT_SPACE = ("latent", "codec", "text", "text_length", "fps", "clips")
 REQUIRED = {
     "data": _LATENT_SPACE,
     "cluster": _LATENT_SPACE,
-    "part": (
+    "network": (
         "conventions",
         "network",
         "role",
@@ -31,7 +31,7 @@ REQUIRED = {
         "text",
         "text_length",
         "fps",
-        "shift",
+        "timestep_shift",
     ),
     "weights": ("network", "source", "report"),
     "ensemble": ("experts", "router", "sampling", "clusters"),
@@ -103,7 +103,7 @@ def write(folder: epath.PathLike, kind: str, files: Iterable[str], config_hash: 
 
     Args:
       folder: the finished folder.
-      kind: what it holds ("data", "cluster", "part", "ensemble", ...).
+      kind: what it holds ("data", "cluster", "network", "ensemble", ...).
       files: names, relative to the folder, of the files that are promised.
       config_hash: hash of the config that made them.
       **content: JSON data that readers of this kind need.

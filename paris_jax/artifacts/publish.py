@@ -13,7 +13,7 @@ from rich.progress import track
 from paris_jax.artifacts import ensemble_manifest, manifest
 from paris_jax.artifacts.ensemble_manifest import ExportedEnsemble
 from paris_jax.artifacts.exported import ExportedNetwork
-from paris_jax.config.sampling import SamplingParams
+from paris_jax.config.sampling import SamplingSettings
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     told = manifest.read(source, "ensemble")
     copied = {name: _copy(part, folder / name) for name, part in track(pieces.items(), "writing")}
     manifest.write_atomically(folder / CARD, card(found))
-    made = {"made": told["made"]} if "made" in told else {}
+    provenance = {"provenance": told["provenance"]} if "provenance" in told else {}
     experts = {k: copied[f"experts/{k}"] for k in found.experts}
-    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, told["config_hash"], **made)
+    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, told["config_hash"], **provenance)
     logger.info("%s holds %d experts and the router; say in %s under which licence", folder, len(experts), CARD)
 
 
@@ -63,17 +63,17 @@ def _copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
         raise UserError(
             f"Cannot copy {part.folder} to {folder} ({reason}); free some space or choose another --out"
         ) from error
-    manifest.read(folder, "part", verify=True)
+    manifest.read(folder, "network", verify=True)
     return dataclasses.replace(part, folder=folder)
 
 
 def card(found: ExportedEnsemble) -> str:
     """What a stranger wants to know of an ensemble, as the page that hubs show."""
-    shared, sampling = found.shared, SamplingParams(**found.sampling)
+    shared, sampling = found.shared, SamplingSettings(**found.sampling)
     T, H, W, C = shared["latent"]["shape"]
     used = {"full": "all experts", "top_k": f"top {sampling.top_k} of the experts"}.get(sampling.routing, "a threshold")
     rows = [
-        ("network", "parameters", "predicts", "trained for"),
+        ("network", "parameters", "prediction_type", "trained for"),
         ("---",) * 4,
         *((f"expert {k}", *_facts(part)) for k, part in sorted(found.experts.items())),
         *([("router", *_facts(found.router))] if found.router else []),
@@ -94,13 +94,14 @@ them at every denoising step.
 
 - latents: {T} x {H} x {W} x {C}, of the codec `{shared["codec"]["name"]}`; {shared["fps"]:g} frames a second
 - text: `{shared["text"]["name"]}`, up to {shared["text_length"]} tokens
-- sampled by default in {sampling.steps} steps of {sampling.solver}, guidance {sampling.guidance:g}, {used}
+- sampled by default in {sampling.num_inference_steps} steps of {sampling.solver}, guidance scale
+  {sampling.guidance_scale:g}, {used}
 
 Every file's size and hash stand in the manifests and are checked when it is loaded.
 """
 
 
 def _facts(part: ExportedNetwork) -> tuple[str, str, str]:
-    steps, batch = (part.manifest["training"].get(name, "?") for name in ("steps", "batch"))
-    predicts = getattr(part.config, "predicts", "cluster")
-    return f"{part.manifest['parameters'] / 1e6:.2f}M", predicts, f"{steps} steps of {batch} clips"
+    steps, batch = (part.manifest["training"].get(name, "?") for name in ("steps", "global_batch_size"))
+    prediction_type = getattr(part.config, "prediction_type", "cluster")
+    return f"{part.manifest['parameters'] / 1e6:.2f}M", prediction_type, f"{steps} steps of {batch} clips"

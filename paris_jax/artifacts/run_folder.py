@@ -165,4 +165,5 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         fields = old.keys() | new.keys()
         return [d for f in fields for d in _differences(old.get(f), new.get(f), f"{name}.{f}" if name else f)]
-    return [] if old == new else [name]
+    pair = [list(value) if isinstance(value, tuple) else value for value in (old, new)]  # JSON has lists
+    return [] if pair[0] == pair[1] else [name]

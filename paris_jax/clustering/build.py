@@ -47,9 +47,9 @@ def cluster(experiment: Experiment, run: RunFolder) -> None:
         clips = _read(run.data, _bar(progress, "reading clips", data["clips"]))
         heldout = choose_heldout(experiment, clips.ids)
         check_enough(experiment, int(np.sum(~heldout)))
-        rounds = experiment.partition.restarts * (2 if experiment.partition.fine_clusters else 1)
+        rounds = experiment.clustering.restarts * (2 if experiment.clustering.fine_clusters else 1)
         partition, labels = fit(experiment, clips, heldout, _bar(progress, "k-means", rounds))
-        check_sizes(experiment, np.bincount(labels[~heldout], minlength=experiment.partition.num_clusters).tolist())
+        check_sizes(experiment, np.bincount(labels[~heldout], minlength=experiment.clustering.num_clusters).tolist())
         result = Result(partition, labels, heldout, _describe(partition, clips, labels, heldout))
         _write(experiment, run, data, clips, result, _bar(progress, "writing", data["clips"]))
     report.print_report(result.described, Console())
@@ -94,28 +94,30 @@ def choose_heldout(experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
 
 def check_enough(experiment: Experiment, num_clips: int) -> None:
     """Refuses more clusters than the clips could fill with a batch each."""
-    settings, batch = experiment.partition, experiment.training.batch
+    settings, batch = experiment.clustering, experiment.training.global_batch_size
     allowed = num_clips // batch
     if settings.num_clusters > allowed:
         raise UserError(
-            f"config.partition.num_clusters={settings.num_clusters}: {num_clips} clips (without the held-out) allow "
-            f"at most {allowed} clusters of config.training.batch={batch}; lower one of them, or prepare more clips, "
+            f"config.clustering.num_clusters={settings.num_clusters}: {num_clips} clips (without the held-out) allow "
+            f"at most {allowed} clusters of config.training.global_batch_size={batch}; lower one of them, or prepare "
+            "more clips, "
             "with a new --workdir"
         )
     if settings.fine_clusters > num_clips:
         raise UserError(
-            f"config.partition.fine_clusters={settings.fine_clusters}: must be at most {num_clips}, the number of "
+            f"config.clustering.fine_clusters={settings.fine_clusters}: must be at most {num_clips}, the number of "
             "clips without the held-out ones"
         )
 
 
 def check_sizes(experiment: Experiment, sizes: Sequence[int]) -> None:
     """Refuses a cluster that cannot fill one batch: its expert would see fewer clips a step than the others."""
-    batch, smallest = experiment.training.batch, int(np.argmin(sizes))
+    batch, smallest = experiment.training.global_batch_size, int(np.argmin(sizes))
     if sizes[smallest] < batch:
         raise UserError(
-            f"Cluster {smallest} has {sizes[smallest]} clips, fewer than config.training.batch={batch} (all sizes: "
-            f"{', '.join(map(str, sizes))}); lower config.training.batch or config.partition.num_clusters="
+            f"Cluster {smallest} has {sizes[smallest]} clips, fewer than config.training.global_batch_size={batch} "
+            "(all sizes: "
+            f"{', '.join(map(str, sizes))}); lower config.training.global_batch_size or config.clustering.num_clusters="
             f"{len(sizes)}, or prepare more clips, with a new --workdir"
         )
 
@@ -125,7 +127,7 @@ def fit(
 ) -> tuple[clusters.Clustering, np.ndarray]:
     """Learns the partition from the clips that are not held out, and returns it with the cluster (N,) of every clip."""
     learned = np.flatnonzero(~heldout)
-    settings = experiment.partition
+    settings = experiment.clustering
     partition, found = clusters.fit(
         [clips.ids[i] for i in learned],
         clips.features[learned],
@@ -206,7 +208,7 @@ def _write(
     if heldout.any():
         sizes = [c["heldout"] for c in described["clusters"]]
         folders.append((run.heldout, "heldout", np.flatnonzero(heldout), {"sizes": sizes}))
-    for k in range(experiment.partition.num_clusters):
+    for k in range(experiment.clustering.num_clusters):
         folders.append((run.cluster(k), "cluster", np.flatnonzero(~heldout & (labels == k)), {"cluster": k}))
     null = records.read_null(run.data)
     for folder, kind, indices, content in folders:
@@ -228,7 +230,7 @@ def _write(
         "partition",
         [CENTROIDS, ASSIGNMENT, REPORT, *(f"{f.relative_to(run.partition)}/{manifest.FILE_NAME}" for f, *_ in folders)],
         experiment.data_hash,
-        clusters=experiment.partition.num_clusters,
+        clusters=experiment.clustering.num_clusters,
         sizes=[c["clips"] for c in described["clusters"]],
         heldout=described["heldout"],
     )

@@ -29,7 +29,7 @@ def assemble(
         objective, say, trained by another team, on the same clusters.
     """
     run.claim(experiment.to_dict(), experiment.hash)
-    elsewhere, clusters = dict(elsewhere or {}), range(experiment.partition.num_clusters)
+    elsewhere, clusters = dict(elsewhere or {}), range(experiment.clustering.num_clusters)
     beyond = sorted(elsewhere.keys() - set(clusters))
     if beyond:
         raise UserError(f"--expert={beyond[0]}:...: this experiment has clusters 0 to {len(clusters) - 1}")
@@ -62,14 +62,15 @@ def _check_kinds(
 ) -> None:
     """Refuses an expert that cannot be given frames in a run that gives some, and own ones of different beginnings."""
     for part in experts.values():
-        if experiment.masks.kinds and not part.manifest["network"].get("kept_frames"):
+        if experiment.masks.kinds and not part.manifest["network"].get("cond_frames"):
             raise UserError(
                 f"{part.folder} was trained without config.masks and cannot be given frames, as this run does"
             )
-    starts = {k: part.manifest["training"].get("start") for k, part in own.items()}
+    starts = {k: part.manifest["training"].get("init_from") for k, part in own.items()}
     if len({hashing.canonical_json(start) for start in starts.values()}) > 1:
         raise UserError(
-            f"The experts {', '.join(map(str, starts))} did not start from the same weights (training.start); train "
+            f"The experts {', '.join(map(str, starts))} did not start from the same weights (training.init_from); "
+            "train "
             "them again from the same"
         )
 

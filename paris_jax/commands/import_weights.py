@@ -82,7 +82,7 @@ def import_weights(
 def export_weights(part: str | None, layout: str, out: str | None) -> None:
     """Writes one of our networks (a part's folder, or imported weights) as a safetensors file of another layout."""
     if not part or not out:
-        raise UserError("--part and --out are needed: --part=RUN/experts/0/export --out=expert.safetensors")
+        raise UserError("--part and --out are needed: --network=RUN/experts/0/export --out=expert.safetensors")
     if layout not in LAYOUTS:
         raise UserError(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
     if epath.Path(out).exists():
@@ -91,8 +91,10 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
     config = exported.network(convert.read_manifest(folder, verify=True), folder)
     if not isinstance(config, DiTConfig):
         raise UserError(f"{folder} is a router; only experts and monoliths have a layout that others read")
-    if config.predicts != "velocity":
-        raise UserError(f"{folder} predicts {config.predicts}; these layouts are of networks that predict the velocity")
+    if config.prediction_type != "velocity":
+        raise UserError(
+            f"{folder} predicts {config.prediction_type}; these layouts are of networks that predict the velocity"
+        )
     if config.attention != "joint":
         raise UserError(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
     tensors = Tensors(folder / convert.WEIGHTS)
@@ -105,7 +107,7 @@ def _of_experiment(experiment: Experiment) -> DiTConfig:
     width, pooled = text_encoders.widths_of(experiment)
     sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
     dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
-    return functional.network_config(experiment.network, **sizes, dtype=dtype, kept_frames=bool(experiment.masks.kinds))
+    return functional.network_config(experiment.network, **sizes, dtype=dtype, cond_frames=bool(experiment.masks.kinds))
 
 
 def _use(experiment: Experiment) -> dict[str, Any] | None:
@@ -114,7 +116,11 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None
     codec, (width, pooled) = dataclasses.asdict(experiment.codec), text_encoders.widths_of(experiment)
-    described = {"name": settings.name, "max_tokens": settings.max_tokens, "padded": settings.padded}
+    described = {
+        "name": settings.name,
+        "max_tokens": settings.max_tokens,
+        "pad_to_max_tokens": settings.pad_to_max_tokens,
+    }
     described |= {"width": width, "pooled_width": pooled, "weights": {}}
     if settings.t5 and settings.clip:
         described = text_encoder(experiment, ()).describe()
@@ -128,7 +134,7 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
         "text": described,
         "text_length": settings.max_tokens,
         "fps": experiment.data.fps,
-        "shift": timestep_shift(experiment, shape),
+        "timestep_shift": timestep_shift(experiment, shape),
         "sampling": dataclasses.asdict(experiment.sampling),
     }
 
@@ -172,4 +178,4 @@ def _tell(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None
     console.print(f"read: {len(report.read)} of our arrays", soft_wrap=True)
     console.print(f"starts at nothing: {', '.join(report.fresh) or 'none'}", soft_wrap=True)
     console.print(f"not used: {', '.join(report.unused) or 'none'}", soft_wrap=True)
-    console.print(f"To start from it: --config.training.start={folder}", soft_wrap=True)
+    console.print(f"To start from it: --config.training.init_from={folder}", soft_wrap=True)

@@ -12,7 +12,7 @@ from paris_jax.training import metrics
 def status(run: RunFolder) -> list[tuple[str, str, str]]:
     """Prints a line a stage and the next command; returns (stage, state, command of the stage) for each."""
     experiment = Experiment.from_config(run.stored_config()["config"])
-    clusters = experiment.partition.num_clusters
+    clusters = experiment.clustering.num_clusters
     rows = [
         ("prepare", _state(manifest.exists(run.data), run.data.exists()), f"prepare --workdir={run}"),
         ("cluster", _state(manifest.exists(run.partition), run.partition.exists()), f"cluster --workdir={run}"),

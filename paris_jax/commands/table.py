@@ -1,4 +1,4 @@
-"""Every command of `paris-jax`: what it does, its flags, and the stage it calls with them."""
+"""The table of commands: what each does, its flags, and the code that it runs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from absl import flags
 
 from paris_jax.artifacts.run_folder import ROLES, Role, RunFolder
 from paris_jax.commands import flag_groups
-from paris_jax.commands.flag_groups import GIVEN_FLAGS, SAMPLING_FLAGS
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.files import EXAMPLE, change, embedded, load
 from paris_jax.errors import UserError
@@ -16,7 +15,7 @@ from paris_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What was typed after a command: its flags, the fields of the config that they change ("a.b=value"), and files."""
+    """The arguments of a command: its flags, changes of the config ("a.b=value"), and files."""
 
     flags: flags.FlagValues
     changes: tuple[str, ...] = ()
@@ -32,7 +31,7 @@ class Call:
         return RunFolder(self["workdir"])
 
     def experiment(self, run: RunFolder | None) -> Experiment:
-        """The config given, or else the one the run folder was made with, with the changes."""
+        """The config of --config, or else the run folder's own, with the changes."""
         if self["config"]:
             config = load(self["config"])
         elif run and run.config.exists():
@@ -51,28 +50,28 @@ class Call:
 
     @property
     def config_flags(self) -> tuple[str, ...]:
-        """The flags that give another command the same config."""
-        given = (f"--config={self['config']}",) if self["config"] else ()
-        return (*given, *(f"--config.{c}" for c in self.changes))
+        """The flags that pass the same config to another command."""
+        named = (f"--config={self['config']}",) if self["config"] else ()
+        return (*named, *(f"--config.{c}" for c in self.changes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A stage: what it does, which flags it takes, and how to call it."""
+    """What a command does, the flags it takes, and the function it runs."""
 
     does: str
     examples: tuple[str, ...]
     define: tuple[Callable[[flags.FlagValues], None], ...]
-    run: Callable[[Call], Any]
+    run: Callable[[Call], Any]  # imports what it needs, so that --help loads no JAX
     takes_files: bool = False
 
 
 def _prepare(call: Call) -> None:
     from paris_jax.data.preparation import prepare
 
-    if call["processes"] < 1:
-        raise UserError(f"--processes={call['processes']}: must be at least 1")
-    prepare(call.experiment(call.run), call.run, call["processes"])
+    if call["num_workers"] < 1:
+        raise UserError(f"--num_workers={call['num_workers']}: must be at least 1")
+    prepare(call.experiment(call.run), call.run, call["num_workers"])
 
 
 def _cluster(call: Call) -> None:
@@ -85,7 +84,7 @@ def _train(call: Call) -> None:
     from paris_jax.commands.train import train
 
     run, role = call.run, call.role
-    train(call.experiment(run), run, role, _steps(call["profile_steps"]))
+    train(call.experiment(run), run, role, _step_range(call["profile_steps"]))
 
 
 def _sweep(call: Call) -> None:
@@ -95,7 +94,7 @@ def _sweep(call: Call) -> None:
     sweep(call.experiment(run), run, role, call["vary"], call["steps"])
 
 
-def _steps(text: str | None) -> tuple[int, int] | None:
+def _step_range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, end = text.partition(":")
@@ -108,33 +107,33 @@ def _assemble(call: Call) -> None:
     from paris_jax.commands.assemble import assemble
 
     elsewhere = {}
-    for given in call["expert"]:
-        cluster, _, folder = given.partition(":")
+    for argument in call["expert"]:
+        cluster, _, folder = argument.partition(":")
         if not (cluster.isascii() and cluster.isdigit()) or not folder:
-            raise UserError(f"--expert={given}: must be a cluster and a folder, such as 1:runs/other/experts/1/export")
+            raise UserError(f"--expert={argument}: must be a cluster and a folder, such as 1:runs/x/experts/1/export")
         if int(cluster) in elsewhere:
-            raise UserError(f"--expert={given}: cluster {cluster} is given twice; name one expert for each")
+            raise UserError(f"--expert={argument}: cluster {cluster} is given twice; name one expert for each")
         elsewhere[int(cluster)] = folder
     assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere)
 
 
 def _sample(call: Call) -> None:
-    from paris_jax.commands.sample import sample
+    from paris_jax.commands.sample import Output, sample
 
-    others = "num_steps", "frames", "height", "width", "broken", "preview_every", "video_frames", "fit"
-    given = {name: call[name] for name in (*SAMPLING_FLAGS, *others)}
-    lists = {"experts": (int, "0,0,1,1"), "seed": (int, "0,7"), "drop": (int, "1,2"), "times": (float, "1,0.9,0.6,0")}
-    for name, (kind, example) in lists.items():
-        given[name] = _numbers(name, call[name], kind, example)
-    for name in ("experts", "seed"):
-        given[name] = given[name][0] if given[name] is not None and len(given[name]) == 1 else given[name]
     if not call["ensemble"]:
         raise UserError("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
-    for name in ("negative", *GIVEN_FLAGS):
-        given[name] = call[name][0] if len(call[name]) == 1 else call[name] or None
-    keeping = {"mesh": _mesh(call["mesh"]), "weights": call["weights"], "offload": call["offload"]}
-    keeping["encoders"] = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
-    sample(call["ensemble"], call["prompt"], call["out"], keeping, **given)
+    options = {"mesh": _mesh(call["mesh"]), "weights_dtype": call["weights_dtype"], "offload": call["offload"]}
+    options["encoders"] = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
+    sample(
+        call["ensemble"],
+        call["prompt"],
+        Output(call["out"] or "", call["out_dir"] or "", call["grid"], call["overwrite"]),
+        options,
+        call["prompts_file"],
+        call["batch_size"],
+        call["verbose"],
+        **flag_groups.sampling_params(call.flags),
+    )
 
 
 def _mesh(sizes: list[str]) -> dict[str, int] | None:
@@ -143,15 +142,6 @@ def _mesh(sizes: list[str]) -> dict[str, int] | None:
     if not all(size.isdigit() for _, _, size in pairs):
         raise UserError(f"--mesh={','.join(sizes)}: must be axes with their sizes, such as expert:3 or expert:3,fsdp:2")
     return {axis: int(size) for axis, _, size in pairs} or None
-
-
-def _numbers(name: str, values: list[str] | None, kind: type, example: str) -> list[Any] | None:
-    """A flag's list as numbers."""
-    try:
-        return None if values is None else [kind(value) for value in values]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"--{name}={','.join(values or [])}: must be {what}, such as {example}") from None
 
 
 def _import(call: Call) -> None:
@@ -166,9 +156,9 @@ def _export(call: Call) -> None:
     from paris_jax.commands.import_weights import export_weights
 
     if not call["ensemble"]:
-        export_weights(call["part"], call["layout"] or "diffusers", call["out"])
+        export_weights(call["network"], call["layout"] or "diffusers", call["out"])
         return
-    for name in ("part", "layout"):
+    for name in ("network", "layout"):
         if call[name]:
             raise UserError(f"--{name} is for a single network, --ensemble for a whole one: give one of them")
     if not call["out"]:
@@ -187,12 +177,12 @@ def _plan(call: Call) -> None:
     from paris_jax.planning.topologies import Topology
 
     if not call["target"]:
-        raise UserError("--target is missing; name a slice, such as v5p:2x2x4, v6e:4x4, or cpu:8")
+        raise UserError("--target is missing; name a topology, such as v5p:2x2x4, v6e:4x4, or cpu:8")
     roles = (call["role"],) if call["role"] else ROLES
-    check_arguments(call["share"], call["price"])
+    check_arguments(call["mfu"], call["price"])
     target = Topology.parse(call["target"])
     experiment = call.experiment(call.run if call["workdir"] else None)
-    plan(experiment, target, roles, call["share"], call["price"], call["search"])
+    plan(experiment, target, roles, call["mfu"], call["price"], call["search"])
 
 
 def _status(call: Call) -> None:
@@ -204,16 +194,32 @@ def _status(call: Call) -> None:
 def _quickstart(call: Call) -> None:
     from paris_jax.local_jobs.quickstart import quickstart
 
-    run = RunFolder(call["workdir"] or "runs/quickstart")
-    if not call["config"] and not run.config.exists():
-        call.flags["config"].value = f"{embedded()}:tiny"
+    run = _quickstart_folder(call)
     quickstart(call.experiment(run), run, call.config_flags, call["devices"], call["dry_run"])
 
 
-_STAGE = "--config=configs/shapes.py:tiny --workdir=runs/shapes"
+def _quickstart_folder(call: Call) -> RunFolder:
+    """The run folder of quickstart; without --config, a new one gets the embedded experiment."""
+    run = RunFolder(call["workdir"] or "runs/quickstart")
+    if not call["config"] and not run.config.exists():
+        call.flags["config"].value = f"{embedded()}:tiny"
+    return run
+
+
+def print_config(name: str, call: Call) -> None:
+    """Prints the config that a command would run with."""
+    from paris_jax.config import reference
+
+    run = _quickstart_folder(call) if name == "quickstart" else None
+    if run is None and "workdir" in call.flags and call["workdir"]:
+        run = RunFolder(call["workdir"])
+    reference.print_config(call.experiment(run))
+
+
+_RUN = "--config=configs/shapes.py:tiny --workdir=runs/shapes"
 COMMANDS = {
     "quickstart": Command(
-        "every stage below on this machine, the roles side by side; by default on the embedded data",
+        "all commands below on this machine, by default on the embedded data",
         (
             "paris-jax quickstart",
             "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled",
@@ -224,19 +230,19 @@ COMMANDS = {
     ),
     "prepare": Command(
         "clips to latents, text and features",
-        (f"paris-jax prepare {_STAGE}",),
-        (flag_groups.config, flag_groups.workdir, flag_groups.processes),
+        (f"paris-jax prepare {_RUN}",),
+        (flag_groups.config, flag_groups.workdir, flag_groups.workers),
         _prepare,
     ),
     "cluster": Command(
         "features to K clusters, one data folder each",
-        (f"paris-jax cluster {_STAGE}",),
+        (f"paris-jax cluster {_RUN}",),
         (flag_groups.config, flag_groups.workdir),
         _cluster,
     ),
     "train": Command(
         "one expert, the monolith or the router",
-        (f"paris-jax train {_STAGE} --role=expert --cluster=0", f"paris-jax train {_STAGE} --role=router"),
+        (f"paris-jax train {_RUN} --role=expert --cluster=0", f"paris-jax train {_RUN} --role=router"),
         (
             flag_groups.config,
             flag_groups.workdir,
@@ -247,7 +253,7 @@ COMMANDS = {
         _train,
     ),
     "sweep": Command(
-        "a few steps with each of several settings: the learning-rate finder",
+        "short trainings that compare settings: the learning-rate finder",
         (
             "paris-jax sweep --workdir=runs/shapes --role=expert --cluster=0 --steps=200",
             "paris-jax sweep --workdir=runs/shapes --role=router --vary=router_training.optimizer=adamw,muon",
@@ -256,7 +262,7 @@ COMMANDS = {
         _sweep,
     ),
     "assemble": Command(
-        "admission of experts and router to RUN/ensemble",
+        "validates experts and router and writes RUN/ensemble",
         (
             "paris-jax assemble --workdir=runs/shapes",
             "paris-jax assemble --workdir=runs/shapes --expert=1:runs/noise/experts/1/export",
@@ -268,7 +274,7 @@ COMMANDS = {
         "prompts to videos",
         (
             "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right on white'",
-            "paris-jax sample --ensemble=bundled:shapes --prompt='...' --top_k=2 --num_steps=30 --out=two.gif",
+            "paris-jax sample --ensemble=bundled:shapes --prompt='a red ball' --top_k=2 --out=two.gif",
         ),
         (flag_groups.sampling, flag_groups.joining),
         _sample,
@@ -277,13 +283,13 @@ COMMANDS = {
         "ensemble and monolith side by side, to RUN/evaluation/report.html",
         (
             "paris-jax evaluate --workdir=runs/shapes",
-            "paris-jax evaluate --workdir=runs/shapes --config.evaluation.clips=256",
+            "paris-jax evaluate --workdir=runs/shapes --config.evaluation.num_clips=256",
         ),
         (flag_groups.config, flag_groups.workdir),
         _evaluate,
     ),
     "plan": Command(
-        "whether it fits on a slice that is not here, and what the run would take",
+        "memory, time and price of a run on a topology that is not attached",
         (
             "paris-jax plan --config=configs/paris2.py --target=v5p:2x2x4 --role=expert",
             "paris-jax plan --config=configs/shapes.py:small --target=v6e:2x2 --price=2.70",
@@ -292,7 +298,7 @@ COMMANDS = {
         _plan,
     ),
     "import": Command(
-        "published weights of FLUX.1-dev, Open-Sora 2.0 or of our own layouts, to start training from",
+        "published weights of FLUX.1-dev or Open-Sora 2.0, to sample from or to start training from",
         (
             "paris-jax import --source=flux1-dev flux1-dev.safetensors --out=weights/flux1-dev",
             "paris-jax import --source=opensora2 FILE --config=configs/paris2.py:opensora2 --out=weights/opensora2",
@@ -302,16 +308,16 @@ COMMANDS = {
         takes_files=True,
     ),
     "export": Command(
-        "a trained network under the names that others read, or an ensemble as one folder to publish",
+        "a trained network in another layout, or an ensemble as one folder to publish",
         (
-            "paris-jax export --part=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",
+            "paris-jax export --network=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",
             "paris-jax export --ensemble=runs/shapes/ensemble --out=published",
         ),
         (flag_groups.exporting,),
         _export,
     ),
     "status": Command(
-        "what is done, what is missing, the next command",
+        "finished and missing steps of a run, and the next command",
         ("paris-jax status --workdir=runs/shapes",),
         (flag_groups.workdir,),
         _status,

@@ -43,7 +43,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     run.claim(experiment.to_dict(), experiment.hash)
     export = run.export(role)
     if manifest.exists(export):
-        manifest.read(export, "part")
+        manifest.read(export, "network")
         logger.info("%s is trained already (%s)", role.name, export)
         return
     folders = cluster_folders(experiment, run, role)
@@ -54,7 +54,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
 
     def ids(number: int) -> list[str]:
-        return clip_ids(folders, settings.batch, settings.seed, number)
+        return clip_ids(folders, settings.global_batch_size, settings.seed, number)
 
     with run.only_writer(role) if jax.process_index() == 0 else contextlib.nullcontext():
         state = train_(job, batch_iterator(job, folders), ids, profile, wandb_arguments(experiment, job))
@@ -77,16 +77,16 @@ def _export(
         "float32",
         role=role.kind,
         cluster=role.cluster,
-        clusters=experiment.partition.num_clusters,
-        shift=timestep_shift(experiment, data[0]["latent"]["shape"]),
+        clusters=experiment.clustering.num_clusters,
+        timestep_shift=timestep_shift(experiment, data[0]["latent"]["shape"]),
         sampling=dataclasses.asdict(experiment.sampling),
         training={
             "steps": job.steps,
-            "batch": job.settings.batch,
+            "global_batch_size": job.settings.global_batch_size,
             "clips": sum(d["clips"] for d in data),
             "flops_per_sample": job.flops_per_sample,
             "seed": job.settings.seed,
-            "start": start,
+            "init_from": start,
         },
         **{name: data[0][name] for name in CARRIED},
     )

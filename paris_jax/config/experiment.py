@@ -6,7 +6,6 @@ dataclasses or refuses it by name. Everything after that may rely on the types a
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from paris_jax.config import hashing
 from paris_jax.config.checks import Problems
 from paris_jax.config.network import NetworkSettings, RouterSettings
-from paris_jax.config.sampling import SamplingParams
+from paris_jax.config.sampling import SamplingSettings
 from paris_jax.config.sections import (
     ClusteringSettings,
     CodecSettings,
@@ -31,7 +30,7 @@ from paris_jax.errors import UserError, nearest
 # Fields that do not decide what is learned: a job that goes on may change them.
 # What training starts from is known by its hash, which parts carry.
 UNHASHED_FIELDS = {
-    "training": (*EXECUTION_FIELDS, "start"),
+    "training": (*EXECUTION_FIELDS, "init_from"),
     "router_training": EXECUTION_FIELDS,
     "network": ("remat",),
 }
@@ -39,9 +38,13 @@ UNHASHED_FIELDS = {
 LOCATION_FIELDS = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("weights",)}
 # Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
 # So those folders are still those of their configs.
-LATER_FIELDS = {"network": {"attention": "joint"}, "router": {"attention": "joint"}, "text": {"padded": False}}
+LATER_FIELDS = {
+    "network": {"attention": "joint"},
+    "router": {"attention": "joint"},
+    "text": {"pad_to_max_tokens": False},
+}
 # The sections that decide the clips and their clusters.
-DATA_SECTIONS = ("data", "codec", "text", "features", "partition")
+DATA_SECTIONS = ("data", "codec", "text", "features", "clustering")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,19 +52,19 @@ class Experiment:
     """One experiment, from clips to comparison."""
 
     name: str = "experiment"
-    wandb: str = ""  # project on Weights & Biases that training tells its metrics to; "": none
+    wandb_project: str = ""  # project on Weights & Biases that training tells its metrics to; "": none
     data: DataSettings = DataSettings()
     codec: CodecSettings = CodecSettings()
     text: TextSettings = TextSettings()
     features: FeatureSettings = FeatureSettings()
-    partition: ClusteringSettings = ClusteringSettings()
+    clustering: ClusteringSettings = ClusteringSettings()
     network: NetworkSettings = NetworkSettings()
     router: RouterSettings = RouterSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
     masks: MaskSettings = MaskSettings()
     training: TrainingSettings = TrainingSettings()
     router_training: TrainingSettings = TrainingSettings()
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
@@ -84,7 +87,7 @@ class Experiment:
         """What no section can see alone."""
         codec, data = self.codec, self.data
         for axis, size, first, factor in (
-            ("frames", data.frames, codec.first_frames, codec.time),
+            ("num_frames", data.num_frames, codec.first_frames, codec.time),
             ("height", data.height, 0, codec.height * 2),
             ("width", data.width, 0, codec.width * 2),
         ):
@@ -97,17 +100,20 @@ class Experiment:
                 )
         if self.features.name == "statistics" and min(data.height, data.width) <= 2:  # 3 is no multiple of 2
             yield f"data.height, data.width={data.height}, {data.width}: features.name='statistics' needs at least 4"
-        T = (data.frames - codec.first_frames) // codec.time + codec.first_frames
+        T = (data.num_frames - codec.first_frames) // codec.time + codec.first_frames
         if self.masks.kinds and T == 1:
             yield f"masks.{self.masks.kinds[0]} gives frames to clips of a single latent frame; leave masks.none alone"
-        if self.router_training.objective != "velocity":
-            yield f"router_training.objective={self.router_training.objective!r}: a router has no choice of objectives"
-        if self.router_training.start:
-            yield f"router_training.start={self.router_training.start!r}: a router starts from fresh parameters"
-        if self.sampling.top_k > self.partition.num_clusters:
+        if self.router_training.prediction_type != "velocity":
+            yield (
+                f"router_training.prediction_type={self.router_training.prediction_type!r}: a router has no choice "
+                "of objectives"
+            )
+        if self.router_training.init_from:
+            yield f"router_training.init_from={self.router_training.init_from!r}: a router starts from fresh parameters"
+        if self.sampling.top_k > self.clustering.num_clusters:
             yield (
                 f"sampling.top_k={self.sampling.top_k}: must be at most "
-                f"partition.num_clusters={self.partition.num_clusters}"
+                f"clustering.num_clusters={self.clustering.num_clusters}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +136,7 @@ class Experiment:
 
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """
-        sections = [name for name in self.to_dict() if name not in ("name", "wandb", "sampling", "evaluation")]
+        sections = [name for name in self.to_dict() if name not in ("name", "wandb_project", "sampling", "evaluation")]
         return self._hash(sections, UNHASHED_FIELDS | LOCATION_FIELDS)
 
     def _hash(self, sections: Iterable[str], without: Mapping[str, Iterable[str]]) -> str:
@@ -150,7 +156,7 @@ class Experiment:
         """Training steps of a role: the monolith gets the sum of the experts', so both arms cost the same."""
         if kind == "router":
             return self.router_training.steps
-        return self.training.steps * (self.partition.num_clusters if kind == "monolith" else 1)
+        return self.training.steps * (self.clustering.num_clusters if kind == "monolith" else 1)
 
 
 def default_config() -> ConfigDict:
@@ -178,8 +184,15 @@ def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
     return made
 
 
-def _typed(kind: type | types.UnionType, value: Any, where: str, problems: list[str]) -> Any:
-    """Returns `value` as `kind`; an int may stand for a float, nothing else is converted."""
+def _typed(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Returns `value` as `kind`; an int may stand for a float and a list for a tuple, nothing else is converted."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            problems.append(f"{where}={value!r}: must be {len(kinds)} numbers, such as 0.0,1.0")
+            return None
+        items = [_typed(each, one, where, problems) for each, one in zip(kinds, value, strict=True)]
+        return None if None in items else tuple(items)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -67,6 +67,8 @@ def _like(old: Any, text: str) -> Any:
     if isinstance(old, bool):
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:
+        if isinstance(old, list | tuple):
+            return [type(old[0])(item) for item in text.strip("()[]").split(",")]
         return type(old)(text) if isinstance(old, int | float) else text
     except ValueError:
         return text

@@ -5,10 +5,11 @@ tests/models/test_networks.py.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from paris_jax.config import checks
+from paris_jax.config import fields
 from paris_jax.config.checks import Problems
+from paris_jax.config.fields import setting
 
 Attention = Literal["joint", "factorised"]
 Remat = Literal["none", "named", "full", "offload"]
@@ -26,8 +27,8 @@ class Preset:
 
 
 NETWORK_PRESETS = {
-    # Our choices, by measurement: where there are five tokens a side, rotations made to tell thousands of places apart
-    # look alike, hence the small theta; and few blocks need many heads to look in every direction.
+    # Measured: with five tokens per side, RoPE frequencies for thousands of positions are indistinguishable, hence the
+    # small theta; a network of few blocks needs many heads.
     "tiny": Preset(hidden=112, heads=7, double_blocks=1, single_blocks=2, rope_axes=(4, 6, 6), theta=20.0, mlp_ratio=3),
     "small": Preset(hidden=384, heads=6, double_blocks=4, single_blocks=8, rope_axes=(16, 24, 24)),
     "base": Preset(hidden=768, heads=12, double_blocks=6, single_blocks=12, rope_axes=(16, 24, 24)),
@@ -55,26 +56,24 @@ ROUTER_PRESETS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """The experts' and the monolith's network, as a config names it: a preset, with fields to override."""
+    """The network of the experts and the monolith: a preset, with fields to override."""
 
-    preset: str = "tiny"
-    hidden: int = 0  # 0: the preset's
-    heads: int = 0  # 0: the preset's
-    double_blocks: int = -1  # -1: the preset's
-    single_blocks: int = -1  # -1: the preset's
-    remat: str = "none"  # what the backward pass computes again: "none", "named", "full", "offload" (blocks.REMAT)
-    attention: str = "joint"  # or "factorised": in space with the text, then in time, for long videos
+    preset: str = setting("tiny", "named sizes; see config/network.py", choices=NETWORK_PRESETS)
+    hidden: int = setting(0, "width D; 0: the preset's", at_least=0)
+    heads: int = setting(0, "attention heads; 0: the preset's", at_least=0)
+    double_blocks: int = setting(-1, "double-stream blocks; -1: the preset's", at_least=-1)
+    single_blocks: int = setting(-1, "single-stream blocks; -1: the preset's", at_least=-1)
+    remat: str = setting("none", "activations that the backward pass recomputes (models.blocks.REMAT)", choices=Remat)
+    attention: str = setting(
+        "joint", "joint over space and time, or factorised into both, for long videos", choices=Attention
+    )
 
     def problems(self) -> Problems:
-        yield from checks.choice("preset", self.preset, NETWORK_PRESETS)
-        yield from checks.choice("remat", self.remat, get_args(Remat))
-        yield from checks.choice("attention", self.attention, get_args(Attention))
-        yield from checks.at_least(0, hidden=self.hidden, heads=self.heads)
-        yield from checks.at_least(-1, double_blocks=self.double_blocks, single_blocks=self.single_blocks)
+        yield from fields.problems_of(self)
         if self.preset in NETWORK_PRESETS:
-            yield from self._impossible_sizes()
+            yield from self._size_problems()
 
-    def _impossible_sizes(self) -> Problems:
+    def _size_problems(self) -> Problems:
         preset = self.resolve()
         head = sum(preset.rope_axes)
         if preset.hidden != head * preset.heads:
@@ -87,18 +86,17 @@ class NetworkSettings:
 
     def resolve(self) -> Preset:
         """The preset with its overrides."""
-        given: dict[str, int] = {name: n for name in ("hidden", "heads") if (n := getattr(self, name)) > 0}
-        given |= {name: n for name in ("double_blocks", "single_blocks") if (n := getattr(self, name)) >= 0}
-        return dataclasses.replace(NETWORK_PRESETS[self.preset], **given)
+        overrides: dict[str, int] = {name: n for name in ("hidden", "heads") if (n := getattr(self, name)) > 0}
+        overrides |= {name: n for name in ("double_blocks", "single_blocks") if (n := getattr(self, name)) >= 0}
+        return dataclasses.replace(NETWORK_PRESETS[self.preset], **overrides)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSettings:
-    """The router's network, as a config names it."""
+    """The network of the router."""
 
-    preset: str = "tiny"
-    attention: str = "joint"  # or "factorised", as the network's
+    preset: str = setting("tiny", "named sizes; see config/network.py", choices=ROUTER_PRESETS)
+    attention: str = setting("joint", "as network.attention", choices=Attention)
 
     def problems(self) -> Problems:
-        yield from checks.choice("preset", self.preset, ROUTER_PRESETS)
-        yield from checks.choice("attention", self.attention, get_args(Attention))
+        yield from fields.problems_of(self)

@@ -1,57 +1,107 @@
-"""How videos are drawn from an ensemble, unless flags say otherwise."""
+"""Sampling parameters. Each is declared once, here: flags, checks, the config section and docs/config.md follow."""
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from paris_jax.config import checks
+from paris_jax.config import fields
 from paris_jax.config.checks import Problems
+from paris_jax.config.fields import setting
 
 Solver = Literal["euler", "heun", "ab2", "dpm++2m", "ancestral"]
 GuidanceMethod = Literal["classifier_free", "projected"]
-GuidanceOscillation = Literal["nothing", "text", "image", "both"]
+GuidanceOscillation = Literal["none", "text", "image", "both"]
 RoutingRule = Literal["top_k", "full", "threshold"]
-RouterConditioning = Literal["prompt", "branch", "nothing"]
+RouterConditioning = Literal["prompt", "branch", "null"]
+NonfinitePolicy = Literal["error", "drop"]
+Fit = Literal["crop", "letterbox"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """Solver, guidance and routing. A config states them, `assemble` writes them into the ensemble's manifest."""
+class SamplingSettings:
+    """Solver, guidance and routing: the section `sampling` of a config, stored in an ensemble's manifest."""
 
-    steps: int = 50
-    solver: str = "euler"  # "heun" (two evaluations a step), "ab2", "dpm++2m", or "ancestral" (stochastic)
-    guidance: float = 7.5  # 1: no guidance
-    guidance_method: str = "classifier_free"  # or "projected": adaptive projected guidance
-    guidance_low: float = 0.0  # guided at times from here ...
-    guidance_high: float = 1.0  # ... to here (1 is noise); the others cost half
-    guidance_rescale: float = 0.0  # classifier-free: share brought back to the spread without guidance
-    guidance_momentum: float = -0.5  # projected: of the earlier differences
-    guidance_radius: float = 15.0  # projected: the longest difference, as a norm over one latent
-    guidance_parallel: float = 0.0  # projected: share of the part along the prediction that is kept
-    guidance_image: float = 3.0  # by frames that are given, where some are; 1: none
-    guidance_oscillation: str = "nothing"  # "text", "image" or "both": from step 10 on, guided at every other step
-    guidance_ramp: bool = False  # guidance by the image grows along the frames
-    routing: str = "top_k"  # "top_k", "full" or "threshold"
-    top_k: int = 1
-    threshold: float = 0.9
-    temperature: float = 1.0  # of the router's softmax: above 1 more even, towards 0 the heaviest alone
-    rows_at_once: int = 0  # of one expert (1: guidance in passes of its own); more or fewer change the speed; 0: chosen
-    routed_by: str = "prompt"  # what the router reads; "branch": for guidance's other branch its own text; "nothing"
+    num_inference_steps: int = setting(50, "solver steps", at_least=1)
+    solver: str = setting("euler", "heun evaluates twice a step; ancestral is stochastic", choices=Solver)
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 disables it", at_least=0)
+    guidance_method: str = setting("classifier_free", "projected: adaptive projected guidance", choices=GuidanceMethod)
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), "timesteps with guidance, lowest and highest (1 is noise); the others cost half", at_least=0.0,
+        at_most=1.0,
+    )  # fmt: skip
+    guidance_rescale: float = setting(
+        0.0, "classifier_free: fraction rescaled to the standard deviation without guidance", at_least=0.0, at_most=1.0
+    )
+    guidance_momentum: float = setting(-0.5, "projected: momentum of the guidance direction", above=-1, below=1)
+    guidance_norm_threshold: float = setting(15.0, "projected: largest norm of the guidance of one latent", above=0)
+    guidance_eta: float = setting(
+        0.0, "projected: fraction kept of the component parallel to the prediction", at_least=0.0, at_most=1.0
+    )
+    image_guidance_scale: float = setting(3.0, "guidance by conditioning frames; 1 disables it", at_least=0)
+    guidance_oscillation: str = setting(
+        "none", "guidance applied at every other step only, from step 10 on", choices=GuidanceOscillation
+    )
+    image_guidance_ramp: bool = setting(False, "guidance by conditioning frames grows along the frames")
+    routing: str = setting("top_k", "rule that selects the experts", choices=RoutingRule)
+    top_k: int = setting(1, "top_k: experts per step", at_least=1)
+    threshold: float = setting(
+        0.9, "threshold: smallest set of experts with this routing weight", at_least=0.0, at_most=1.0
+    )
+    router_temperature: float = setting(
+        1.0, "of the router's softmax: above 1 more even, towards 0 the largest weight alone", at_least=1e-4
+    )
+    expert_batch_size: int = setting(
+        0, "samples (or guidance branches) per pass of an expert; 1 takes least memory, 0 chooses", at_least=0
+    )
+    router_conditioning: str = setting(
+        "prompt",
+        "text that the router sees: the prompt, each guidance branch's own, or none",
+        choices=RouterConditioning,
+    )
+
+    def __post_init__(self):
+        # JSON and config files have lists.
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
     def problems(self) -> Problems:
-        yield from checks.at_least(1, steps=self.steps, top_k=self.top_k)
-        yield from checks.choice("solver", self.solver, get_args(Solver))
-        yield from checks.choice("routing", self.routing, get_args(RoutingRule))
-        yield from checks.choice("guidance_method", self.guidance_method, get_args(GuidanceMethod))
-        yield from checks.choice("routed_by", self.routed_by, get_args(RouterConditioning))
-        yield from checks.choice("guidance_oscillation", self.guidance_oscillation, get_args(GuidanceOscillation))
-        amounts = {"guidance": self.guidance, "guidance_image": self.guidance_image, "rows_at_once": self.rows_at_once}
-        yield from checks.at_least(0, **amounts)
-        yield from checks.above(0, guidance_radius=self.guidance_radius)
-        yield from checks.at_least(1e-4, temperature=self.temperature)
-        yield from checks.between(0.0, 1.0, threshold=self.threshold, guidance_rescale=self.guidance_rescale)
-        yield from checks.between(0.0, 1.0, guidance_low=self.guidance_low, guidance_high=self.guidance_high)
-        yield from checks.between(0.0, 1.0, guidance_parallel=self.guidance_parallel)
-        if not -1 < self.guidance_momentum < 1:
-            yield f"guidance_momentum={self.guidance_momentum}: must be above -1 and below 1"
-        if self.guidance_low > self.guidance_high:
-            yield f"guidance_low={self.guidance_low}: must not be above guidance_high={self.guidance_high}"
+        yield from fields.problems_of(self)
+        low, high = self.guidance_interval
+        if low > high:
+            yield f"guidance_interval={self.guidance_interval}: its first timestep must not be above the second"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingSettings):
+    """Everything that `Ensemble.sample` can be given besides prompts: the settings, and what belongs to one call."""
+
+    negative_prompt: str | Sequence[str] | None = setting(
+        None, "prompt that guidance leads away from: one for all prompts, or one for each; default: no text"
+    )
+    seed: int | Sequence[int] = setting(
+        0, "seed of the noise: one for all prompts, or one for each", at_least=0, at_most=2**64 - 1
+    )
+    height: int | None = setting(None, "of the videos, in pixels; default: as trained")
+    width: int | None = setting(None, "of the videos, in pixels; default: as trained")
+    num_frames: int | None = setting(None, "of the videos; default: as trained")
+    timesteps: Sequence[float] | None = setting(
+        None, "the timesteps themselves, falling from 1 to 0, instead of num_inference_steps ones spaced as in training"
+    )
+    fixed_expert: int | Sequence[int] | None = setting(
+        None, "expert to use regardless of the router: one cluster, or one for each step"
+    )
+    drop_experts: int | Sequence[int] = setting((), "clusters whose experts are left out")
+    on_nonfinite: str = setting(
+        "error", "where an expert predicts non-finite values: stop, or drop it and start again", choices=NonfinitePolicy
+    )
+    image: Any = setting(None, "picture that is the first frame, one for all prompts, or one for each")
+    last_image: Any = setting(None, "picture that is the last frame, one for all prompts, or one for each")
+    video: Any = setting(None, "video to continue, one for all prompts, or one for each")
+    num_cond_frames: int | None = setting(None, "last frames of `video` to continue from; default: all")
+    fit: str | None = setting(None, "where an image has another aspect ratio than the video: crop or letterbox")
+    preview_every_steps: int = setting(0, "steps between previews; 0: none", at_least=0)
+
+
+# Fields that belong to one call, in order.
+CALL_FIELDS = tuple(
+    field for field in dataclasses.fields(SamplingParams) if field.name not in SamplingSettings.__dataclass_fields__
+)

@@ -1,113 +1,122 @@
-"""What a training job is told: the times it sees, and how it optimises."""
+"""Config sections of training: timesteps, conditioning frames, optimization, parallelism and checkpoints."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from paris_jax.config import checks
+from paris_jax.config import fields
 from paris_jax.config.checks import Problems
+from paris_jax.config.fields import setting
 
 PredictionType = Literal["velocity", "noise"]
+TimestepSamplerName = Literal["logit_normal", "uniform"]
+OptimizerName = Literal["adamw", "muon", "adafactor"]
+LrSchedule = Literal["cosine", "constant", "wsd"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionSettings:
-    """Times seen in training and walked through in sampling."""
+    """Timesteps of training, and their shift in training and sampling."""
 
-    time_mean: float = 0.0  # t = sigmoid(normal(mean, std)), then shifted
-    time_std: float = 1.0
-    shift: float = 0.0  # t <- a t / (1 + (a - 1) t); 0: Open-Sora 2.0's rule from the size of the latent
+    timestep_mean: float = setting(0.0, "mean of the normal in t = sigmoid(normal(mean, std)), before the shift")
+    timestep_std: float = setting(1.0, "standard deviation of that normal", above=0)
+    timestep_shift: float = setting(
+        0.0, "a in t <- a t / (1 + (a - 1) t); 0: Open-Sora 2.0's rule from the size of the latent", at_least=0
+    )
 
     def problems(self) -> Problems:
-        yield from checks.above(0, time_std=self.time_std)
-        yield from checks.at_least(0, shift=self.shift)
+        yield from fields.problems_of(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskSettings:
-    """Which latent frames are given to the networks in training, as weights of each kind (`diffusion.masks`).
+    """Weights of the kinds of conditioning masks in training (`diffusion.cond_masks`).
 
-    As they stand, none ever are: text to video only. `none` beside others is what image guidance leads away from.
+    The defaults train text-to-video only. Image guidance needs `none` beside other kinds.
     """
 
-    none: float = 1.0
-    first: float = 0.0  # image to video
-    last: float = 0.0
-    both: float = 0.0
-    prefix: float = 0.0  # from the first frame on, any number of them: video continuation
+    none: float = setting(1.0, "weight of no conditioning frame", at_least=0)
+    first: float = setting(0.0, "weight of the first latent frame: image-to-video", at_least=0)
+    last: float = setting(0.0, "weight of the last latent frame", at_least=0)
+    both: float = setting(0.0, "weight of the first and the last latent frame", at_least=0)
+    prefix: float = setting(0.0, "weight of a prefix of any length: video continuation", at_least=0)
 
     def problems(self) -> Problems:
-        yield from checks.at_least(0, **dataclasses.asdict(self))
+        yield from fields.problems_of(self)
         if not sum(self.weights):
             yield "every weight is 0; at least one must be above"
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """In the order of `masks.KINDS`."""
+        """In the order of `cond_masks.MASK_KINDS`."""
         return self.none, self.first, self.last, self.both, self.prefix
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds that give frames and occur."""
+        """The kinds with conditioning frames whose weight is above 0."""
         return [name for name, weight in dataclasses.asdict(self).items() if weight and name != "none"]
 
 
-# Fields of `Training` that do not decide what is learned, only how and where the work is done: a job that goes on may
-# change them.
-EXECUTION_FIELDS = ("accumulate", "fsdp", "tensor", "sequence", "log_every", "checkpoint_every", "keep", "keep_every")
+# Fields of `TrainingSettings` that do not change what is learned, only how and where it is computed: a job may be
+# resumed with other values.
+EXECUTION_FIELDS = (
+    *("grad_accum_steps", "fsdp", "tensor", "sequence"),
+    *("log_every_steps", "checkpoint_every_steps", "max_to_keep", "keep_period"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """One training job. `steps` is an expert's (or the router's); the monolith takes the sum over the experts."""
 
-    steps: int = 1000
-    batch: int = 32  # clips a step, over all devices of the job
-    accumulate: int = 1  # parts of a batch that are worked on one after the other: less memory, the same update
-    learning_rate: float = 1e-3
-    warmup: int = 50  # steps, linear from 0
-    optimizer: str = "adamw"  # "muon": more progress for more work a step; "adafactor": least memory
-    decay: str = "cosine"  # after warm-up: "cosine" to 0, "constant", or "wsd": constant, then linear to 0 ...
-    decay_share: float = 0.2  # ... over this last share of the steps
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of matrices; norms and biases are never decayed
-    clip_norm: float = 1.0
-    ema: float = 0.999  # decay a step of the averaged parameters, which are the ones exported ...
-    ema_width: float = 0.0  # ... or, above 0, their horizon as a share of the training so far (0.05 to 0.15 are usual)
-    start: str = ""  # folder of weights to start from: `paris-jax import`, or another run's export; "": fresh ones
-    objective: str = "velocity"  # flow matching; or "noise": DDPM's, on the cosine path (`diffusion.predictions`)
-    times: str = "logit_normal"  # or "uniform", for the router: its weights matter equally at every time
-    drop_tokens: float = 0.3162  # probability of training without the token sequence
-    drop_pooled: float = 0.3162  # and, independently, without the pooled vector
-    compute_dtype: str = "auto"  # "auto" (bfloat16 where the device has it), "float32", "bfloat16"
-    fsdp: int = 1  # devices that share the batch and the parameters; what is left of the slice shares the batch only
-    tensor: int = 1  # devices that share the heads and hidden features
-    sequence: int = 1  # devices that share the tokens of each clip, for long videos
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # and all whose step is a multiple of this; 0: none
-    seed: int = 0
+    steps: int = setting(1000, "optimizer steps", at_least=1)
+    global_batch_size: int = setting(32, "clips per step, over all devices of the job", at_least=1)
+    grad_accum_steps: int = setting(
+        1, "microbatches of a step, computed one after the other: less memory, the same update", at_least=1
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
+    warmup_steps: int = setting(50, "steps of linear warm-up from 0", at_least=0)
+    optimizer: str = setting("adamw", "muon learns more per step, adafactor takes least memory", choices=OptimizerName)
+    lr_schedule: str = setting("cosine", "after warm-up; wsd: constant, then linear to 0", choices=LrSchedule)
+    lr_decay_fraction: float = setting(
+        0.2, "wsd: fraction of the steps, at the end, with linear decay", at_least=0.0, at_most=1.0
+    )
+    b1: float = setting(0.9, "Adam's decay of the first moment", at_least=0, below=1)
+    b2: float = setting(0.99, "Adam's decay of the second moment", at_least=0, below=1)
+    eps: float = setting(1e-8, "Adam's epsilon", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", at_least=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this global norm", above=0)
+    ema_decay: float = setting(0.999, "decay per step of the averaged, exported parameters", at_least=0, below=1)
+    ema_sigma_rel: float = setting(
+        0.0,
+        "above 0: power-function average of this relative width instead of ema_decay; 0.05 to 0.15 are usual",
+        at_least=0.0,
+        at_most=0.25,
+    )
+    init_from: str = setting("", "folder of initial weights (`paris-jax import`, or an export); empty: random")
+    prediction_type: str = setting(
+        "velocity", "velocity: flow matching; noise: DDPM on the cosine path", choices=PredictionType
+    )
+    timestep_sampler: str = setting(
+        "logit_normal", "distribution of training timesteps; uniform suits the router", choices=TimestepSamplerName
+    )
+    drop_tokens: float = setting(0.3162, "probability of dropping the text tokens", at_least=0.0, at_most=1.0)
+    drop_pooled: float = setting(
+        0.3162, "probability of dropping the pooled text, independently", at_least=0.0, at_most=1.0
+    )
+    compute_dtype: str = setting(
+        "auto", "of activations and matrix products; auto: bfloat16 except on CPUs", choices=ComputeDtype
+    )
+    fsdp: int = setting(1, "devices that share the batch and shard the parameters", at_least=1)
+    tensor: int = setting(1, "devices that share heads and hidden features", at_least=1)
+    sequence: int = setting(1, "devices that share the tokens of each clip", at_least=1)
+    log_every_steps: int = setting(20, "steps per line of metrics", at_least=1)
+    checkpoint_every_steps: int = setting(500, "steps between checkpoints", at_least=1)
+    max_to_keep: int = setting(2, "newest checkpoints to keep", at_least=1)
+    keep_period: int = setting(0, "checkpoints at multiples of this step are kept for ever; 0: none", at_least=0)
+    seed: int = fields.seed()
 
     def problems(self) -> Problems:
-        yield from checks.at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every)
-        yield from checks.at_least(1, fsdp=self.fsdp, tensor=self.tensor, sequence=self.sequence)
-        yield from checks.at_least(1, checkpoint_every=self.checkpoint_every, keep=self.keep)
-        yield from checks.at_least(1, accumulate=self.accumulate)
-        yield from checks.at_least(0, keep_every=self.keep_every, warmup=self.warmup, weight_decay=self.weight_decay)
-        yield from checks.seed(seed=self.seed)
-        yield from checks.above(0, learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm)
-        yield from checks.choice("objective", self.objective, get_args(PredictionType))
-        yield from checks.choice("times", self.times, ("logit_normal", "uniform"))
-        yield from checks.choice("optimizer", self.optimizer, ("adamw", "muon", "adafactor"))
-        yield from checks.choice("decay", self.decay, ("cosine", "constant", "wsd"))
-        yield from checks.choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        yield from checks.between(0.0, 1.0, drop_tokens=self.drop_tokens, drop_pooled=self.drop_pooled)
-        yield from checks.between(0.0, 1.0, decay_share=self.decay_share)
-        yield from checks.between(0.0, 0.25, ema_width=self.ema_width)
-        for name in ("b1", "b2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: must be at least 0 and below 1"
-        if self.warmup >= self.steps:
-            yield f"warmup={self.warmup}: must be below steps={self.steps}"
+        yield from fields.problems_of(self)
+        if self.warmup_steps >= self.steps:
+            yield f"warmup_steps={self.warmup_steps}: must be below steps={self.steps}"

@@ -124,7 +124,9 @@ def _with_place(place: int, record: Record) -> tuple[int, Record]:
 def check_batches(found: Sequence[tuple[dict[str, Any], Any]], batch: int, process_count: int) -> None:
     """Refuses folders that cannot fill a batch or do not belong together."""
     if batch % process_count:
-        raise UserError(f"training.batch={batch}: must be a multiple of the {process_count} processes of this job")
+        raise UserError(
+            f"training.global_batch_size={batch}: must be a multiple of the {process_count} processes of this job"
+        )
     for other, path in found[1:]:
         for name in ("latent", "codec", "text", "text_length"):
             if other[name] != found[0][0][name]:
@@ -136,6 +138,6 @@ def check_batches(found: Sequence[tuple[dict[str, Any], Any]], batch: int, proce
         first, path = found[0]
         what = f"Cluster {first['cluster']} ({path})" if len(found) == 1 and "cluster" in first else f"{path}"
         raise UserError(
-            f"{what} has {clips} clips, fewer than one batch of {batch}; lower training.batch, add clips, "
-            "or use fewer clusters (partition.num_clusters)"
+            f"{what} has {clips} clips, fewer than one batch of {batch}; lower training.global_batch_size, add clips, "
+            "or use fewer clusters (clustering.num_clusters)"
         )

@@ -21,7 +21,8 @@ from paris_jax.data import records
 from paris_jax.data.records import Record
 from paris_jax.data.sources.clip import Clip
 from paris_jax.data.sources.source import Source, source
-from paris_jax.encoders import codecs, features, published, text
+from paris_jax.encoders import codecs, features, text
+from paris_jax.encoders.published import EncoderStore
 from paris_jax.encoders.words import TextEncoding, split, words_of
 from paris_jax.errors import UserError
 
@@ -47,11 +48,12 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
       Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
         another config.
     """
-    encoders = weights_of(describe_encoders(experiment, ()))
+    store = EncoderStore()
+    encoders = weights_of(describe_encoders(experiment, (), store))
     names = experiment.codec.name, experiment.text.name, experiment.features.name
     if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
         raise UserError(
-            f"--processes={processes}: these encoders work on the accelerators, which one process has; use 1"
+            f"--num_workers={processes}: these encoders work on the accelerators, which one process has; use 1"
         )
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
@@ -78,15 +80,15 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
         progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
         if processes == 1:
             for job in missing:
-                write(job, lambda: progress.advance(task))
+                write(job, lambda: progress.advance(task), store)
         else:
             # Spawned, because a forked process would inherit locks of JAX's threads.
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
                 for done in concurrent.futures.as_completed([pool.submit(write, job) for job in missing]):
                     progress.advance(task, done.result())
-    finish(experiment, run, clips, jobs)
-    published.drop()
+    finish(experiment, run, clips, jobs, store)
+    store.drop()
     logger.info("%d clips are prepared: %s", len(clips), run.data)
 
 
@@ -97,12 +99,14 @@ class Speed(ProgressColumn):
         return Text(f"{task.speed:.3g} clips/s" if task.speed else "", style="progress.data.speed")
 
 
-def describe_encoders(experiment: Experiment, vocabulary: Iterable[str]) -> dict[str, Any]:
+def describe_encoders(
+    experiment: Experiment, vocabulary: Iterable[str], store: EncoderStore | None = None
+) -> dict[str, Any]:
     """What the manifest says of codec, text encoder and features; refuses one that cannot be run here."""
     return {
-        "codec": codecs.codec(**dataclasses.asdict(experiment.codec)).describe(),
-        "text": text_encoder(experiment, vocabulary).describe(),
-        "features": features.features(**dataclasses.asdict(experiment.features)).describe(),
+        "codec": codecs.codec(**dataclasses.asdict(experiment.codec), store=store).describe(),
+        "text": text_encoder(experiment, vocabulary, store).describe(),
+        "features": features.features(**dataclasses.asdict(experiment.features), store=store).describe(),
     }
 
 
@@ -193,12 +197,12 @@ class Tally:
         return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
 
 
-def write(job: Shard, advance: Callable[[], object] = lambda: None) -> int:
+def write(job: Shard, advance: Callable[[], object] = lambda: None, store: EncoderStore | None = None) -> int:
     """Encodes and writes one shard, then its mark; returns its number of clips."""
     tally = Tally()
 
     def counted() -> Iterator[Record]:
-        for record in encode(job.experiment, (job.clips[i] for i in job.indices)):
+        for record in encode(job.experiment, (job.clips[i] for i in job.indices), store):
             tally.add(record)
             yield record
             advance()
@@ -208,14 +212,15 @@ def write(job: Shard, advance: Callable[[], object] = lambda: None) -> int:
     return len(job.indices)
 
 
-def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
+def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | None = None) -> Iterator[Record]:
     """Turns clips into records, in order; the encoders see BATCH of them at a time."""
-    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
-    describe = features.features(**dataclasses.asdict(experiment.features))
+    store = store or EncoderStore()
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
+    describe = features.features(**dataclasses.asdict(experiment.features), store=store)
     words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat, some encoders are slow
     clips = iter(clips)
     while batch := list(itertools.islice(clips, BATCH)):
-        words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words])
+        words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words], store)
         words = {clip.caption: words[clip.caption] for clip in batch}
         videos = np.stack([clip.video for clip in batch])
         for clip, latent, feature in zip(batch, codec.encode(videos), describe(videos), strict=True):
@@ -223,12 +228,14 @@ def encode(experiment: Experiment, clips: Iterable[Clip]) -> Iterator[Record]:
             yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes)
 
 
-def _encode_captions(experiment: Experiment, clips: Sequence[Clip]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _encode_captions(
+    experiment: Experiment, clips: Sequence[Clip], store: EncoderStore
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Tokens and pooled vector of each caption, as they are stored; a refusal names its clip."""
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if not captions:
         return {}
-    encoder = text_encoder(experiment, words_of(captions))
+    encoder = text_encoder(experiment, words_of(captions), store)
     try:
         made = encoder.encode(captions)
     except UserError:
@@ -246,31 +253,33 @@ def _stored(encoding: TextEncoding, dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return encoding.tokens.astype(dtype), encoding.pooled.astype(dtype)
 
 
-def text_encoder(experiment: Experiment, vocabulary: Iterable[str]) -> Any:
+def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: EncoderStore | None = None) -> Any:
     """The experiment's text encoder; `words` with this vocabulary."""
     settings = experiment.text
     own: dict[str, Any] = {}
     if settings.name == "words":
         own = {"vocabulary": vocabulary, "width": settings.width}
     elif settings.name == "t5+clip":
-        own = {"t5": settings.t5, "clip": settings.clip, "padded": settings.padded}
+        own = {"t5": settings.t5, "clip": settings.clip, "pad_to_max_tokens": settings.pad_to_max_tokens}
+    if store is not None and settings.name == "t5+clip":
+        own["store"] = store
     return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
 
 
-def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard]) -> None:
+def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
     """Writes the manifest of all shards, then removes their marks."""
     total = Tally()
     for job in jobs:
         total.merge(manifest.read_json(job.mark)["tally"])
-    codec = codecs.codec(**dataclasses.asdict(experiment.codec))
-    encoder = text_encoder(experiment, total.words)
+    codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
+    encoder = text_encoder(experiment, total.words, store)
     none = _stored(encoder.null(), encoder.stored)
     manifest.write(
         run.data,
         "data",
         [*(job.path.name for job in jobs), *records.write_null(run.data, *none)],
         experiment.data_hash,
-        **describe_encoders(experiment, sorted(total.words)),
+        **describe_encoders(experiment, sorted(total.words), store),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
         text_length=total.text_length,
         clips=total.clips,

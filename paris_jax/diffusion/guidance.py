@@ -28,8 +28,8 @@ class Strength:
       scale: 1 is none.
       low, high: guided at times from `low` to `high`; outside, the other branches are not computed.
       rescale: share, in [0, 1], of the guided velocity that is brought back to the conditional one's spread.
-      momentum, radius, parallel: of projected guidance.
-      image: of frames that are given; 1 is none.
+      momentum, norm_threshold, eta: of projected guidance.
+      image_scale: of frames that are given; 1 is none.
       text_oscillates, image_oscillates: from step `STEADY` on, guided at every other step only.
       ramp: the scale of the image grows along the video's frames, from 1 to a last one that falls to 1 over the steps.
     """
@@ -39,9 +39,9 @@ class Strength:
     high: jax.Array | float = 1.0
     rescale: jax.Array | float = 0.0
     momentum: jax.Array | float = -0.5
-    radius: jax.Array | float = 15.0
-    parallel: jax.Array | float = 0.0
-    image: jax.Array | float = 1.0
+    norm_threshold: jax.Array | float = 15.0
+    eta: jax.Array | float = 0.0
+    image_scale: jax.Array | float = 1.0
     text_oscillates: jax.Array | bool = False
     image_oscillates: jax.Array | bool = False
     ramp: jax.Array | bool = False
@@ -57,8 +57,8 @@ class Strength:
 
     def image_scales(self, step: jax.Array | int, steps: int, frames: int) -> jax.Array:
         """The scale of the image at each latent frame, (T,)."""
-        last = self.image + (1 - self.image) * step / steps
-        return jnp.where(self.ramp, jnp.linspace(1.0, last, frames), self.image)
+        last = self.image_scale + (1 - self.image_scale) * step / steps
+        return jnp.where(self.ramp, jnp.linspace(1.0, last, frames), self.image_scale)
 
 
 def classifier_free(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
@@ -95,7 +95,7 @@ def projected(
     """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), in the predicted data.
 
     The difference D_text - D_null of the predictions D = x - t v, plus `momentum` times the running sum of the earlier
-    ones, cut to at most `radius` in norm over a sample, goes on without its part along D_text (`parallel` times it).
+    ones, cut to at most `norm_threshold` in norm over a sample, goes on without its part along D_text (`eta` times it).
 
     Args:
       conditional, unconditional, x: (B, ...).
@@ -116,7 +116,7 @@ def projected(
 
     # By t again, whose limit at t = 0 is the difference itself.
     update = jnp.where(t > 0, running / jnp.where(t > 0, t, 1.0), difference)
-    update = update * jnp.minimum(1.0, strength.radius / jnp.maximum(norm(running), 1e-12))
+    update = update * jnp.minimum(1.0, strength.norm_threshold / jnp.maximum(norm(running), 1e-12))
     direction = data / jnp.maximum(norm(data), 1e-12)
     along = jnp.sum(update * direction, axis=axes, keepdims=True) * direction
-    return conditional - (strength.scale - 1) * (update - along + strength.parallel * along), running
+    return conditional - (strength.scale - 1) * (update - along + strength.eta * along), running

@@ -45,6 +45,6 @@ def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> j
     return noise - jnp.clip(data, -LARGEST_DATA, LARGEST_DATA)
 
 
-def velocity(predicts: str, network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
+def velocity(prediction_type: str, network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
     """The velocity at (x_t, t) of a network of one of `PREDICTIONS`."""
-    return network(x_t, t_B) if predicts == "velocity" else velocity_from_noise(network, x_t, t_B)
+    return network(x_t, t_B) if prediction_type == "velocity" else velocity_from_noise(network, x_t, t_B)

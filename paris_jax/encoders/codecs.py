@@ -13,7 +13,8 @@ from etils import epath
 from paris_jax.config import checks
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import CodecName
-from paris_jax.encoders import hunyuan, placement, published
+from paris_jax.encoders import hunyuan, placement
+from paris_jax.encoders.published import EncoderStore, store_field
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import described
 
@@ -79,6 +80,7 @@ class HunyuanVideo:
     width: int = 8
     weights: str = ""
     sha256: str = ""  # of the weights; "": those found
+    store: EncoderStore = store_field()
 
     scaled: ClassVar[bool] = True  # latents have about unit spread already, as published networks expect them
     one_scale: ClassVar[bool] = True
@@ -107,7 +109,7 @@ class HunyuanVideo:
 
     def _run(self, tiled: Any, function: Any, x: np.ndarray) -> np.ndarray:
         """One video at a time on each device of this machine."""
-        vae, params = published.loaded("hunyuan", self.weights)
+        vae, params = self.store.load("hunyuan", self.weights, self.sha256)
 
         def run(piece: np.ndarray) -> np.ndarray:
             return np.asarray(function(vae, params, *placement.rows(piece), placement.dtype()))[: len(piece)]
@@ -145,7 +147,7 @@ def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> No
 Codec = Pixels | HunyuanVideo
 
 
-def codec(name: str, weights: str = "", sha256: str = "", **blocks: Any) -> Codec:
+def codec(name: str, weights: str = "", sha256: str = "", store: EncoderStore | None = None, **blocks: Any) -> Codec:
     """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2), ready to run.
 
     Raises:
@@ -155,7 +157,9 @@ def codec(name: str, weights: str = "", sha256: str = "", **blocks: Any) -> Code
         raise UserError(problem)
     if name == "pixels":
         return Pixels(**blocks)
-    return HunyuanVideo(**blocks, weights=weights, sha256=published.check_folder("codec.weights", weights, sha256))
+    store = store or EncoderStore()
+    sha256 = store.check("codec.weights", weights, sha256)
+    return HunyuanVideo(**blocks, weights=weights, sha256=sha256, store=store)
 
 
 def sizes(name: str, weights: str = "", **blocks: Any) -> Codec:
@@ -166,13 +170,13 @@ def sizes(name: str, weights: str = "", **blocks: Any) -> Codec:
 def latent_shape(experiment: Experiment) -> tuple[int, int, int, int]:
     """(T, H, W, C) of the latent of an experiment's clips."""
     data = experiment.data
-    return sizes(**dataclasses.asdict(experiment.codec)).latent_shape(data.frames, data.height, data.width)
+    return sizes(**dataclasses.asdict(experiment.codec)).latent_shape(data.num_frames, data.height, data.width)
 
 
-def from_description(description: dict[str, Any], folder: str = "") -> Codec:
+def from_description(description: dict[str, Any], folder: str = "", store: EncoderStore | None = None) -> Codec:
     """Rebuilds a codec from its `describe()`; published weights lie in `folder`, or where PARIS_JAX_VAE says."""
     there = folder or os.environ.get("PARIS_JAX_VAE", "")
-    return codec(**description, **({} if description["name"] == "pixels" else {"weights": there}))
+    return codec(**description, **({} if description["name"] == "pixels" else {"weights": there, "store": store}))
 
 
 def to_float(video: Any) -> Any:

@@ -79,12 +79,12 @@ def _change(video: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(video, axis=0)).mean((0, -1))
 
 
-def features(name: str, weights: str = "") -> Any:
+def features(name: str, weights: str = "", store: Any = None) -> Any:
     """Returns the feature encoder of this name; `dinov2` from the folder `weights`."""
     if name == "dinov2":
-        from paris_jax.encoders.published import Dinov2
+        from paris_jax.encoders.published import Dinov2, EncoderStore
 
-        return Dinov2(weights)
+        return Dinov2(weights, store=store or EncoderStore())
     if name != "statistics":
         known = get_args(FeaturesName)
         raise UserError(f"features {name!r}: must be one of {', '.join(known)}{nearest(name, known)}")

@@ -60,10 +60,13 @@ class MiniLM:
         """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
         return TextEncoding(np.zeros((1, WIDTH), np.float32), np.zeros(WIDTH, np.float32))
 
-    def unknown_words(self, text: str) -> list[str]:
+    def unknown_words(self, text: str) -> dict[str, str]:
         """Every word is made of known pieces."""
         del text
-        return []
+        return {}
+
+    def unload(self) -> None:
+        """Does nothing: the weights are small and stay on the host."""
 
     def describe(self) -> dict[str, Any]:
         return {"name": "minilm", "max_tokens": self.max_tokens, "weights": self.weights}

@@ -1,11 +1,12 @@
-"""Published encoders as the rest of the project uses them: T5 and CLIP for text, DINOv2 for what is clustered.
+"""Published encoders as the rest of the project uses them: T5 and CLIP for text, DINOv2 for features.
 
-Their weights lie in folders that the user names, as Hugging Face publishes them. Descriptions hold the weights' hashes,
-not the folders: what was encoded with them may be used on another machine, whose own folder is checked.
+Their weights are read from folders that the user names, as Hugging Face publishes them. Descriptions hold the hashes of
+the weights, not the folders: what was encoded with them can be used on another machine, whose own folder is checked.
 """
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,58 +14,108 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import hashing
 from paris_jax.encoders import clip, dinov2, hunyuan, placement, t5
-from paris_jax.encoders.tokens import tokenizer
+from paris_jax.encoders.tokens import Tokenize, tokenizer
 from paris_jax.encoders.words import TextEncoding, check_length, rounded
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import described
 
 TEXT_LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
-BATCH_SIZES = 16  # texts
+BATCH_SIZE = 16  # texts
 READERS = {"t5": t5.read, "clip": clip.read, "dinov2": dinov2.read, "hunyuan": hunyuan.read}
-FRAMES, SIDE = 4, 224  # frames of a clip that DINOv2 looks at, and their pixels a side: our choice
-_loaded: dict[tuple[str, str], tuple[Any, Any]] = {}
+FRAMES, SIDE = 4, 224  # frames per clip for DINOv2, and their pixels per side: our choice
 
 
-def loaded(kind: str, folder: str) -> tuple[Any, Any]:
-    """An encoder and its weights on this machine's devices (`placing`), read once until they are dropped."""
-    if (kind, folder) not in _loaded:
-        config, params = READERS[kind](folder)
-        if kind == "clip":  # its other half looks at images
-            params = {name: params[name] for name in params if name == "text"}
-        _loaded[kind, folder] = config, placement.put(params)
-    return _loaded[kind, folder]
+class EncoderStore:
+    """Weights of published encoders on this machine's devices, and their tokenizers, each read once.
+
+    Whoever samples or prepares data owns a store; what one store drops stays in the others. Files that change under
+    the same path are read, and checked, again.
+    """
+
+    def __init__(self):
+        self._weights: dict[tuple[str, str], tuple[Any, tuple[Any, Any]]] = {}
+        self._hashes: dict[str, tuple[Any, str]] = {}
+        self._tokenizers: dict[str, Tokenize] = {}
+
+    def load(self, kind: str, folder: str, sha256: str = "") -> tuple[Any, Any]:
+        """Config and weights of an encoder, placed on devices (`encoders.placement`).
+
+        Raises:
+          UserError: the files of the folder are not those of `sha256` (any more).
+        """
+        now = _fingerprint(folder)
+        known = self._weights.get((kind, folder))
+        if known is None or known[0] != now:
+            self.check(f"{kind} weights", folder, sha256)
+            self._weights.pop((kind, folder), None)  # frees the memory before it is needed again
+            config, params = READERS[kind](folder)
+            if kind == "clip":  # the vision tower is not used
+                params = {name: params[name] for name in params if name == "text"}
+            self._weights[kind, folder] = now, (config, placement.put(params))
+        return self._weights[kind, folder][1]
+
+    def drop(self, *kinds: str) -> None:
+        """Frees the weights of these encoders, by default of all."""
+        for key in [key for key in self._weights if not kinds or key[0] in kinds]:
+            del self._weights[key]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The encoders whose weights are held."""
+        return [kind for kind, _ in self._weights]
+
+    def tokenizer(self, folder: str) -> Tokenize:
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = tokenizer(folder)
+        return self._tokenizers[folder]
+
+    def sha256(self, folder: str) -> str:
+        """Hash of all weights in a folder; computed again when a file changes."""
+        now = _fingerprint(folder)
+        if folder not in self._hashes or self._hashes[folder][0] != now:
+            files = Tensors(folder).files
+            self._hashes[folder] = now, hashing.hash_text(" ".join(manifest.hash_file(file) for file in files))
+        return self._hashes[folder][1]
+
+    def check(self, field: str, folder: str, sha256: str) -> str:
+        """The hash of a folder's weights; refuses an empty name, or weights that are not those of `sha256`."""
+        if not folder:
+            name = {"codec.weights": "vae", "text.t5": "t5", "text.clip": "clip"}.get(field)
+            sampling = (
+                f"; to sample, --{name}=DIR, encoders={{'{name}': ...}} or PARIS_JAX_{name.upper()}" if name else ""
+            )
+            raise UserError(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
+        actual = self.sha256(folder)
+        if sha256 and actual != sha256:
+            raise UserError(
+                f"{field}={folder}: its weights have the hash {actual[:12]}..., these data were made with "
+                f"{sha256[:12]}...; name the folder of those weights"
+            )
+        return actual
 
 
-def drop(*kinds: str) -> None:
-    """Forgets the weights of these encoders, by default of all, so that their memory is free for the experts."""
-    for key in [key for key in _loaded if not kinds or key[0] in kinds]:
-        del _loaded[key]
+def _fingerprint(folder: str) -> tuple[Any, ...]:
+    """Name, size, time of change and inode of each file of weights: what a swapped file changes, cheap to read."""
+    found = []
+    for file in map(str, Tensors(folder).files):
+        if "://" in file:
+            remote = epath.Path(file).stat()
+            found.append((file, remote.length, remote.mtime, 0))
+        else:
+            local = os.stat(file)
+            found.append((file, local.st_size, local.st_mtime_ns, local.st_ino))
+    return tuple(found)
 
 
-@functools.cache
-def _hash(folder: str) -> str:
-    """Of all files of the weights."""
-    return hashing.hash_text(" ".join(manifest.hash_file(file) for file in Tensors(folder).files))
-
-
-def check_folder(field: str, folder: str, promised: str) -> str:
-    """The hash of a folder's weights; refuses one that is not named, or not the promised one."""
-    if not folder:
-        name = {"codec.weights": "vae", "text.t5": "t5", "text.clip": "clip"}.get(field)
-        sampling = f"; to sample, --{name}=DIR, encoders={{'{name}': ...}} or PARIS_JAX_{name.upper()}" if name else ""
-        raise UserError(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
-    found = _hash(folder)
-    if promised and found != promised:
-        raise UserError(
-            f"{field}={folder}: its weights have the hash {found[:12]}..., these data were made with "
-            f"{promised[:12]}...; name the folder of those weights"
-        )
-    return found
+def store_field() -> Any:
+    """The field of an encoder for the store of its weights, which does not count when encoders are compared."""
+    return dataclasses.field(default_factory=EncoderStore, compare=False, repr=False)
 
 
 def widths(t5_folder: str, clip_folder: str) -> tuple[int, int]:
@@ -78,23 +129,26 @@ class T5Clip:
     """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, at their true number, and CLIP's pooled vector.
 
     As FLUX.1, Open-Sora 2.0 and Paris 2.0 have it, with XXL and ViT-L/14; of any size here. A text longer than CLIP's
-    77 tokens is cut for CLIP alone. FLUX.1 and Open-Sora 2.0 were trained `padded`, with an empty text for none; at its
-    true length, a text takes a tenth of the room, and none is nothing.
+    77 tokens is cut for CLIP alone. FLUX.1 and Open-Sora 2.0 were trained with `pad_to_max_tokens`, with an empty
+    text for none; at its true length, a text takes a tenth of the room, and none is nothing.
     """
 
     t5: str = ""  # folders of weights and tokenizers
     clip: str = ""
     max_tokens: int = 512
-    padded: bool = False  # every text is filled up to max_tokens, as T5 fills it, and all of it is attended to
+    pad_to_max_tokens: bool = (
+        False  # every text is filled up to max_tokens, as T5 fills it, and all of it is attended to
+    )
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
+    store: EncoderStore = store_field()
 
     stored: ClassVar[Any] = np.dtype(ml_dtypes.bfloat16)  # as the experts compute
 
     def __post_init__(self):
-        found = {n: check_folder(f"text.{n}", getattr(self, n), self.weights.get(n, "")) for n in ("t5", "clip")}
+        found = {n: self.store.check(f"text.{n}", getattr(self, n), self.weights.get(n, "")) for n in ("t5", "clip")}
         object.__setattr__(self, "weights", found)
         for name in found:
-            tokenizer(getattr(self, name))
+            self.store.tokenizer(getattr(self, name))
 
     @property
     def width(self) -> int:
@@ -106,22 +160,24 @@ class T5Clip:
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
-        pieces = [tokenizer(self.t5)(text) if text.strip() else [] for text in texts]
+        tokenize = self.store.tokenizer(self.t5)
+        pieces = [tokenize(text) if text.strip() else [] for text in texts]
         for text, found in zip(texts, pieces, strict=True):
             check_length(text, len(found), self.max_tokens, "tokens")
-        cuts = range(0, len(texts), BATCH_SIZES)
-        return [one for i in cuts for one in self._encode(texts[i : i + BATCH_SIZES], pieces[i : i + BATCH_SIZES])]
+        cuts = range(0, len(texts), BATCH_SIZE)
+        return [one for i in cuts for one in self._encode(texts[i : i + BATCH_SIZE], pieces[i : i + BATCH_SIZE])]
 
     def _encode(self, texts: Sequence[str], pieces: Sequence[Sequence[int]]) -> list[TextEncoding]:
-        (config, params), (clips, of_clip) = loaded("t5", self.t5), loaded("clip", self.clip)
+        config, params = self.store.load("t5", self.t5, self.weights["t5"])
+        clips, of_clip = self.store.load("clip", self.clip, self.weights["clip"])
         if clips.text is None:
             raise UserError(
                 f"text.clip={self.clip} holds CLIP's vision encoder alone; name the folder of its text encoder"
             )
-        ids, length = _padded(pieces, self.max_tokens if self.padded else TEXT_LENGTHS)
-        length = np.full_like(length, self.max_tokens) if self.padded else length
+        ids, length = _padded(pieces, self.max_tokens if self.pad_to_max_tokens else TEXT_LENGTHS)
+        length = np.full_like(length, self.max_tokens) if self.pad_to_max_tokens else length
         tokens = np.asarray(t5.encode(config, params, *placement.rows(ids, length), placement.dtype()))
-        ends, places = [tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
+        ends, places = [self.store.tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
         cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
         ids, _ = _padded(cut, min(TEXT_LENGTHS, places), fill=[found[-1] for found in cut])
         found = clip.encode_text(clips, of_clip, *placement.rows(ids[:, :places]), placement.dtype())
@@ -130,18 +186,22 @@ class T5Clip:
 
     def null(self) -> TextEncoding:
         """No text, for dropout and guidance: one token of zeros and pooled zeros; if padded, the encoding of ""."""
-        if self.padded:
-            return self._encode([""], [tokenizer(self.t5)("")])[0]
+        if self.pad_to_max_tokens:
+            return self._encode([""], [self.store.tokenizer(self.t5)("")])[0]
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
-    def unknown_words(self, text: str) -> list[str]:
-        """Every word is made of known pieces."""
+    def unknown_words(self, text: str) -> dict[str, str]:
+        """Empty: every word consists of known pieces."""
         del text
-        return []
+        return {}
+
+    def unload(self) -> None:
+        """Frees the weights; the next text reads them again."""
+        self.store.drop("t5", "clip")
 
     def describe(self) -> dict[str, Any]:
         sizes = {"width": self.width, "pooled_width": self.pooled_width}
-        padded = {"padded": True} if self.padded else {}
+        padded = {"pad_to_max_tokens": True} if self.pad_to_max_tokens else {}
         return {"name": "t5+clip", "max_tokens": self.max_tokens, **padded, **sizes, "weights": dict(self.weights)}
 
 
@@ -161,13 +221,14 @@ class Dinov2:
 
     weights: str = ""  # folder
     sha256: str = ""  # of the weights; "": those found
+    store: EncoderStore = store_field()
 
     def __post_init__(self):
-        object.__setattr__(self, "sha256", check_folder("features.weights", self.weights, self.sha256))
+        object.__setattr__(self, "sha256", self.store.check("features.weights", self.weights, self.sha256))
 
     def __call__(self, videos: np.ndarray) -> np.ndarray:
         """(B, T, H, W, 3) uint8 to (B, D) float32."""
-        config, params = loaded("dinov2", self.weights)
+        config, params = self.store.load("dinov2", self.weights, self.sha256)
         (B, T), patch = videos.shape[:2], params["patches"]["weight"].shape[-1]
         chosen = np.linspace(0, T - 1, min(FRAMES, T)).round().astype(int)
         images = videos[:, chosen].reshape(-1, *videos.shape[2:])

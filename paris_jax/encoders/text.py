@@ -10,6 +10,7 @@ from typing import Any
 
 from paris_jax.config.experiment import Experiment
 from paris_jax.encoders import published
+from paris_jax.encoders.published import EncoderStore
 from paris_jax.encoders.words import Words
 from paris_jax.errors import UserError, nearest
 
@@ -53,7 +54,9 @@ def text_encoder(name: str, **settings: Any) -> Any:
     raise UserError(f"text encoder {name!r}: must be one of {', '.join(NAMES)}{nearest(name, NAMES)}")
 
 
-def from_description(description: dict[str, Any], folders: Mapping[str, str] | None = None) -> Any:
+def from_description(
+    description: dict[str, Any], folders: Mapping[str, str] | None = None, store: EncoderStore | None = None
+) -> Any:
     """Rebuilds a text encoder from its `describe()`.
 
     Published ones are looked for in `folders` ("t5", "clip"), or else where the environment says (PARIS_JAX_T5,
@@ -64,4 +67,4 @@ def from_description(description: dict[str, Any], folders: Mapping[str, str] | N
     description = {k: v for k, v in description.items() if k not in ("width", "pooled_width")}
     named = {name: os.environ.get(f"PARIS_JAX_{name.upper()}", "") for name in ("t5", "clip")}
     given = {name: folder for name, folder in (folders or {}).items() if name in named}
-    return text_encoder(**description, **(named | given))
+    return text_encoder(**description, **(named | given), store=store or EncoderStore())

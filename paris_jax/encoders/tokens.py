@@ -1,6 +1,5 @@
 """Tokenizers of published text encoders, from the files beside their weights; nothing is fetched."""
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ Tokenize = Callable[[str], list[int]]
 BESIDE = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-@functools.cache
 def tokenizer(folder: epath.PathLike) -> Tokenize:
     """Text to ids with the tokens that begin and end it, by the files of a folder as Hugging Face publishes one.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from paris_jax.errors import UserError
+from paris_jax.errors import UserError, nearest
 
 UNKNOWN = "<unknown>"
 
@@ -72,9 +72,12 @@ class Words:
         """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
-    def unknown_words(self, text: str) -> list[str]:
-        """Returns the words of a text that no training caption has."""
-        return [word for word in dict.fromkeys(split(text)) if word not in self._known]
+    def unknown_words(self, text: str) -> dict[str, str]:
+        """The words of a text that no training caption has, each with the nearest known word (`errors.nearest`)."""
+        return {word: nearest(word, self.vocabulary) for word in split(text) if word not in self._known}
+
+    def unload(self) -> None:
+        """Does nothing: there are no weights."""
 
     def describe(self) -> dict[str, Any]:
         return {

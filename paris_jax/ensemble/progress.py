@@ -1,10 +1,11 @@
-"""What people see while videos are drawn: a bar, previews, and an end when they ask for one.
+"""Progress of sampling: a bar, previews, callbacks, and a clean stop on Ctrl-C.
 
-The steps are taken by one compiled program that takes any number of them: a few at a time, so that what lies between
-two calls costs next to nothing of them, and nothing is at work on the device while a preview is made.
+One compiled program takes any number of steps. It is called for a few steps at a time, so that the time between calls
+is negligible, and the device is idle while a preview is made.
 """
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -18,16 +19,16 @@ from rich.progress import Progress
 from paris_jax.diffusion import solvers
 from paris_jax.training import distributed
 
-CALL_SECONDS = (
-    0.1  # seconds; calls that take less than half of it take more steps, calls of more than twice that take fewer
-)
+CALL_SECONDS = 0.1  # a call that takes less than half of it is given more steps, one of more than twice fewer
 # Takes the steps from one up to another.
 Advance = Callable[[solvers.State, int, int], solvers.State]
-Preview = Callable[[int, np.ndarray], None]  # (steps done, the data predicted so far (N, T, H, W, C))
+Preview = Callable[[int, np.ndarray], None]  # (steps done, data predicted so far (N, T, H, W, C))
+# (steps done, state) -> latents that replace the state's, or None
+StepEnd = Callable[[int, solvers.State], Any]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while videos were drawn. `samples` holds them as they were predicted at the last step that was done."""
+    """Ctrl-C during sampling. `samples` holds the videos as predicted at the last finished step."""
 
     def __init__(self, done: int, steps: int, samples: Any = None):
         kept = "what was predicted by then is kept" if done else "there is nothing to keep yet"
@@ -35,51 +36,70 @@ class Interrupted(KeyboardInterrupt):
         self.done, self.steps, self.samples = done, steps, samples
 
 
+@dataclasses.dataclass(frozen=True)
+class Watcher:
+    """What runs between the steps.
+
+    Attributes:
+      bar: show a progress bar.
+      every: steps between previews; 0 for none.
+      preview: called with the data predicted so far.
+      step_end: called after every step; may return latents that replace the state's.
+    """
+
+    bar: bool = False
+    every: int = 0
+    preview: Preview | None = None
+    step_end: StepEnd | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.bar or self.preview is not None or self.step_end is not None
+
+    def next_stop(self, done: int, at_once: int, steps: int) -> tuple[int, int]:
+        """The step to run to, and the step of the next preview."""
+        due = (done // self.every + 1) * self.every if self.every else steps
+        return min(done + (1 if self.step_end else at_once), due, steps), due
+
+
 def run_with_progress(
-    advance: Advance,
-    state: solvers.State,
-    steps: int,
-    bar: bool,
-    every: int = 0,
-    preview: Preview | None = None,
-    together: bool = False,
+    advance: Advance, state: solvers.State, steps: int, watcher: Watcher, together: bool = False
 ) -> solvers.State:
-    """The state after all steps; every so many of them, `preview` is called with what is predicted by then.
+    """The state after all steps, with the watcher's callbacks in between.
 
     Args:
-      together: whether the processes of a job take the steps together. Then all of them take one at a time, agree
-        before each whether to go on, and the first shows the bar and the previews.
+      together: whether several processes take the steps together. Then they take one step at a time, agree before each
+        whether to continue, and the first process shows the bar and the previews.
 
     Raises:
-      Interrupted: with the state that was reached in `samples`, which the caller turns into what is kept.
+      Interrupted: with the solver state reached in `samples`, for the caller to decode.
     """
     reached, at_once, first = (0, state), 1, not together or jax.process_index() == 0
     failure: Exception | None = None
     try:
-        with _agree_to_stop(together) as stop, Progress(disable=not (bar and first)) as shown:
-            task = shown.add_task("compiling", total=steps)
+        with _agree_to_stop(together) as stop, Progress(disable=not (watcher.bar and first)) as progress:
+            task = progress.add_task("compiling", total=steps)
             while (done := reached[0]) < steps and not stop(failure is not None):
-                due = (done // every + 1) * every if every else steps
-                until, begun = min(done + at_once, due, steps), time.perf_counter()
+                until, due = watcher.next_stop(done, at_once, steps)
+                start = time.perf_counter()
                 reached = until, jax.block_until_ready(advance(reached[1], done, until))
-                took = time.perf_counter() - begun
-                shown.update(task, completed=until, description="sampling")
+                took = time.perf_counter() - start
+                progress.update(task, completed=until, description="sampling")
                 if done and not together:  # the first call compiled
-                    at_once = (
-                        2 * at_once
-                        if took < CALL_SECONDS / 2
-                        else max(1, at_once // 2)
-                        if took > 2 * CALL_SECONDS
-                        else at_once
-                    )
-                if preview and first and until == due < steps:
+                    faster, slower = took < CALL_SECONDS / 2, took > 2 * CALL_SECONDS
+                    at_once = 2 * at_once if faster else max(1, at_once // 2) if slower else at_once
+                if watcher.step_end:
+                    latents = watcher.step_end(until, reached[1])
+                    if latents is not None:
+                        reached = until, dataclasses.replace(reached[1], x=latents)
+                if watcher.preview and first and until == due < steps:
                     try:
-                        preview(until, np.asarray(reached[1].data))
+                        watcher.preview(until, np.asarray(reached[1].data))
                     except Exception as error:
-                        failure = error  # of which the others, too, hear before the next step
+                        failure = error  # the other processes learn of it before the next step
         if failure is not None:
             raise failure
-        if reached[0] < steps:  # somebody was interrupted
+        if reached[0] < steps:  # a process was interrupted
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(reached[0], steps, reached[1]) from None
@@ -88,17 +108,17 @@ def run_with_progress(
 
 @contextlib.contextmanager
 def _agree_to_stop(together: bool) -> Iterator[Callable[[bool], bool]]:
-    """Whether to stop before a step: because this process failed, or any that goes with it did or was interrupted.
+    """Whether to stop before a step: because this process failed, or because any process failed or was interrupted.
 
-    Alone, Ctrl-C is the exception that it always is; together, whoever left would have the others wait for ever.
+    A single process keeps the usual KeyboardInterrupt; one of several would leave the others waiting for ever.
     """
     if not together:
         yield lambda failed: failed
         return
-    asked, main = [], threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True)) if main else None
+    interrupted, main = [], threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True)) if main else None
     try:
-        yield lambda failed: not distributed.minimum_over_processes(not (asked or failed))
+        yield lambda failed: not distributed.minimum_over_processes(not (interrupted or failed))
     finally:
         if main:
             signal.signal(signal.SIGINT, before)

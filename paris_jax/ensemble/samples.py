@@ -39,6 +39,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.videos)
 
+    def __getitem__(self, index: int) -> "Samples":
+        """One of the videos."""
+        i = range(len(self))[index]
+        return Samples(
+            self.videos[i : i + 1], self.prompts[i : i + 1], self.fps, self.routing[:, i : i + 1], self.clusters
+        )
+
     def __repr__(self) -> str:
         count, frames, height, width, _ = self.videos.shape
         return f"Samples({count} videos of {frames} frames, {height} x {width}, at {self.fps:g} frames a second)"

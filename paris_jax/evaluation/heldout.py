@@ -91,7 +91,7 @@ def sample(
     videos, routing = [], []
     for start in range(0, len(captions), size):
         index = np.minimum(np.arange(start, start + size), len(captions) - 1)
-        given = {} if kept is None else {"kept": jnp.asarray(kept[index])}
+        given = {} if kept is None else {"cond": jnp.asarray(kept[index])}
         made = arm.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **given, **how)
         count = min(size, len(captions) - start)
         videos.append(made.videos[:count])

@@ -20,6 +20,7 @@ from paris_jax.data.records import read_records
 from paris_jax.data.sources.shapes import ATTRIBUTES
 from paris_jax.diffusion import cond_masks
 from paris_jax.encoders import codecs
+from paris_jax.encoders.published import EncoderStore
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
 from paris_jax.evaluation import compute, heldout, report, results, scores
@@ -114,26 +115,27 @@ class EvaluationRun:
         self.experiment, self.run, self.kept, self.progress = experiment, run, kept, progress
         settings = experiment.evaluation
         sampling = dataclasses.asdict(experiment.sampling)
-        self.ensemble = Ensemble.load(run.ensemble, encoders=experiment.encoders)
-        self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, **sampling)
+        store = EncoderStore()
+        self.ensemble = Ensemble.load(run.ensemble, encoders=experiment.encoders, store=store)
+        self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, store=store, **sampling)
         self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
         self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
         # As many real clips as prompts are set aside to measure distances to.
-        self.count = min(settings.clips, len(self.heldout) // 2)
+        self.count = min(settings.num_clips, len(self.heldout) // 2)
         if self.count < 2:
             raise UserError(
                 f"{run.heldout} holds {len(self.heldout)} clips and an evaluation needs at least 4; raise "
                 "config.data.heldout_fraction or add clips, with a new --workdir"
             )
         self.prompts, self.others = self.heldout[: self.count], self.heldout[self.count : 2 * self.count]
-        self.scored = self.heldout[: settings.loss_clips]
+        self.scored = self.heldout[: settings.num_loss_clips]
         self.routing: dict[str, Any] = {"routing": experiment.sampling.routing}
         if experiment.sampling.routing == "top_k":
             self.routing["top_k"] = min(experiment.sampling.top_k, len(self.ensemble.clusters))
         elif experiment.sampling.routing == "threshold":
             self.routing["threshold"] = experiment.sampling.threshold
-        rules = ("steps", "routing", "top_k", "threshold")
-        self.how = {"num_steps": experiment.sampling.steps} | {k: v for k, v in sampling.items() if k not in rules}
+        rules = ("routing", "top_k", "threshold")
+        self.how = {name: value for name, value in sampling.items() if name not in rules}
 
     def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns results.json (see evaluation/results.py) and the shown videos by arm, uint8."""
@@ -146,8 +148,8 @@ class EvaluationRun:
         both = {arm: made[arm] for arm in results.MODELS}
         rows += [*scores.flow(both), scores.motion(videos)]
         rows += [scores.cond_frames(kind, self._kept_errors(kind, videos)) for kind in self.experiment.masks.kinds]
-        num_clusters = self.experiment.partition.num_clusters
-        shown = self.experiment.evaluation.shown
+        num_clusters = self.experiment.clustering.num_clusters
+        shown = self.experiment.evaluation.num_shown
         found = {
             "schema": results.SCHEMA,
             "experiment": self.experiment.name,
@@ -219,7 +221,7 @@ class EvaluationRun:
         """Losses of both arms and the router's hits (N, bins), all at the same points."""
         settings = self.experiment.evaluation
         latents = self.ensemble.scale.normalise(self.scored.latents)
-        points = Points.draw(latents, self.scored.ids, settings.loss_times, settings.seed)
+        points = Points.draw(latents, self.scored.ids, settings.loss_timesteps, settings.seed)
         captions, batches = self.scored.captions, flow_loss.num_batches(points)
         made: dict[str, Any] = {}
         for name, arm, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
@@ -231,7 +233,7 @@ class EvaluationRun:
 
             made[name] = Losses(**self.kept.get(f"losses-{name}", ask))
         advance = self._bar("router", batches)
-        route = heldout.route(self.ensemble, captions, self.experiment.partition.num_clusters)
+        route = heldout.route(self.ensemble, captions, self.experiment.clustering.num_clusters)
 
         def hits() -> dict[str, np.ndarray]:
             return {"hits": flow_loss.router_hits(route, points, self.scored.clusters, advance=advance)}
@@ -271,12 +273,14 @@ class EvaluationRun:
     def _compute(self) -> dict[str, Any]:
         def job(name: str, part: dict[str, Any]) -> compute.TrainingCost:
             trained = part["training"]
-            return compute.TrainingCost(name, trained["steps"], trained["batch"], trained["flops_per_sample"])
+            return compute.TrainingCost(
+                name, trained["steps"], trained["global_batch_size"], trained["flops_per_sample"]
+            )
 
         experts = [
             job(f"expert {k}", part) for k, part in ensemble_manifest.expert_manifests(self.run.ensemble).items()
         ]
-        monolith, router = (job(r.name, manifest.read(self.run.export(r), "part")) for r in (MONOLITH, ROUTER))
+        monolith, router = (job(r.name, manifest.read(self.run.export(r), "network")) for r in (MONOLITH, ROUTER))
         return compute.identity(experts, monolith, router)
 
     def _protocol(self) -> dict[str, Any]:
@@ -284,15 +288,16 @@ class EvaluationRun:
         card = read_card()
         detail = "".join(f", {name} = {value}" for name, value in self.routing.items() if name != "routing")
         shape = " x ".join(map(str, heldout.decode(self.ensemble, self.prompts.latents[:1]).shape[1:4]))
-        bins = settings.loss_times
+        bins = settings.loss_timesteps
         return {
             "prompts": self.count,
             "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
             + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
             "noise": f"seed {settings.seed}; prompt i starts from the same noise in both arms",
-            "solver": f"{sampling.solver}, {sampling.steps} steps, time shift {self.ensemble.shift:g}",
-            "guidance": f"{sampling.guidance:g}, inside the merge, with the same weights for both branches",
+            "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, "
+            f"timestep shift {self.ensemble.timestep_shift:g}",
+            "guidance": f"{sampling.guidance_scale:g}, inside the merge, with the same weights for both branches",
             "routing": f"{sampling.routing}{detail}",
             "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
             f"noise and times from (seed {settings.seed}, clip id)",

@@ -47,7 +47,7 @@ class Failure:
         if self.code < 0:
             hint = "; often there is not enough memory" if self.code == -9 else ""
             return f"{self.job.name} was killed by signal {-self.code}{hint}"
-        said = last_words(self.job.log).removeprefix("refused: ") if self.job.log else ""
+        said = last_words(self.job.log).removeprefix("error: ") if self.job.log else ""
         return f"{self.job.name}: {said or f'ended with exit code {self.code}'}"
 
 
@@ -178,5 +178,5 @@ def last_words(log: Path) -> str:
     said: list[str] = []
     for line in filter(None, lines):
         said = [] if line.startswith("== ") else [*said, line]
-    refused = [line for line in said if line.startswith("refused: ")]
+    refused = [line for line in said if line.startswith("error: ")]
     return ["", *said, *refused][-1]

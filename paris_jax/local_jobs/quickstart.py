@@ -88,7 +88,7 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
     workdir = f"--workdir={run}"
     stages = [("prepare", run.data), ("cluster", run.partition)]
     before = [LocalJob(name, (name, *config, workdir)) for name, folder in stages if not manifest.exists(folder)]
-    *others, monolith = roles(experiment.partition.num_clusters)
+    *others, monolith = roles(experiment.clustering.num_clusters)
     todo = {
         role: LocalJob(role.name, ("train", *config, workdir, *role.arguments.split()), _log(experiment, run, role))
         for role in (monolith, *others)
@@ -102,7 +102,18 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
         prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
         encoders = [f"--{name}={folder}" for name, folder in experiment.encoders.items()]
         after.append(
-            LocalJob("sample", ("sample", f"--ensemble={run.ensemble}", *encoders, *prompts, f"--out={shown}"))
+            LocalJob(
+                "sample",
+                (
+                    "sample",
+                    f"--ensemble={run.ensemble}",
+                    *encoders,
+                    *prompts,
+                    f"--out={shown}",
+                    "--grid",
+                    "--overwrite",
+                ),
+            )
         )
     if experiment.data.heldout_fraction:
         after.append(LocalJob("evaluate", ("evaluate", *config, workdir)))

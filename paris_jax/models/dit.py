@@ -53,8 +53,8 @@ class DiTConfig:
     theta: float = 1e4
     remat: str = "none"  # what the backward pass computes again: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
-    kept_frames: bool = False  # whether there is an input for frames that are given: image to video
-    predicts: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
+    cond_frames: bool = False  # whether there is an input for frames that are given: image to video
+    prediction_type: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
     attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
 
 
@@ -83,14 +83,14 @@ def cond_projection(channels: int, hidden: int, dtype: Any, rngs: nnx.Rngs) -> n
     return linear((channels + 1) * PATCH * PATCH, hidden, dtype, rngs, zero=True)
 
 
-def embed_video(video_in: nnx.Linear, kept_in: nnx.Linear | None, x_BTHWC: jax.Array, kept: jax.Array | None):
+def embed_video(video_in: nnx.Linear, cond_in: nnx.Linear | None, x_BTHWC: jax.Array, kept: jax.Array | None):
     """Video tokens (B, N, D) of a noised latent and, where the network has an input for them, of frames to keep."""
     video = video_in(pack(x_BTHWC).astype(video_in.dtype))
-    if kept_in is None:
+    if cond_in is None:
         return video
     if kept is None:  # nothing is kept: text to video
         kept = jnp.zeros((*x_BTHWC.shape[:-1], x_BTHWC.shape[-1] + 1), x_BTHWC.dtype)
-    return video + kept_in(pack(kept).astype(kept_in.dtype))
+    return video + cond_in(pack(kept).astype(cond_in.dtype))
 
 
 class DoubleBlock(nnx.Module):
@@ -138,13 +138,13 @@ class SingleBlock(nnx.Module):
 
 
 class SpatiotemporalDiT(nnx.Module):
-    """v(x_t, t, text): the velocity of a noised video latent, or what else `config.predicts`."""
+    """v(x_t, t, text): the velocity of a noised video latent, or what else `config.prediction_type`."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
-        self.kept_in = cond_projection(config.channels, D, dtype, rngs) if config.kept_frames else None
+        self.cond_in = cond_projection(config.channels, D, dtype, rngs) if config.cond_frames else None
         self.text_in = linear(config.text_width, D, dtype, rngs)
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.double_blocks = stacked(functools.partial(_build, DoubleBlock, config), config.double_blocks, rngs)
@@ -159,7 +159,7 @@ class SpatiotemporalDiT(nnx.Module):
         tokens_BLX: jax.Array,
         length_B: jax.Array,
         pooled_BP: jax.Array,
-        kept_BTHWX: jax.Array | None = None,
+        cond_BTHWX: jax.Array | None = None,
         member: jax.Array | None = None,
     ) -> jax.Array:
         """The velocity at (x_t, t) given the text, and frames to keep.
@@ -170,7 +170,7 @@ class SpatiotemporalDiT(nnx.Module):
           tokens_BLX: text tokens, padded at the end.
           length_B: int32, tokens that count (1 to L); the rest is never attended to.
           pooled_BP: pooled text vector.
-          kept_BTHWX: frames that are given, X = 1 + C: their mask, 1 or 0, then their latent (`diffusion.masks`); None
+          cond_BTHWX: frames that are given, X = 1 + C: their mask, 1 or 0, then their latent (`diffusion.masks`); None
             where there are none.
           member: which of several networks this is, where the blocks hold all of them (`functional.apply_member`).
 
@@ -179,7 +179,7 @@ class SpatiotemporalDiT(nnx.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         _, T, H, W, _ = x_BTHWC.shape
-        video = constrain(embed_video(self.video_in, self.kept_in, x_BTHWC, kept_BTHWX), "batch", "tokens", None)
+        video = constrain(embed_video(self.video_in, self.cond_in, x_BTHWC, cond_BTHWX), "batch", "tokens", None)
         text = self.text_in(tokens_BLX.astype(dtype))
         condition = self.conditioning(t_B, pooled_BP)
         # Video first: padding is then at the end of the joint sequence, where attention kernels want it.

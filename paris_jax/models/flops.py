@@ -56,7 +56,7 @@ def forward_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...
     """
     N, D, M = video_tokens(latent_shape), config.hidden, config.mlp_ratio
     patch = latent_shape[-1] * PATCH * PATCH
-    read = patch + (latent_shape[-1] + 1) * PATCH * PATCH * config.kept_frames
+    read = patch + (latent_shape[-1] + 1) * PATCH * PATCH * config.cond_frames
     conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
     final = 2 * D * 2 * D  # modulation
     L = 1 if isinstance(config, RouterConfig) else text_length

@@ -45,7 +45,7 @@ def apply(config: Config, params: Params, *inputs: jax.Array | None, **named: ja
     """The network's output; see `SpatiotemporalDiT.__call__` and `Router.__call__` for the inputs.
 
     A config of another kind brings its own `apply(params, *inputs)`, and says what it `predicts` and whether it takes
-    `kept_frames`: an analytic velocity field, for one.
+    `cond_frames`: an analytic velocity field, for one.
     """
     if not isinstance(config, DiTConfig | RouterConfig):
         return config.apply(params, *inputs)

@@ -34,7 +34,7 @@ class RouterConfig:
     theta: float = 1e4
     remat: str = "none"
     dtype: str = "float32"
-    kept_frames: bool = False  # whether there is an input for frames that are given
+    cond_frames: bool = False  # whether there is an input for frames that are given
     attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
 
 
@@ -55,7 +55,7 @@ class Router(nnx.Module):
         dtype, D = jnp.dtype(config.dtype), config.hidden
         self.config = config
         self.video_in = linear(config.channels * PATCH * PATCH, D, dtype, rngs)
-        self.kept_in = cond_projection(config.channels, D, dtype, rngs) if config.kept_frames else None
+        self.cond_in = cond_projection(config.channels, D, dtype, rngs) if config.cond_frames else None
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
         self.conditioning = Conditioning(config.pooled_width, D, dtype, rngs)
         self.blocks = stacked(functools.partial(_build, config), config.blocks, rngs)
@@ -63,15 +63,15 @@ class Router(nnx.Module):
         self.logits_out = linear(D, config.clusters, jnp.float32, rngs, zero=True)
 
     def __call__(
-        self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array, kept_BTHWX: jax.Array | None = None
+        self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array, cond_BTHWX: jax.Array | None = None
     ) -> jax.Array:
         """Logits over the clusters, (B, K) float32, of noised latents at times t in [0, 1].
 
-        `kept_BTHWX` holds frames that are given, as in `SpatiotemporalDiT`.
+        `cond_BTHWX` holds frames that are given, as in `SpatiotemporalDiT`.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, H, W, _ = x_BTHWC.shape
-        video = embed_video(self.video_in, self.kept_in, x_BTHWC, kept_BTHWX)
+        video = embed_video(self.video_in, self.cond_in, x_BTHWC, cond_BTHWX)
         cls = jnp.broadcast_to(self.cls[...].astype(dtype), (B, 1, config.hidden))
         condition = self.conditioning(t_B, pooled_BP)
         rope = _rope(T, H // PATCH, W // PATCH, config.rope_axes, config.theta)

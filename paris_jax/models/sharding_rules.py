@@ -37,7 +37,7 @@ PARAMETER_RULES: dict[str, tuple[str | None, ...]] = {
     "inner.kernel": (None, "width"),
     "outer.kernel": (None, "width"),
     "video_in.kernel": (None, "width"),
-    "kept_in.kernel": (None, "width"),
+    "cond_in.kernel": (None, "width"),
     "text_in.kernel": (None, "width"),
     "final_modulation.out.kernel": ("width", None),
     "velocity_out.kernel": ("width", None),

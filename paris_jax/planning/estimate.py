@@ -46,14 +46,14 @@ class Planned:
     @property
     def flops(self) -> float:
         """Of one step, without recomputation."""
-        return self.job.flops_per_sample * self.job.settings.batch
+        return self.job.flops_per_sample * self.job.settings.global_batch_size
 
 
 def plan(
     experiment: Experiment,
     target: Topology,
     roles: Sequence[str],
-    share: float,
+    mfu: float,
     price: float | None,
     search: bool,
 ) -> dict[str, Planned]:
@@ -63,7 +63,7 @@ def plan(
       experiment: whose networks, batch, mesh (data takes what fsdp, tensor and sequence leave) and steps are planned.
       target: the slice of each role.
       roles: which of expert, monolith and router.
-      share: of the chips' peak that steps are expected to reach; measure it where you can.
+      mfu: of the chips' peak that steps are expected to reach; measure it where you can.
       price: of a chip for an hour, in your money; nothing is said of prices otherwise.
       search: also find the largest batch and the smallest slice that fit, or what makes it fit, by trying.
     """
@@ -75,8 +75,8 @@ def plan(
         same = next((p for p in planned.values() if p.job.config == job.config), None)  # the monolith is an expert
         planned[role] = dataclasses.replace(same, job=job) if same else _compile(job, target, devices)
     console.print(_memory(planned))
-    console.print(_time(experiment, planned, share, price))
-    for line in _notes(experiment, share):
+    console.print(_time(experiment, planned, mfu, price))
+    for line in _notes(experiment, mfu):
         console.print(line)
     if search:
         for role, found in planned.items():
@@ -99,7 +99,7 @@ def _compile(job: Job, target: Topology, devices: list) -> Planned:
     began = time.perf_counter()
     program = ShardedStep(job, devices)
     mesh = " x ".join(f"{name} {n}" for name, n in program.mesh.shape.items() if n > 1) or "one device"
-    logger.info("compiling %s for %s (%s, batch %d)", job.name, target, mesh, job.settings.batch)
+    logger.info("compiling %s for %s (%s, batch %d)", job.name, target, mesh, job.settings.global_batch_size)
     return Planned(job, target, compile_step(program), time.perf_counter() - began)
 
 
@@ -112,7 +112,7 @@ def _memory(planned: dict[str, Planned]) -> Table:
         table.add_row(
             role,
             f"{functional.count(p.job.config) / 1e6:,.1f}M",
-            str(p.job.settings.batch),
+            str(p.job.settings.global_batch_size),
             *(_brief(size / GIB) for size in (f.arguments, f.temporaries, f.peak)),
             f"{f.memory / GIB:.0f}" if f.memory else "unknown",
             "[green]yes" if f.fits else "[red]no",
@@ -120,7 +120,7 @@ def _memory(planned: dict[str, Planned]) -> Table:
     return table
 
 
-def step_seconds(p: Planned, share: float) -> tuple[float, float] | None:
+def step_seconds(p: Planned, mfu: float) -> tuple[float, float] | None:
     """(roofline, expected) seconds of a step, or None where the chips' peak is not known.
 
     The roofline is the larger of computing at peak, recomputation included, and of reading and writing the state.
@@ -131,19 +131,19 @@ def step_seconds(p: Planned, share: float) -> tuple[float, float] | None:
     again = 4 / 3 if p.job.config.remat in ("full", "offload") else 1.0  # one more forward pass
     computing = p.flops * again / (chip.peak * p.slice.size)
     moving = 2 * p.footprint.arguments / chip.bandwidth
-    return max(computing, moving), p.flops / (share * chip.peak * p.slice.size)
+    return max(computing, moving), p.flops / (mfu * chip.peak * p.slice.size)
 
 
-def _time(experiment: Experiment, planned: dict[str, Planned], share: float, price: float | None) -> Table:
-    table = Table(title=f"time and work at {share:.0%} of peak")
+def _time(experiment: Experiment, planned: dict[str, Planned], mfu: float, price: float | None) -> Table:
+    table = Table(title=f"time and work at {mfu:.0%} MFU")
     columns = ["role", "jobs", "TFLOP", "roof s", "step s", "steps", "hours", "chip-hours"]
     for column in [*columns, *(["cost"] if price is not None else [])]:
         table.add_column(column, justify="left" if column == "role" else "right")
     total = 0.0
     for role, p in planned.items():
-        jobs = experiment.partition.num_clusters if role == "expert" else 1
+        jobs = experiment.clustering.num_clusters if role == "expert" else 1
         row = [role, str(jobs), _brief(p.flops / 1e12)]
-        if seconds := step_seconds(p, share):
+        if seconds := step_seconds(p, mfu):
             hours = seconds[1] * p.job.steps / 3600
             work = hours * p.slice.size * jobs
             total += work
@@ -163,9 +163,9 @@ def _brief(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _notes(experiment: Experiment, share: float) -> Iterator[str]:
+def _notes(experiment: Experiment, mfu: float) -> Iterator[str]:
     yield f"Text is counted at its longest, {experiment.text.max_tokens} tokens; jobs of one role run at the same time."
-    yield f"{share:.0%} of peak is assumed, not measured here; give what you measured as --share."
+    yield f"{mfu:.0%} MFU is assumed, not measured here; give what you measured as --mfu."
 
 
 def _look_further(found: Planned, devices: list) -> Iterator[str]:
@@ -176,9 +176,9 @@ def _look_further(found: Planned, devices: list) -> Iterator[str]:
     if found.footprint.memory is None:
         return
     batch = _largest_batch(found, devices)
-    yield f"the largest batch that fits {found.slice} is {batch} (training.batch={batch})"
+    yield f"the largest batch that fits {found.slice} is {batch} (training.global_batch_size={batch})"
     smallest = _smallest_slice(found)
-    same = f"batch {found.job.settings.batch}"
+    same = f"batch {found.job.settings.global_batch_size}"
     yield f"the smallest slice that fits {same} is {smallest.slice}, with {_mesh(smallest.job)}"
 
 
@@ -195,12 +195,12 @@ def _largest_batch(found: Planned, devices: list) -> int:
     """Temporaries grow with the batch by the same amount for every row: two batches tell where the third must end."""
     assert found.footprint.memory
     rows = _rows(found)
-    small = found.job.settings.batch
-    double = _compile(_with(found.job, batch=2 * small), found.slice, devices).footprint.peak
+    small = found.job.settings.global_batch_size
+    double = _compile(_with(found.job, global_batch_size=2 * small), found.slice, devices).footprint.peak
     each = max((double - found.footprint.peak) / small, 1.0)  # bytes a sample of the batch
     batch = int(small + (MARGIN * found.footprint.memory - found.footprint.peak) / each) // rows * rows
     while batch > small:
-        if _compile(_with(found.job, batch=batch), found.slice, devices).footprint.fits:
+        if _compile(_with(found.job, global_batch_size=batch), found.slice, devices).footprint.fits:
             return batch
         batch = max(small, int(0.95 * batch) // rows * rows)
     return small
@@ -209,7 +209,7 @@ def _largest_batch(found: Planned, devices: list) -> int:
 def _rows(p: Planned) -> int:
     """What a batch must be a multiple of: one sample for every share of it, of each batch that is accumulated."""
     settings = p.job.settings
-    return p.slice.size // (settings.tensor * settings.sequence) * settings.accumulate
+    return p.slice.size // (settings.tensor * settings.sequence) * settings.grad_accum_steps
 
 
 def _smallest_slice(found: Planned) -> Planned:
@@ -237,8 +237,8 @@ def _smallest_slice(found: Planned) -> Planned:
 def _over_all(job: Job, devices: int) -> Job | None:
     """The same job with its parameters split over so many devices, or None where that does not divide."""
     fsdp, left = divmod(devices, job.settings.tensor * job.settings.sequence)
-    rows = fsdp * job.settings.accumulate
-    if left or not fsdp or job.settings.batch % rows or job.config.hidden % (fsdp * job.settings.sequence):
+    rows = fsdp * job.settings.grad_accum_steps
+    if left or not fsdp or job.settings.global_batch_size % rows or job.config.hidden % (fsdp * job.settings.sequence):
         return None
     return _with(job, fsdp=fsdp)
 
@@ -270,19 +270,19 @@ def _next_remedy(tried: Planned) -> Job | None:
     if job.config.remat in ("none", "named"):
         return _with(job, remat="full")  # how much that saves is seen when it is tried
     rows = _rows(tried)
-    batch = int(0.6 * max(0.0, memory - arguments) / temporaries * settings.batch)
-    batch = min(batch, settings.batch // 2) // rows * rows
-    return _with(job, batch=batch) if batch else None
+    batch = int(0.6 * max(0.0, memory - arguments) / temporaries * settings.global_batch_size)
+    batch = min(batch, settings.global_batch_size // 2) // rows * rows
+    return _with(job, global_batch_size=batch) if batch else None
 
 
 def _changes(before: Job, after: Job) -> list[str]:
-    names = [n for n in ("fsdp", "batch") if getattr(before.settings, n) != getattr(after.settings, n)]
+    names = [n for n in ("fsdp", "global_batch_size") if getattr(before.settings, n) != getattr(after.settings, n)]
     changes = [f"training.{name}={getattr(after.settings, name)}" for name in names]
     return changes + ([f"network.remat={after.config.remat}"] if before.config.remat != after.config.remat else [])
 
 
-def check_arguments(share: float, price: float | None) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"--share={share}: must be above 0 and at most 1, such as 0.4")
+def check_arguments(mfu: float, price: float | None) -> None:
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu}: must be above 0 and at most 1, such as 0.4")
     if price is not None and price < 0:
         raise UserError(f"--price={price}: must be at least 0, for one chip and one hour")

@@ -20,11 +20,11 @@ PAUSES = 2, 10  # seconds before a checkpoint that the system could not read is 
 class Checkpoints:
     """The checkpoints of one training job, saved without blocking the next step."""
 
-    def __init__(self, folder: epath.PathLike, keep: int, keep_every: int = 0):
-        """Keeps the newest `keep`, and all whose step is a multiple of `keep_every` (0: none)."""
+    def __init__(self, folder: epath.PathLike, keep: int, keep_period: int = 0):
+        """Keeps the newest `keep`, and all whose step is a multiple of `keep_period` (0: none)."""
         self.folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=True, enable_async_checkpointing=True
+            max_to_keep=keep, keep_period=keep_period or None, create=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
 

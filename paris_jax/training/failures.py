@@ -54,15 +54,16 @@ def explain_failures(job: Job, saved: Checkpoints, clip_ids: Callable[[int], lis
         raise NonFiniteLoss(
             f"{job.name}: the loss, its gradient or the parameters are not finite at step {found.step + 1}{clips}; "
             f"{_kept_checkpoint(saved)}: lower training.learning_rate={job.settings.learning_rate} or "
-            f"training.clip_norm={job.settings.clip_norm} in a new --workdir, or look at the data of that step"
+            f"training.max_grad_norm={job.settings.max_grad_norm} in a new --workdir, or look at the data of that step"
         ) from None
     except jax.errors.JaxRuntimeError as error:
         said = first_line(error)[:300]
         if "RESOURCE_EXHAUSTED" not in said and "OUT_OF_MEMORY" not in said:
             raise
         raise UserError(
-            f"{job.name} does not fit ({said}); {_kept_checkpoint(saved)}: lower training.batch={job.settings.batch}, "
-            f"raise training.accumulate={job.settings.accumulate}, set network.remat=full, or {REMEDY}"
+            f"{job.name} does not fit ({said}); {_kept_checkpoint(saved)}: lower "
+            f"training.global_batch_size={job.settings.global_batch_size}, "
+            f"raise training.grad_accum_steps={job.settings.grad_accum_steps}, set network.remat=full, or {REMEDY}"
         ) from error
 
 
@@ -78,7 +79,8 @@ def detect_device_loss(job: Job) -> Iterator[None]:
         if _count_losses(job) >= MAX_LOSSES:
             raise DeviceLostAgain(
                 f"{job.name} lost its device {MAX_LOSSES} times without a new checkpoint in between ({said}); look at "
-                "the device and its driver, or save more often (training.checkpoint_every), then run the same command "
+                "the device and its driver, or save more often (training.checkpoint_every_steps), then run the same "
+                "command "
                 "again"
             ) from error
         raise DeviceLost(

@@ -48,7 +48,7 @@ class Job:
 
 
 def check_role(experiment: Experiment, role: Role) -> None:
-    clusters = experiment.partition.num_clusters
+    clusters = experiment.clustering.num_clusters
     if role.kind == "expert":
         if role.cluster is None:
             raise UserError(f"--role=expert needs --cluster=K, from 0 to {clusters - 1}")
@@ -60,7 +60,7 @@ def check_role(experiment: Experiment, role: Role) -> None:
 
 def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[Any]:
     """The folders a role learns from: an expert's own cluster, or all of them."""
-    wanted = range(experiment.partition.num_clusters) if role.cluster is None else [role.cluster]
+    wanted = range(experiment.clustering.num_clusters) if role.cluster is None else [role.cluster]
     return [run.cluster(k) for k in wanted]
 
 
@@ -82,7 +82,7 @@ def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, in
     settings = job.settings
 
     def batches(part: int, parts: int) -> Any:
-        return training_batches(folders, settings.batch, settings.seed, part, parts, job.padded_text_length)
+        return training_batches(folders, settings.global_batch_size, settings.seed, part, parts, job.padded_text_length)
 
     return batches
 
@@ -111,14 +111,16 @@ def job_of(
         "pooled_width": text_widths[1],
         "dtype": dtype,
         "remat": experiment.network.remat,
-        "kept_frames": bool(experiment.masks.kinds),
+        "cond_frames": bool(experiment.masks.kinds),
     }
     if role.kind == "router":
-        config = functional.router_config(experiment.router, clusters=experiment.partition.num_clusters, **given)
+        config = functional.router_config(experiment.router, clusters=experiment.clustering.num_clusters, **given)
     else:
-        given |= {"text_width": text_widths[0], "predicts": settings.objective}
+        given |= {"text_width": text_widths[0], "prediction_type": settings.prediction_type}
         config = functional.network_config(experiment.network, **given)
-    law = TimestepSampler(settings.times, experiment.diffusion.time_mean, experiment.diffusion.time_std, shift)
+    law = TimestepSampler(
+        settings.timestep_sampler, experiment.diffusion.timestep_mean, experiment.diffusion.timestep_std, shift
+    )
     steps = experiment.steps(role.kind)
     return Job(role.name, folder, config, settings, steps, law, latent_shape, text_length, experiment.masks)
 
@@ -126,7 +128,7 @@ def job_of(
 def timestep_shift(experiment: Experiment, latent_shape: Any) -> float:
     """The shift of times, given or by Open-Sora 2.0's rule: the same in training and sampling."""
     T, H, W, _ = latent_shape
-    return experiment.diffusion.shift or timesteps.open_sora_shift((H // PATCH) * (W // PATCH), T)
+    return experiment.diffusion.timestep_shift or timesteps.open_sora_shift((H // PATCH) * (W // PATCH), T)
 
 
 def compute_dtype(name: str, platform: str) -> str:
@@ -137,9 +139,9 @@ def compute_dtype(name: str, platform: str) -> str:
 
 
 def describe(job: Job, clips: int) -> str:
-    work = job.steps * job.settings.batch * job.flops_per_sample
+    work = job.steps * job.settings.global_batch_size * job.flops_per_sample
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
     return (
         f"{functional.count(job.config) / 1e6:.2f}M parameters, {clips} clips, "
-        f"{job.steps} steps of {job.settings.batch}, {work / 1e12:.3g} TFLOP on {device}"
+        f"{job.steps} steps of {job.settings.global_batch_size}, {work / 1e12:.3g} TFLOP on {device}"
     )

@@ -57,7 +57,7 @@ def drop_text(
 def expert_losses(config: Any, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
     """Flow-matching loss of each sample, or DDPM's where the network predicts noise, (B,)."""
     told = batch["tokens"], batch["length"], batch["pooled"], batch.get("kept")
-    objective = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.predicts]
+    objective = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.prediction_type]
     return objective(lambda x, t: functional.apply(config, params, x, t, *told), x_0, noise, t_B)
 
 

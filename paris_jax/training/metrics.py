@@ -88,8 +88,9 @@ class _WeightsAndBiases:
         except wandb.Error as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
-                f"wandb={told['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb login', set "
-                "WANDB_MODE=offline, or leave wandb empty"
+                f"wandb_project={told['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb login', "
+                "set "
+                "WANDB_MODE=offline, or leave wandb_project empty"
             ) from error
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -224,12 +225,14 @@ def first_not_finite(window: list[dict[str, np.ndarray]]) -> int | None:
 
 def wandb_arguments(experiment: Experiment, job: Job) -> dict[str, Any] | None:
     """How a job is told to Weights & Biases, if it is: its id comes of its folder and stays the same."""
-    if not experiment.wandb:
+    if not experiment.wandb_project:
         return None
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"wandb={experiment.wandb!r}: Weights & Biases is not installed; pip install -e '.[wandb]'")
+        raise UserError(
+            f"wandb_project={experiment.wandb_project!r}: Weights & Biases is not installed; pip install -e '.[wandb]'"
+        )
     return {
-        "project": experiment.wandb,
+        "project": experiment.wandb_project,
         "id": hashing.hash_text(f"{experiment.hash} {job.folder.resolve()}")[:16],
         "name": f"{experiment.name}, {job.name}",
         "group": experiment.name,
@@ -280,7 +283,7 @@ class MetricsLogger:
           metrics.FoundNotFinite: a step before has a loss, gradient or parameter that is not a number.
         """
         self.handed = step
-        if step % self._job.settings.log_every == 0:
+        if step % self._job.settings.log_every_steps == 0:
             self.line(step)
         self._window.append(values)
         self._running.append(values["loss"])
@@ -312,7 +315,7 @@ def throughput(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) ->
     waited, clocks.waited = clocks.waited, 0.0
     scalars = {
         "seconds_per_step": elapsed / steps,
-        "clips_per_second": steps * job.settings.batch / elapsed,
+        "clips_per_second": steps * job.settings.global_batch_size / elapsed,
         "data_wait": waited / elapsed,
         "seconds_trained": clocks.total(),
         "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,  # bytes, the most so far
@@ -320,7 +323,7 @@ def throughput(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) ->
     if stats := mesh.local_devices[0].memory_stats():  # CPUs have none
         scalars["device_memory"] = stats["peak_bytes_in_use"]
     if chip := flops.chip_of(mesh.devices.flat[0]):
-        scalars["share_of_peak"] = scalars["clips_per_second"] * job.flops_per_sample / (chip.peak * mesh.devices.size)
+        scalars["mfu"] = scalars["clips_per_second"] * job.flops_per_sample / (chip.peak * mesh.devices.size)
     return scalars
 
 
@@ -342,7 +345,7 @@ class ProgressReport:
         self._bar.stop()
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
-        peak = f", {scalars['share_of_peak']:.0%} of peak" if "share_of_peak" in scalars else ""
+        peak = f", {scalars['mfu']:.0%} of peak" if "mfu" in scalars else ""
         note = (
             f"loss {scalars['loss']:.4f}, {scalars['seconds_per_step'] * 1e3:.0f} ms a step{peak}, "
             f"{scalars['data_wait']:.1%} waiting for data"

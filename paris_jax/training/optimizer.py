@@ -13,15 +13,15 @@ from paris_jax.models import functional
 
 def learning_rate(settings: TrainingSettings, steps: int) -> optax.Schedule:
     """Linear warm-up from 0; then cosine to 0 at `steps`, constant, or constant with a linear end (WSD)."""
-    peak, after = settings.learning_rate, max(steps - settings.warmup, 1)
-    ending = min(max(1, round(settings.decay_share * steps)), after)
+    peak, after = settings.learning_rate, max(steps - settings.warmup_steps, 1)
+    ending = min(max(1, round(settings.lr_decay_fraction * steps)), after)
     then = {
         "cosine": optax.cosine_decay_schedule(peak, after),
         "constant": optax.constant_schedule(peak),
         "wsd": optax.linear_schedule(peak, 0.0, ending, transition_begin=after - ending),
-    }[settings.decay]
-    warmup = optax.linear_schedule(0.0, peak, max(settings.warmup, 1))
-    return optax.join_schedules([warmup, then], [settings.warmup])
+    }[settings.lr_schedule]
+    warmup = optax.linear_schedule(0.0, peak, max(settings.warmup_steps, 1))
+    return optax.join_schedules([warmup, then], [settings.warmup_steps])
 
 
 def optimizer(settings: TrainingSettings, steps: int) -> optax.GradientTransformation:
@@ -47,7 +47,7 @@ def optimizer(settings: TrainingSettings, steps: int) -> optax.GradientTransform
         update = optax.adafactor(rate)
     else:
         update = optax.adam(rate, settings.b1, settings.b2, settings.eps)
-    transforms = [optax.clip_by_global_norm(settings.clip_norm), update]
+    transforms = [optax.clip_by_global_norm(settings.max_grad_norm), update]
     if settings.weight_decay:
         transforms.append(optax.add_decayed_weights(lambda n: -settings.weight_decay * rate(n), mask=_is_matrix))
     return optax.chain(*transforms)
@@ -72,13 +72,13 @@ def _stacked_matrices(params: functional.Params) -> Any:
 def ema_decay(settings: TrainingSettings, step: jax.Array) -> jax.Array:
     """Decay of the average at an update.
 
-    min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_width`, (1 - 1 / (n + 1))^(g + 1): the
-    horizon grows with training and stays the same share of it (power function average, Karras et al. 2024,
+    min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_sigma_rel`, (1 - 1 / (n + 1))^(g + 1):
+    the horizon grows with training and stays the same share of it (power function average, Karras et al. 2024,
     arXiv 2312.02696, equation 2).
     """
-    if settings.ema_width:
-        return (1.0 - 1.0 / (1.0 + step)) ** (ema_power(settings.ema_width) + 1.0)
-    return jnp.minimum(settings.ema, (1.0 + step) / (10.0 + step))
+    if settings.ema_sigma_rel:
+        return (1.0 - 1.0 / (1.0 + step)) ** (ema_power(settings.ema_sigma_rel) + 1.0)
+    return jnp.minimum(settings.ema_decay, (1.0 + step) / (10.0 + step))
 
 
 def ema_power(width: float) -> float:

@@ -29,16 +29,19 @@ def make_mesh(settings: TrainingSettings, devices: list[Any] | None = None) -> M
         )
     sizes = (len(devices) // split, *named.values())
     rows = sizes[0] * named["fsdp"]
-    parts = rows * settings.accumulate
-    if settings.accumulate > 1 and settings.batch % parts:
+    parts = rows * settings.grad_accum_steps
+    if settings.grad_accum_steps > 1 and settings.global_batch_size % parts:
         raise UserError(
-            f"training.batch={settings.batch} does not divide into training.accumulate={settings.accumulate} parts "
+            f"training.global_batch_size={settings.global_batch_size} does not divide into "
+            f"training.grad_accum_steps={settings.grad_accum_steps} parts "
             f"over data x fsdp = {rows} devices; choose a multiple of {parts}"
         )
-    if settings.batch % rows:
+    if settings.global_batch_size % rows:
         raise UserError(
-            f"training.batch={settings.batch} does not divide over data x fsdp = {rows} of the {len(devices)} devices "
-            f"of this job; choose a multiple of {rows}, for example {max(rows, settings.batch // rows * rows)}"
+            f"training.global_batch_size={settings.global_batch_size} does not divide over data x fsdp = {rows} of "
+            f"the {len(devices)} devices "
+            f"of this job; choose a multiple of {rows}, for example "
+            f"{max(rows, settings.global_batch_size // rows * rows)}"
         )
     return jax.make_mesh(sizes, sharding_rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 

@@ -42,18 +42,18 @@ def create(config: functional.Config, settings: TrainingSettings, steps: int, ke
 
 def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, str] | None:
     """Hashes of the weights that a job starts from, kept beside its checkpoints; a job that goes on needs no more."""
-    if not job.settings.start:
+    if not job.settings.init_from:
         return None
     kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
     if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
         return manifest.read_json(kept)
-    hashes = weight_hashes(job.settings.start, job.config)
+    hashes = weight_hashes(job.settings.init_from, job.config)
     manifest.write_json(kept, hashes, shared=True)
     return hashes
 
 
 # Fields in which a network may differ from what it starts from.
-FREE_FIELDS = ("remat", "dtype", "kept_frames", "predicts", "attention")
+FREE_FIELDS = ("remat", "dtype", "cond_frames", "prediction_type", "attention")
 
 
 def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> 
     ]
     if problems:
         raise UserError(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
-    if network.get("kept_frames") and not config.kept_frames:
+    if network.get("cond_frames") and not config.cond_frames:
         raise UserError(f"{folder} has an input for frames that are given; set config.masks, so that it is used")
     return found
 

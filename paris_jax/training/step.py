@@ -53,7 +53,7 @@ def make_step(
         x_0 = batch["latent"]
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
         inputs = drop_text(batch, drop_keys, settings, null)
-        if config.kept_frames:
+        if config.cond_frames:
             inputs = add_cond_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASK_KEY))(keys), drawn)
 
         def mean_loss(params: functional.Params) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +64,7 @@ def make_step(
         return grads, (losses_B, t_B)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        if settings.accumulate == 1:
+        if settings.grad_accum_steps == 1:
             grads, (losses_B, t_B) = gradient(state.params, state.step, batch)
         else:
 
@@ -73,8 +73,8 @@ def make_step(
                 return jax.tree.map(jnp.add, total, grads), of_samples
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            total, of_samples = jax.lax.scan(one_part, zeros, microbatches(batch, settings.accumulate))
-            grads = jax.tree.map(lambda g: g / settings.accumulate, total)
+            total, of_samples = jax.lax.scan(one_part, zeros, microbatches(batch, settings.grad_accum_steps))
+            grads = jax.tree.map(lambda g: g / settings.grad_accum_steps, total)
             losses_B, t_B = (x.reshape(-1) for x in of_samples)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -121,11 +121,11 @@ class ShardedStep:
     def first_state(self) -> TrainState:
         with jax.set_mesh(self.mesh):
             state = self._make_state(jax.random.key(self.job.settings.seed))
-        return load_initial_weights(self.job.settings.start, state) if self.job.settings.start else state
+        return load_initial_weights(self.job.settings.init_from, state) if self.job.settings.init_from else state
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch, as `data.pipeline.training_batches` makes it."""
-        job, B = self.job, self.job.settings.batch
+        job, B = self.job, self.job.settings.global_batch_size
         text_width = getattr(job.config, "text_width", 1)
         shapes = {
             "latent": ((B, *job.latent_shape), jnp.float32),

@@ -64,9 +64,13 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
             )
         axes.append([f"{field}={value}" for value in values.split(",")])
     # As short as it is, every job has the warm-up and the end that it would have in full, in proportion.
-    warmup = min(settings.warmup * steps // experiment.steps(role.kind), steps - 1)
-    short = (f"{section}.steps={steps}", f"{section}.warmup={warmup}", f"{section}.log_every={max(1, steps // 40)}")
-    short += (f"{section}.checkpoint_every={steps}",)
+    warmup = min(settings.warmup_steps * steps // experiment.steps(role.kind), steps - 1)
+    short = (
+        f"{section}.steps={steps}",
+        f"{section}.warmup_steps={warmup}",
+        f"{section}.log_every_steps={max(1, steps // 40)}",
+    )
+    short += (f"{section}.checkpoint_every_steps={steps}",)
     made = []
     for changes in itertools.product(*axes):
         config = experiment.to_dict()
@@ -123,8 +127,10 @@ def _job(variant: Variant, run: RunFolder, role: Role, data: Any) -> Job:
     """The job of a variant, in a folder of its settings and of the weights that it starts from."""
     job = make_job(variant.experiment, run, role, data)
     key = variant.experiment.hash
-    if job.settings.start:
-        key = hashing.hash_text(f"{key} {hashing.canonical_json(state.weight_hashes(job.settings.start, job.config))}")
+    if job.settings.init_from:
+        key = hashing.hash_text(
+            f"{key} {hashing.canonical_json(state.weight_hashes(job.settings.init_from, job.config))}"
+        )
     return dataclasses.replace(job, name=variant.name, folder=run.sweep(role) / key[:12], steps=job.settings.steps)
 
 

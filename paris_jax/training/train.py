@@ -84,7 +84,7 @@ def train(
     recorded = Profile(job, profile)
     program = ShardedStep(job)
     failures.check_memory(program)
-    saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.keep, job.settings.keep_every)
+    saved = checkpoints.Checkpoints(job.folder / "checkpoints", job.settings.max_to_keep, job.settings.keep_period)
     iterator = batches(*sharding.rows_of_this_process(program.mesh))
     try:
         with (
@@ -126,7 +126,7 @@ def _run(program, state, start, iterator, saved, watch, clocks, stop, profile) -
     make_step: Any = None
     for step in range(start, job.steps + 1):
         stopping = stop.asked(step)
-        due = step == job.steps or stopping or (step > start and step % job.settings.checkpoint_every == 0)
+        due = step == job.steps or stopping or (step > start and step % job.settings.checkpoint_every_steps == 0)
         if due and step != last_saved:
             watch.line(step)  # what is not finite is not saved
             watch.flush()

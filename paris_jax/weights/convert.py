@@ -16,7 +16,7 @@ from paris_jax.weights.layouts import LAYOUTS, pieces
 
 WEIGHTS, KIND = "model.safetensors", "weights"
 OURS = "paris_jax"  # as a layout: our own exports
-FRESH = ("kept_in.",)  # what may be missing: it starts at nothing, so the network is the same without it
+FRESH = ("cond_in.",)  # what may be missing: it starts at nothing, so the network is the same without it
 Advance = Callable[[], None]
 
 
@@ -32,7 +32,7 @@ class Report:
 
 def read_manifest(folder: epath.PathLike, verify: bool = False) -> dict[str, Any]:
     """The manifest of weights, imported ones or a part's; with `verify`, its files are hashed, too."""
-    return manifest.read(folder, "part" if manifest.read_kind(folder) == "part" else KIND, verify)
+    return manifest.read(folder, "network" if manifest.read_kind(folder) == "network" else KIND, verify)
 
 
 def layout_of(tensors: Tensors) -> str:
@@ -75,7 +75,7 @@ def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
         "double_blocks": blocks(chosen.double_prefix),
         "single_blocks": blocks(chosen.single_prefix),
         "mlp_ratio": mlp // hidden,
-        "kept_frames": f"{chosen.outside['kept_in']}.weight" in names,
+        "cond_frames": f"{chosen.outside['cond_in']}.weight" in names,
     }
 
 
@@ -175,7 +175,7 @@ def import_network(
         del network["dtype"]
     manifest.write(
         folder,
-        "part" if use else KIND,
+        "network" if use else KIND,
         [WEIGHTS],
         "",
         source=source,

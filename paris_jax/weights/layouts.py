@@ -20,7 +20,7 @@ from paris_jax.models.dit import DiTConfig
 # single-stream one. Several names are joined along their outputs, in the order q, k, v, hidden.
 _BFL = {
     "video_in": "img_in",
-    "kept_in": "cond_in",
+    "cond_in": "cond_in",
     "text_in": "txt_in",
     "conditioning.time.inner": "time_in.in_layer",
     "conditioning.time.outer": "time_in.out_layer",
@@ -93,7 +93,7 @@ LAYOUTS = {
     "diffusers": Layout(
         {
             "video_in": "x_embedder",
-            "kept_in": "condition_embedder",  # diffusers has none; our own name
+            "cond_in": "condition_embedder",  # diffusers has none; our own name
             "text_in": "context_embedder",
             "conditioning.time.inner": "time_text_embed.timestep_embedder.linear_1",
             "conditioning.time.outer": "time_text_embed.timestep_embedder.linear_2",

@@ -23,9 +23,9 @@ def ensemble():
 def test_it_ships_within_its_size_with_how_it_was_made():
     sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(sizes) < 8e6 and max(sizes) < 2e6
-    made = manifest.read(FOLDER, "ensemble")["made"]
+    made = manifest.read(FOLDER, "ensemble")["provenance"]
     assert made["command"].startswith("paris-jax quickstart --config=configs/shapes.py:bundled ")
-    assert set(made["seeds"]) == {"data", "partition", "training", "router_training", "evaluation"}
+    assert set(made["seeds"]) == {"data", "clustering", "training", "router_training", "evaluation"}
     assert len(made["revision"]) == 40 and made["config"]["name"] == "shapes-bundled"
 
 
@@ -33,8 +33,8 @@ def test_both_arms_are_there_and_cost_the_same(ensemble):
     assert ensemble.clusters == [0, 1, 2]
 
     def work(part):
-        training = manifest.read(FOLDER / part, "part", verify=True)["training"]
-        return training["steps"] * training["batch"] * training["flops_per_sample"]
+        training = manifest.read(FOLDER / part, "network", verify=True)["training"]
+        return training["steps"] * training["global_batch_size"] * training["flops_per_sample"]
 
     assert sum(work(f"experts/{k}") for k in range(3)) == work("monolith")
 
@@ -42,7 +42,7 @@ def test_both_arms_are_there_and_cost_the_same(ensemble):
 def test_it_shows_the_right_thing_in_the_right_colour_moving_the_right_way_for_most_prompts(ensemble):
     rng = np.random.default_rng(11)
     asked = [shapes.draw_attributes(rng) for _ in range(64)]
-    samples = ensemble.sample([shapes.caption(a) for a in asked], num_steps=20, seed=1)
+    samples = ensemble.sample([shapes.caption(a) for a in asked], num_inference_steps=20, seed=1)
     _, seen = AttributeClassifier.load().look(samples.videos)
     right = {
         name: np.mean([s[name] == a[name] for s, a in zip(seen, asked, strict=True)]) for name in shapes.ATTRIBUTES
@@ -57,7 +57,7 @@ def test_each_prompt_is_answered_by_the_expert_of_its_world(ensemble):
     """Which expert knows which world is left open; each world must have one of its own."""
     rng = np.random.default_rng(12)
     asked = [shapes.draw_attributes(rng) for _ in range(18)]
-    samples = ensemble.sample([shapes.caption(a) for a in asked], num_steps=6)
+    samples = ensemble.sample([shapes.caption(a) for a in asked], num_inference_steps=6)
     chosen = samples.routing.mean(0).argmax(-1)
     experts = {
         world: {int(k) for k, a in zip(chosen, asked, strict=True) if a["world"] == world} for world in shapes.WORLDS
@@ -71,9 +71,9 @@ def test_what_is_shipped_says_how_it_was_made():
     made = make_bundled.provenance(given, given["sampling"], "a" * 40)
     assert made["command"] == "paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled"
     assert made["config"] == given
-    other = make_bundled.provenance(given, given["sampling"] | {"steps": 7}, "a" * 40)
-    assert other["command"] == made["command"] + " --config.sampling.steps=7"
-    assert other["config"] == given | {"sampling": given["sampling"] | {"steps": 7}}
-    assert made["seeds"] == dict.fromkeys(("data", "partition", "training", "router_training", "evaluation"), 0)
+    other = make_bundled.provenance(given, given["sampling"] | {"num_inference_steps": 7}, "a" * 40)
+    assert other["command"] == made["command"] + " --config.sampling.num_inference_steps=7"
+    assert other["config"] == given | {"sampling": given["sampling"] | {"num_inference_steps": 7}}
+    assert made["seeds"] == dict.fromkeys(("data", "clustering", "training", "router_training", "evaluation"), 0)
     with pytest.raises(UserError, match=r"config.name='mine': only runs of configs/shapes.py"):
         make_bundled.provenance(given | {"name": "mine"}, given["sampling"], "a" * 40)

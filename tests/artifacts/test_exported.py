@@ -170,8 +170,8 @@ def test_a_part_trained_with_another_config_is_refused(run, micro):
 
 
 def test_parts_with_another_shift_of_times_do_not_belong_together(run, micro):
-    edit_manifest(run.export(EXPERT), lambda m: m.update(shift=3.0))
-    with pytest.raises(UserError, match=r"its shift is (3.0 instead of 2.0|2.0 instead of 3.0)"):
+    edit_manifest(run.export(EXPERT), lambda m: m.update(timestep_shift=3.0))
+    with pytest.raises(UserError, match=r"its timestep_shift is (3.0 instead of 2.0|2.0 instead of 3.0)"):
         assemble(micro, run)
 
 
@@ -190,7 +190,7 @@ def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog
 
 def test_half_precision_parts_are_read_back_to_their_rounding(run, tmp_path):
     part = exported.read(run.export(EXPERT))
-    content = {k: part.manifest[k] for k in manifest.REQUIRED["part"] if k != "network"}
+    content = {k: part.manifest[k] for k in manifest.REQUIRED["network"] if k != "network"}
     exported.write(tmp_path / "half", part.config, part.params, "", "bfloat16", **content)
     read = exported.read(tmp_path / "half").params["video_in"]["kernel"]
     expected = part.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)

@@ -13,14 +13,14 @@ from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts import publish as stage
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.run_folder import Role
-from paris_jax.commands.sample import _default_paths
+from paris_jax.commands.sample import Output
 from paris_jax.errors import UserError
 
 PROMPT = "a small red circle moving left slowly on a white ground"
 
 
 def drawn(path):
-    return np.asarray(Ensemble.load(path).sample(PROMPT, num_steps=2).videos)
+    return np.asarray(Ensemble.load(path).sample(PROMPT, num_inference_steps=2).videos)
 
 
 def as_a_hub_keeps_it(folder: Path, cache: Path) -> Path:
@@ -44,7 +44,9 @@ def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
     shutil.rmtree(tmp_path / "published")
     np.testing.assert_array_equal(drawn(snapshot), expected)
     (snapshot.parent / "config.json").write_text('{"model_type": "of somebody else"}')
-    assert _default_paths(str(snapshot), "a ball", 0)[0] == epath.Path("samples/a-ball-seed0.mp4")  # not in the cache
+    assert Output().paths(str(snapshot), ["a ball"], [0])[0] == epath.Path(
+        "samples/a-ball-seed0.mp4"
+    )  # not in the cache
     assert (snapshot / "experts" / "1" / exported.WEIGHTS).read_bytes() == weights
     card = (snapshot / stage.CARD).read_text()
     for k in range(3):
@@ -71,7 +73,7 @@ def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_pa
     publish(tmp_path / "a", tmp_path / "b")
     for name in ("manifest.json", "README.md", "router/model.safetensors", "experts/2/manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert manifest.read(tmp_path / "b", "ensemble")["made"]["licence"] == "Apache-2.0"
+    assert manifest.read(tmp_path / "b", "ensemble")["provenance"]["licence"] == "Apache-2.0"
 
 
 def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_path):
@@ -100,7 +102,7 @@ def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_p
     [
         (["--ensemble=bundled:shapes"], "--out is missing"),
         (["--ensemble=bundled:shapes", "--out=x", "--layout=bfl"], "--layout is for a single network"),
-        (["--ensemble=bundled:shapes", "--out=x", "--part=y"], "--part is for a single network"),
+        (["--ensemble=bundled:shapes", "--out=x", "--network=y"], "--network is for a single network"),
         (["--ensemble=bundled:shapes", "--out=/proc/nothing/x"], "(No such file or directory); free some space"),
         (["--ensemble=nowhere", "--out=x"], "There is no ensemble at nowhere"),
     ],

@@ -19,7 +19,7 @@ from paris_jax.weights.layouts import LAYOUTS
 from tests.ensemble.test_mixture import random_params
 from tests.oracles.flux import CONFIG
 
-TELLING = dataclasses.replace(CONFIG, kept_frames=True)
+TELLING = dataclasses.replace(CONFIG, cond_frames=True)
 
 
 def ours(folder, config=CONFIG, dtype=np.float32):
@@ -83,12 +83,12 @@ def test_a_network_in_several_files_is_found_by_index_folder_or_names(tmp_path):
 def test_flux_starts_a_video_expert_whose_new_input_starts_at_nothing(tmp_path):
     guided = lambda w: w.update({"guidance_in.in_layer.weight": np.ones((3, 3), np.float32)})  # noqa: E731
     report, back = imported(exported(tmp_path, "bfl", change=guided), tmp_path / "in", TELLING, "bfloat16")
-    assert report.fresh == ["kept_in.bias", "kept_in.kernel"] or report.fresh == ["kept_in.kernel", "kept_in.bias"]
+    assert report.fresh == ["cond_in.bias", "cond_in.kernel"] or report.fresh == ["cond_in.kernel", "cond_in.bias"]
     assert report.unused == ["guidance_in.in_layer.weight"]
-    assert not np.any(back.read("kept_in.kernel"))
+    assert not np.any(back.read("cond_in.kernel"))
     assert {dtype.name for _, dtype in back.shapes.values()} == {"bfloat16"}
     told = manifest.read(tmp_path / "in", "weights", verify=True)
-    assert told["report"]["unused"] == report.unused and told["network"]["kept_frames"]
+    assert told["report"]["unused"] == report.unused and told["network"]["cond_frames"]
 
 
 def test_every_tensor_that_does_not_fit_is_named_at_once_and_nothing_is_written(tmp_path):
@@ -210,7 +210,7 @@ def test_the_library_reads_what_is_written(tmp_path):
 def test_the_commands_say_what_they_did_and_what_is_wrong(tmp_path, capsys):
     part = "paris_jax/artifacts/bundled/shapes/experts/0"
     out, weights = tmp_path / "expert.safetensors", tmp_path / "weights"
-    assert cli.run(["export", f"--part={part}", "--layout=bfl", f"--out={out}"]) == 0
+    assert cli.run(["export", f"--network={part}", "--layout=bfl", f"--out={out}"]) == 0
     assert cli.run(["import", str(out), "--config=configs/shapes.py:bundled", f"--out={weights}"]) == 0
     assert "48 of our arrays" in capsys.readouterr().out
     first, back = Tensors(f"{part}/model.safetensors"), Tensors(weights)
@@ -222,11 +222,11 @@ def test_the_commands_say_what_they_did_and_what_is_wrong(tmp_path, capsys):
         (["import", str(out)], "--out is missing"),
         (["import", "--source=flux", str(out), f"--out={tmp_path}/a"], "did you mean 'flux1-dev'"),
         (["import", "--source=opensora2", str(tmp_path / "x.safetensors"), "--out=a"], "does not exist"),
-        (["export", f"--part={part}", f"--out={out}"], "exists already"),
-        (["export", f"--part={part}", "--layout=onnx", f"--out={out}x"], "--layout=onnx: must be one of bfl"),
+        (["export", f"--network={part}", f"--out={out}"], "exists already"),
+        (["export", f"--network={part}", "--layout=onnx", f"--out={out}x"], "--layout=onnx: must be one of bfl"),
         (["import", str(out), f"--out={tmp_path}/a", "--config.network.preset=base"], "--config is missing"),
         (["import", "gs://bucket/x.safetensors", f"--out={tmp_path}/a"], "copy them here first"),
-        (["export", f"--part={part}/../../router", f"--out={out}x"], "is a router"),
+        (["export", f"--network={part}/../../router", f"--out={out}x"], "is a router"),
         (["prepare", "videos"], "'videos' is not a flag"),
     ):
         assert cli.run(arguments) == 1
@@ -240,7 +240,7 @@ def test_abstractly_the_published_sizes_fit_their_files():
     from paris_jax.weights.layouts import pieces
 
     config = network_config(
-        NetworkSettings(preset="11b"), channels=16, text_width=4096, pooled_width=768, kept_frames=True
+        NetworkSettings(preset="11b"), channels=16, text_width=4096, pooled_width=768, cond_frames=True
     )
     shapes = {
         name: shape

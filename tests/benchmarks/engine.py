@@ -85,7 +85,7 @@ def clip(job: Job, number: int) -> records.Record:
 
 def write_clips(job: Job, folder: Path) -> None:
     """A finished data folder of two batches of clips."""
-    count, C = 2 * job.settings.batch, job.latent_shape[-1]
+    count, C = 2 * job.settings.global_batch_size, job.latent_shape[-1]
     name = records.shard_name("clips", 0, 1)
     records.write_shard(folder / name, (clip(job, n) for n in range(count)))
     latent = {"shape": list(job.latent_shape), "mean": [0.0] * C, "spread": [1.0] * C}
@@ -99,9 +99,11 @@ class Ours:
     def __init__(self, job: Job, folder: Path):
         self.job, self.program, self.folder = job, ShardedStep(job), folder
         write_clips(job, folder / "data")
-        self.rows = training_batches(folder / "data", job.settings.batch, 0, text_length=job.padded_text_length)
+        self.rows = training_batches(
+            folder / "data", job.settings.global_batch_size, 0, text_length=job.padded_text_length
+        )
         self.batch = sharding.place_batch(next(self.rows), self.program.mesh)
-        self.t_B = jnp.linspace(0.1, 0.9, job.settings.batch)
+        self.t_B = jnp.linspace(0.1, 0.9, job.settings.global_batch_size)
         state = self.program.first_state()
         # A fresh network answers with zeros; this one does not.
         keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(state.params)))
@@ -218,7 +220,8 @@ def main():
         device, settings = jax.devices()[0], job.settings
         print(
             f"{given.config} {' '.join(given.changes)}: {functional.count(job.config) / 1e6:.2f}M parameters, "
-            f"{settings.batch} clips of {np.prod(shape[:3]) // 4} + {WORDS} tokens, {settings.optimizer}, {dtype}, jax "
+            f"{settings.global_batch_size} clips of {np.prod(shape[:3]) // 4} + {WORDS} tokens, "
+            f"{settings.optimizer}, {dtype}, jax "
             f"{jax.__version__} on {jax.device_count()} {device.device_kind}, freed memory is "
             f"{'given back' if given.give_back else 'kept'}"
         )
@@ -232,7 +235,7 @@ def main():
                 if part in parts:
                     took[part] = measure(part, {n: way[part] for n, way in ways.items() if part in way}, given.seconds)
     if "step" in took:
-        work, seconds = job.flops_per_sample * settings.batch, took["step"]["paris_jax"]
+        work, seconds = job.flops_per_sample * settings.global_batch_size, took["step"]["paris_jax"]
         chip = flops.chip_of(device)
         share = f", {work / seconds / chip.peak / jax.device_count():.1%} of peak" if chip else ""
         print(f"{work / 1e9:.1f} GFLOP a step: {work / seconds / 1e9:.0f} GFLOP/s{share}")

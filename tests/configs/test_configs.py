@@ -91,13 +91,13 @@ def router(paris2):
         paris2.router,
         channels=codecs.latent_shape(paris2)[-1],
         pooled_width=text.widths_of(paris2)[1],
-        clusters=paris2.partition.num_clusters,
+        clusters=paris2.clustering.num_clusters,
         dtype="bfloat16",
     )
 
 
 def test_paris2_has_the_published_sizes(paris2, network, router):
-    assert paris2.partition.num_clusters == 3
+    assert paris2.clustering.num_clusters == 3
     assert codecs.latent_shape(paris2) == (9, 32, 32, 16)
     assert text.widths_of(paris2) == (4096, 768)
     assert functional.count(network) == 11_891_178_560
@@ -116,9 +116,10 @@ def test_paris2_times_follow_open_sora(paris2):
 def test_paris2_arms_cost_the_same(paris2, network):
     cost = flops.training_flops(network, codecs.latent_shape(paris2), paris2.text.max_tokens)
     experts = [
-        compute.TrainingCost(f"expert {k}", paris2.steps("expert"), paris2.training.batch, cost) for k in range(3)
+        compute.TrainingCost(f"expert {k}", paris2.steps("expert"), paris2.training.global_batch_size, cost)
+        for k in range(3)
     ]
-    monolith = compute.TrainingCost("monolith", paris2.steps("monolith"), paris2.training.batch, cost)
+    monolith = compute.TrainingCost("monolith", paris2.steps("monolith"), paris2.training.global_batch_size, cost)
     found = compute.identity(experts, monolith, None)
     assert found["equal"]
     # The docstring's figures.
@@ -130,10 +131,10 @@ def test_paris2_arms_cost_the_same(paris2, network):
 def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
     config, settings = (router, paris2.router_training) if role == "router" else (network, paris2.training)
     steps = paris2.steps(role)
-    law = TimestepSampler(settings.times, paris2.diffusion.time_mean, paris2.diffusion.time_std, 3.0)
+    law = TimestepSampler(settings.timestep_sampler, paris2.diffusion.timestep_mean, paris2.diffusion.timestep_std, 3.0)
     key = jax.eval_shape(jax.random.key, 0)
     before = jax.eval_shape(functools.partial(state.create, config, settings, steps), key)
-    B, L = settings.batch, paris2.text.max_tokens
+    B, L = settings.global_batch_size, paris2.text.max_tokens
     tokens, pooled = text.widths_of(paris2)
     batch = {
         "latent": jax.ShapeDtypeStruct((B, *codecs.latent_shape(paris2)), jnp.float32),
@@ -169,8 +170,8 @@ def test_open_soras_own_network_is_the_published_one_with_texts_as_it_knows_them
         channels=16,
         text_width=tokens,
         pooled_width=pooled,
-        kept_frames=bool(experiment.masks.kinds),
+        cond_frames=bool(experiment.masks.kinds),
     )
     assert functional.count(network) == 11_891_178_560 + 68 * 3072 + 3072  # and an input for frames that are given
-    assert experiment.text.padded and (experiment.text.max_tokens, tokens, pooled) == (512, 4096, 768)
-    assert (experiment.sampling.guidance, experiment.sampling.guidance_image) == (7.5, 3.0)
+    assert experiment.text.pad_to_max_tokens and (experiment.text.max_tokens, tokens, pooled) == (512, 4096, 768)
+    assert (experiment.sampling.guidance_scale, experiment.sampling.image_guidance_scale) == (7.5, 3.0)

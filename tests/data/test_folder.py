@@ -123,7 +123,9 @@ def test_a_video_that_breaks_while_decoding_is_refused_by_name(tmp_path):
 
 def test_a_clip_shorter_than_asked_is_refused_by_name(tmp_path):
     put(tmp_path / "short.mp4", frames=10, fps=20.0)
-    with pytest.raises(UserError, match=r"short\.mp4 is 0\.50 s long, shorter than one clip of 0\.80 s.*data\.frames"):
+    with pytest.raises(
+        UserError, match=r"short\.mp4 is 0\.50 s long, shorter than one clip of 0\.80 s.*data\.num_frames"
+    ):
         open_folder(tmp_path)
     (tmp_path / "frames").mkdir()
     (tmp_path / "short.mp4").unlink()

@@ -128,7 +128,9 @@ def test_processes_share_the_same_global_batches(folders, count):
 
 
 def test_fewer_clips_than_a_batch_is_refused(folders):
-    with pytest.raises(UserError, match=r"Cluster 2 .* has 4 clips, fewer than one batch of 5; lower training\.batch"):
+    with pytest.raises(
+        UserError, match=r"Cluster 2 .* has 4 clips, fewer than one batch of 5; lower training\.global_batch_size"
+    ):
         training_batches(folders[2], batch=5, seed=0)
     with pytest.raises(UserError, match="has 21 clips, fewer than one batch of 22"):
         training_batches(folders, batch=22, seed=0)
@@ -136,7 +138,7 @@ def test_fewer_clips_than_a_batch_is_refused(folders):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(folders):
-    with pytest.raises(UserError, match=r"training\.batch=4: must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"training\.global_batch_size=4: must be a multiple of the 3 processes"):
         training_batches(folders, batch=4, seed=0, process_count=3)
 
 

@@ -59,7 +59,7 @@ def test_every_clip_is_there_with_all_that_training_needs(whole):
         (encoding,) = words.encode([clip.caption])
         np.testing.assert_array_equal(record.tokens.astype(np.float32), encoding.tokens)
         np.testing.assert_array_equal(record.pooled.astype(np.float32), encoding.pooled)
-        assert words.unknown_words(clip.caption) == []
+        assert words.unknown_words(clip.caption) == {}
     assert found["text_length"] == max(len(record.tokens) for record in stored)
     normal = np.stack([codecs.LatentScale.from_manifest(found["latent"]).normalise(r.latent) for r in stored])
     assert abs(normal.mean()) < 1e-4
@@ -102,7 +102,7 @@ def test_two_processes_give_the_same_bytes(whole, tmp_path):
 def test_encoders_on_accelerators_are_one_processs_affair(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "describe_encoders", lambda *_: {"codec": {}, "text": {}, "features": {}})
     monkeypatch.setattr(stage.jax, "default_backend", lambda: "tpu")
-    with pytest.raises(UserError, match="--processes=2: these encoders work on the accelerators"):
+    with pytest.raises(UserError, match="--num_workers=2: these encoders work on the accelerators"):
         prepare(experiment(features={"name": "dinov2"}), RunFolder(tmp_path / "run"), processes=2)
     assert not (tmp_path / "run").exists()
 
@@ -232,8 +232,8 @@ def test_bad_video_is_refused_before_anything_is_written(tmp_path):
 def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
     data = put_videos(tmp_path / "videos", {"a.mp4": "words that are five long"})
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=r"shorter than one clip .* lower data.frames"):
-        prepare(experiment(data=data | {"frames": 400}), run)
+    with pytest.raises(UserError, match=r"shorter than one clip .* lower data.num_frames"):
+        prepare(experiment(data=data | {"num_frames": 400}), run)
     with pytest.raises(UserError, match=r"at most 3.* raise text.max_tokens"):
         prepare(experiment(data=data, text={"max_tokens": 3}), run)
     prepare(experiment(data=data), run)

@@ -11,7 +11,7 @@ from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder, roles
 from paris_jax.clustering.build import cluster
 from paris_jax.commands.assemble import assemble
-from paris_jax.commands.sample import sample
+from paris_jax.commands.sample import Output, sample
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import prepare
@@ -53,10 +53,10 @@ def configured(footage):
     config.name = "footage"
     config.data.update(source="folder", path=str(footage), num_clips=0, fps=16.0, height=16, width=24)
     config.data.heldout_fraction = 0.2
-    config.partition.update(num_clusters=2)
-    config.training.update(batch=2)
-    config.router_training.update(batch=4)
-    config.evaluation.update(clips=2, loss_clips=2, shown=1)
+    config.clustering.update(num_clusters=2)
+    config.training.update(global_batch_size=2)
+    config.router_training.update(global_batch_size=4)
+    config.evaluation.update(num_clips=2, num_loss_clips=2, num_shown=1)
     return Experiment.from_config(config)
 
 
@@ -68,7 +68,9 @@ def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     for role in roles(2):
         train(experiment, run, role)
     assemble(experiment, run)
-    (path,) = sample(str(run.ensemble), ["people riding bikes in a street"], str(tmp_path / "bikes.mp4"), num_steps=2)
+    (path,) = sample(
+        str(run.ensemble), ["people riding bikes in a street"], Output(f"{tmp_path}/bikes.mp4"), num_inference_steps=2
+    )
     assert path.stat().length > 1000
     evaluate(experiment, run)
     report = (run.evaluation / "report.html").read_text()

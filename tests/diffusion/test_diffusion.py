@@ -113,7 +113,7 @@ def guided_flow(scale, method="classifier_free"):
         conditional, unconditional = gaussian_velocity(x, t, 1.5, 0.4), gaussian_velocity(x, t, 0.2, 0.9)
         conditional = conditional + 0.3 * jnp.sin(3 * x)
         if method == "projected":
-            strength = guidance.Strength(scale, momentum=0.0, radius=1e9)  # a flow, and a smooth one
+            strength = guidance.Strength(scale, momentum=0.0, norm_threshold=1e9)  # a flow, and a smooth one
             v, _ = guidance.projected(conditional, unconditional, x, jnp.full(len(x), t), strength, jnp.zeros_like(x))
         else:
             v = guidance.classifier_free(conditional, unconditional, scale)
@@ -254,7 +254,7 @@ def test_rescaling_gives_the_spread_without_guidance_back():
 
 def test_projected_guidance_without_its_three_parts_is_classifier_free():
     conditional, unconditional, x = pair()
-    strength, t = guidance.Strength(4.0, momentum=0.0, radius=1e9, parallel=1.0), jnp.array([0.3, 0.7, 1.0])
+    strength, t = guidance.Strength(4.0, momentum=0.0, norm_threshold=1e9, eta=1.0), jnp.array([0.3, 0.7, 1.0])
     v, _ = guidance.projected(conditional, unconditional, x, t, strength, jnp.zeros_like(x))
     np.testing.assert_allclose(v, guidance.classifier_free(conditional, unconditional, 4.0), rtol=1e-4, atol=1e-4)
     at_data, _ = guidance.projected(conditional, unconditional, x, 0 * t, strength, jnp.zeros_like(x))
@@ -264,7 +264,7 @@ def test_projected_guidance_without_its_three_parts_is_classifier_free():
 def test_projected_guidance_is_short_and_across_the_prediction():
     """Written again in NumPy, sample by sample, as the paper's algorithm 1 has it."""
     conditional, unconditional, x = pair(1)
-    strength, t = guidance.Strength(4.0, momentum=-0.5, radius=0.7, parallel=0.25), np.array([0.3, 0.7, 1.0])
+    strength, t = guidance.Strength(4.0, momentum=-0.5, norm_threshold=0.7, eta=0.25), np.array([0.3, 0.7, 1.0])
     before = 0.2 * pair(2)[0]
     v, running = guidance.projected(conditional, unconditional, x, jnp.asarray(t), strength, before)
     for n in range(3):

@@ -137,11 +137,11 @@ def test_other_weights_are_refused_by_name(codec, tmp_path):
 def test_videos_go_through_it_from_clips_to_samples(tmp_path):
     """Every stage in its latents, and from there a video from an image and one of another length."""
     config = micro_config()
-    config.data.update(num_clips=30, frames=9, height=16, width=16)
+    config.data.update(num_clips=30, num_frames=9, height=16, width=16)
     config.codec.update(name="hunyuan", weights=FOLDER, **BLOCKS)
     config.training.update(steps=4)
     config.router_training.update(steps=4)
-    config.partition.num_clusters = 2
+    config.clustering.num_clusters = 2
     experiment, run = Experiment.from_config(config), RunFolder(tmp_path / "run")
     assert codecs.latent_shape(experiment) == (3, 2, 2, 4)
     prepare(experiment, run)
@@ -154,10 +154,22 @@ def test_videos_go_through_it_from_clips_to_samples(tmp_path):
     assemble(experiment, run)
     ensemble = Ensemble.load(run.ensemble, encoders={"vae": FOLDER})
     prompt, picture = ["a large red circle moving right fast on a white ground"], np.full((16, 16, 3), 99, np.uint8)
-    assert ensemble.sample(prompt, num_steps=2).videos.shape == (1, 9, 16, 16, 3)
-    assert ensemble.sample(prompt, num_steps=2, frames=13, image=picture).videos.shape == (1, 13, 16, 16, 3)
-    assert ensemble.sample(prompt, num_steps=2, video=np.stack([picture] * 5)).videos.shape == (1, 9, 16, 16, 3)
+    assert ensemble.sample(prompt, num_inference_steps=2).videos.shape == (1, 9, 16, 16, 3)
+    assert ensemble.sample(prompt, num_inference_steps=2, num_frames=13, image=picture).videos.shape == (
+        1,
+        13,
+        16,
+        16,
+        3,
+    )
+    assert ensemble.sample(prompt, num_inference_steps=2, video=np.stack([picture] * 5)).videos.shape == (
+        1,
+        9,
+        16,
+        16,
+        3,
+    )
     with pytest.raises(UserError, match="frames=12: must be 1 more than a multiple of 4; the nearest is 9 or 13"):
-        ensemble.sample(prompt, frames=12)
+        ensemble.sample(prompt, num_frames=12)
     with pytest.raises(UserError, match=r"video has 4 frames: .* must be one of 1;"):
         ensemble.sample(prompt, video=np.stack([picture] * 4))

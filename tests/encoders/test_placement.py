@@ -1,6 +1,7 @@
 """Published encoders on several devices, batch by batch, read late and dropped early."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,9 @@ TEXTS = [f"a {size} {colour} circle" for size in ("small", "large", "striped") f
 FOLDERS = {name: str(oracle.FOLDER / name) for name in ("t5", "clip", "dinov2", "hunyuan")}
 
 
-def both():
-    return published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=96)
+def both(store=None):
+    store = store or published.EncoderStore()
+    return published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=96, store=store)
 
 
 def everything() -> dict[str, np.ndarray]:
@@ -51,7 +53,7 @@ assert jax.device_count() == 4
 sharding_rules.SMALLEST_SPLIT = 64
 published.SIDE = 28
 safetensors.numpy.save_file(test_placement.everything(), "OUT")
-config, params = published.loaded("t5", test_placement.FOLDERS["t5"])
+config, params = published.EncoderStore().load("t5", test_placement.FOLDERS["t5"])
 mlp, token, scale = params["blocks"]["mlp"]["in"]["weight"], params["tokens"], params["blocks"]["norm1"]["weight"]
 for array, whole in ((mlp, False), (token, False), (scale, True)):
     share = array.addressable_shards[0].data.size / array.size
@@ -120,28 +122,51 @@ def arrays_of(kind: str) -> int:
 
 
 def test_dropped_encoders_are_gone_and_prompts_are_remembered(monkeypatch):
-    published.drop()
     before = arrays_of("t5")
-    staying, dropping = PromptEncoder(both(), 40, drop=False), PromptEncoder(both(), 40, drop=True)
+    kept = both()
+    staying, unloading = PromptEncoder(kept, 40, unload=False), PromptEncoder(both(), 40, unload=True)
     expected = staying(TEXTS[:2])
     assert arrays_of("t5") > before
-    published.drop()
+    kept.unload()
     assert arrays_of("t5") == before
-    dropping.expect(TEXTS[:2])
+    unloading.prefetch(TEXTS[:2])
     assert arrays_of("t5") == before
-    monkeypatch.setattr(published, "loaded", lambda kind, folder: pytest.fail(f"{kind} is read again"))
-    found = dropping(TEXTS[:2])
+    monkeypatch.setattr(published.EncoderStore, "load", lambda self, kind, *_: pytest.fail(f"{kind} is read again"))
+    found = unloading(TEXTS[:2])
     for name in ("tokens", "length", "pooled"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    assert dropping(TEXTS[1:2]).length.tolist() == expected.length.tolist()[1:]
+    assert unloading(TEXTS[1:2]).length.tolist() == expected.length.tolist()[1:]
 
 
 def test_encoders_are_dropped_when_a_prompt_is_refused_too():
-    published.drop()
-    both().encode(TEXTS[:1])
+    store = published.EncoderStore()
+    both(store).encode(TEXTS[:1])
     with pytest.raises(UserError, match="is empty"):
-        PromptEncoder(both(), 40, drop=True)(["a ball", " "])
-    assert not published._loaded
+        PromptEncoder(both(store), 40, unload=True)(["a ball", " "])
+    assert not store.kinds
+
+
+def test_what_one_store_drops_stays_in_the_others(monkeypatch):
+    mine, yours = both(), both()
+    expected = mine.encode(TEXTS[:1])[0].tokens
+    yours.encode(TEXTS[:1])
+    yours.unload()
+    assert mine.store.kinds == ["t5", "clip"] and not yours.store.kinds
+    monkeypatch.setattr(published, "READERS", {})  # nothing is read again
+    np.testing.assert_array_equal(mine.encode(TEXTS[:1])[0].tokens, expected)
+
+
+def test_weights_that_change_under_the_same_path_are_noticed(tmp_path):
+    folder = shutil.copytree(FOLDERS["t5"], tmp_path / "t5")
+    encoder = published.T5Clip(t5=str(folder), clip=FOLDERS["clip"], max_tokens=96)
+    encoder.encode(TEXTS[:1])
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["shared.weight"] = weights["shared.weight"] + 1
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"its weights have the hash .* these data were made with"):
+        encoder.encode(TEXTS[:1])
+    other = published.T5Clip(t5=str(folder), clip=FOLDERS["clip"], max_tokens=96, store=encoder.store)
+    assert other.weights["t5"] != encoder.weights["t5"]
 
 
 def test_many_texts_are_worked_on_a_few_at_a_time(monkeypatch):
@@ -155,7 +180,8 @@ def test_many_texts_are_worked_on_a_few_at_a_time(monkeypatch):
 
 
 def test_only_what_is_asked_for_is_dropped():
-    both().encode(TEXTS[:1])
-    published.drop("t5")
-    assert [kind for kind, _ in published._loaded] == ["clip"]
-    assert list(published.loaded("clip", FOLDERS["clip"])[1]) == ["text"]  # its other half looks at images
+    store = published.EncoderStore()
+    both(store).encode(TEXTS[:1])
+    store.drop("t5")
+    assert store.kinds == ["clip"]
+    assert list(store.load("clip", FOLDERS["clip"])[1]) == ["text"]  # the vision tower is not loaded

@@ -186,7 +186,7 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     config.features.update(name="dinov2", weights=folder("dinov2"))
     config.training.update(steps=4)
     config.router_training.update(steps=4)
-    config.partition.num_clusters = 2
+    config.clustering.num_clusters = 2
     experiment, run = Experiment.from_config(config), RunFolder(tmp_path / "run")
     prepare(experiment, run)
     cluster(experiment, run)
@@ -202,18 +202,22 @@ def test_clips_go_through_published_encoders_to_videos(tmp_path, monkeypatch):
     config.text.t5 = str(other)
     with pytest.raises(UserError, match="was made with other weights of its encoders"):
         prepare(Experiment.from_config(config), run)
-    ensemble_encoders, loaded = {"t5": folder("t5"), "clip": folder("clip")}, published.loaded
+    ensemble_encoders = {"t5": folder("t5"), "clip": folder("clip")}
     ensemble = Ensemble.load(run.ensemble, encoders=ensemble_encoders)
-    assert np.isfinite(ensemble.sample(PROMPTS, num_steps=2).videos).all()
+    assert np.isfinite(ensemble.sample(PROMPTS, num_inference_steps=2).videos).all()
     apart = Ensemble.load(run.ensemble, encoders=ensemble_encoders, drop_encoders=True)
-    made, read = ensemble.sample(PROMPTS, num_steps=2, negative="a ball"), []
-    monkeypatch.setattr(
-        published, "loaded", lambda *which: (read.append((which, "_arrays" in vars(apart))), loaded(*which))[1]
-    )
-    again = apart.sample(PROMPTS, num_steps=2, negative="a ball")
+    made, read = ensemble.sample(PROMPTS, num_inference_steps=2, negative_prompt="a ball"), []
+    readers = dict(published.READERS)
+    for kind in ("t5", "clip"):
+        monkeypatch.setitem(
+            published.READERS,
+            kind,
+            lambda where, kind=kind: (read.append((kind, "params" in vars(apart._placed))), readers[kind](where))[1],
+        )
+    again = apart.sample(PROMPTS, num_inference_steps=2, negative_prompt="a ball")
     np.testing.assert_array_equal(again.videos, made.videos)
-    assert [(which[0], there) for which, there in read] == [("t5", False), ("clip", False)]  # once, before the experts
-    assert not published._loaded
+    assert read == [("t5", False), ("clip", False)]  # once, before the experts
+    assert not apart.text.store.kinds and ensemble.text.store.kinds == ["t5", "clip"]
     (record, *_) = read_records(run.data)
     assert record.tokens.dtype == record.pooled.dtype == published.T5Clip.stored
     with pytest.raises(UserError, match=r"text\.t5 is empty"):

@@ -21,7 +21,7 @@ from paris_jax import Ensemble
 from paris_jax.cli import run
 from paris_jax.commands.sample import sample
 from paris_jax.data import video
-from paris_jax.ensemble import device_placement, sparse_velocity
+from paris_jax.ensemble import device_placement, sampling_params, sparse_velocity
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sparse_velocity import experts_by_group
 from paris_jax.errors import UserError
@@ -45,8 +45,8 @@ MESHES = [
     {"data": 3},  # four prompts over three
 ]
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-HOW = {"num_steps": 3, "seed": [3, 1, 4, 5], "guidance": 2.0}
-WAYS = [{"top_k": 1}, {"top_k": 2}, {"routing": "full"}, {"threshold": 0.9}, {"experts": [2, 0, 1]}]
+HOW = {"num_inference_steps": 3, "seed": [3, 1, 4, 5], "guidance_scale": 2.0}
+WAYS = [{"top_k": 1}, {"top_k": 2}, {"routing": "full"}, {"threshold": 0.9}, {"fixed_expert": [2, 0, 1]}]
 
 
 def drawn(ensemble, **how) -> list[float]:
@@ -61,7 +61,7 @@ def on_eight_devices() -> dict:
         ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
         found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (WAYS if mesh == MESHES[0] else WAYS[:2])]
     found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in WAYS]
-    kept = {"weights": "int8", "offload": True}
+    kept = {"weights_dtype": "int8", "offload": True}
     for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
         found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
@@ -74,7 +74,7 @@ def on_eight_devices() -> dict:
     found["two kinds"] = [two_kinds(mesh)[0] for mesh in meshes]
     found["broken"] = [two_kinds(mesh, breaking=2)[1] for mesh in meshes]
     found["pieces"] = sorted(
-        {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._placed.arrays.experts)}
+        {leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(ensemble._placed.params.experts)}
     )
     run = sparse_velocity.expert_velocity
 
@@ -88,7 +88,7 @@ def on_eight_devices() -> dict:
         weight = jnp.asarray(np.eye(3, dtype=np.float32)[experts])
         with jax.set_mesh(ensemble._placed.mesh):
             merged = jax.jit(sparse_velocity.merge_experts, static_argnums=0)
-            jax.block_until_ready(merged(plan, ensemble._placed.arrays, weight, x, jnp.full(4, 0.5), told.text))
+            jax.block_until_ready(merged(plan, ensemble._placed.params, weight, x, jnp.full(4, 0.5), told.text))
         jax.effects_barrier()
         found["passes"].append(-1)
     return found
@@ -98,21 +98,21 @@ def watched_draw(ensemble: Ensemble) -> dict:
     """A draw with a bar and previews, which draw themselves, on one device; and how many programs it took."""
     alone, seen = Ensemble.load("bundled:shapes"), []
     before = sparse_velocity.take_steps._cache_size()
-    drawn(alone, num_steps=1)  # compiles
+    drawn(alone, num_inference_steps=1)  # compiles
 
     def preview(step: int, videos: np.ndarray) -> None:
-        drawn(alone, num_steps=1)
+        drawn(alone, num_inference_steps=1)
         seen.append([step, jax.sharding.get_abstract_mesh().empty])
 
-    videos = drawn(ensemble, top_k=1, progress=True, preview_every=2, on_preview=preview)
+    videos = drawn(ensemble, top_k=1, progress=True, preview_every_steps=2, on_preview=preview)
     drawn(ensemble, top_k=1)
     return {"watched": videos, "seen": seen, "programs": sparse_velocity.take_steps._cache_size() - before}
 
 
 def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -> tuple[Any, Any, Any, str]:
     """An ensemble's velocity on its mesh: the plan, what it is told, the latents, and XLA's text."""
-    how = {"guidance": guidance, "top_k": 1}
-    plan, told, _ = ensemble._planned(how, ensemble.encode(prompts), None, None, [], 1, None)
+    params = sampling_params.resolve(ensemble.params, None, {"guidance_scale": guidance, "top_k": 1})
+    plan, told, _ = ensemble._prepare(params, ensemble.encode(prompts), [], 1, None, True)
     x = ensemble.noise(len(prompts))
     assert ensemble._placed.mesh
     with jax.set_mesh(ensemble._placed.mesh):
@@ -121,7 +121,7 @@ def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -
             plan,
             told,
             x,
-            sparse_velocity.ensemble_velocity.lower(plan, ensemble._placed.arrays, *given).compile().as_text(),
+            sparse_velocity.ensemble_velocity.lower(plan, ensemble._placed.params, *given).compile().as_text(),
         )
 
 
@@ -253,8 +253,8 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     """On the command line, of which the first process writes."""
     address = free_address()
     arguments = ["sample", "--ensemble=bundled:shapes", *(f"--prompt={prompt}" for prompt in PROMPTS)]
-    arguments += ["--num_steps=3", "--top_k=2", "--guidance=2", "--seed=3,1,4,5"]
-    joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2", "--preview_every=2"]
+    arguments += ["--num_inference_steps=3", "--top_k=2", "--guidance_scale=2", "--seed=3,1,4,5", "--grid"]
+    joined = [*arguments, "--mesh=expert:2", f"--coordinator={address}", "--num_processes=2", "--preview_every_steps=2"]
     code = "import sys; from paris_jax.cli import run; sys.exit(run({}))"
     processes = [
         in_another_process(code.format([*joined, f"--process_id={n}", f"--out={tmp_path / f'of{n}.png'}"]), 1)
@@ -274,8 +274,14 @@ def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
     address = free_address()
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from paris_jax.cli import run; sys.exit(run({}))"
-    asked = ["sample", "--ensemble=bundled:shapes", f"--prompt={PROMPTS[0]}", "--num_steps=5000", "--mesh=expert:2"]
-    asked += [f"--coordinator={address}", "--num_processes=2", "--preview_every=2", f"--out={tmp_path}/film.png"]
+    asked = [
+        "sample",
+        "--ensemble=bundled:shapes",
+        f"--prompt={PROMPTS[0]}",
+        "--num_inference_steps=5000",
+        "--mesh=expert:2",
+    ]
+    asked += [f"--coordinator={address}", "--num_processes=2", "--preview_every_steps=2", f"--out={tmp_path}/film.png"]
     processes = [in_another_process(code.format([*asked, f"--process_id={n}"]), 1) for n in range(2)]
     until = time.time() + 120
     while not (tmp_path / "film-preview.png").exists():
@@ -337,4 +343,4 @@ def test_a_size_whose_tokens_cannot_be_shared_is_refused():
     ensemble._placed.networks = (dataclasses.replace(NETWORK, hidden=32, heads=2),)
     ensemble._placed.mesh = Mesh()
     with pytest.raises(UserError, match="mesh sequence=2: 2 does not divide the network's 75 tokens of a clip"):
-        ensemble.sample("a ball", num_steps=1, guidance=1.0, frames=6)
+        ensemble.sample("a ball", num_inference_steps=1, guidance_scale=1.0, num_frames=6)

@@ -51,11 +51,11 @@ def told(text, scale=1.0, negative=None, **strength):
     return Condition(text, negative or no_text(text), Strength(jnp.float32(scale), **strength))
 
 
-def sample(plan, arrays, noise, keys, times, told, forced):
+def sample(plan, arrays, noise, keys, times, told, fixed_expert):
     """All steps at once: the latent, and what was told of them."""
     steps = len(times) - 1
     state = sparse_velocity.take_steps(
-        plan, arrays, sparse_velocity.initial_state(plan, noise, steps), 0, steps, keys, times, told, forced
+        plan, arrays, sparse_velocity.initial_state(plan, noise, steps), 0, steps, keys, times, told, fixed_expert
     )
     return state.x, sparse_velocity.trace_of(state)
 
@@ -70,11 +70,11 @@ def inputs(batch=3):
     return jax.random.normal(keys[2], (batch, 2, 2, 4, 2)), jnp.linspace(0.2, 0.8, batch), text
 
 
-def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTER, at=None, **how):
+def velocity(routing, arrays, scale=1.0, fixed_expert=0, network=NETWORK, router=ROUTER, at=None, **how):
     x, t, text = at or inputs()
     guidance = "classifier_free" if scale != 1.0 else ""
     plan = plan_of(routing, len(arrays.clusters), network, router, guidance=guidance, **how)
-    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, told(text, scale), jnp.int32(forced))
+    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, told(text, scale), jnp.int32(fixed_expert))
     return v, trace.weight
 
 
@@ -82,8 +82,8 @@ def velocity(routing, arrays, scale=1.0, forced=0, network=NETWORK, router=ROUTE
 class GaussianVelocity:
     """The exact velocity of the flow to N(mean, std^2) for every element, as an expert."""
 
-    predicts: str = "velocity"
-    kept_frames: bool = False
+    prediction_type: str = "velocity"
+    cond_frames: bool = False
 
     def apply(self, params, x, t, tokens, length, pooled):
         t = t.reshape(-1, 1, 1, 1, 1)
@@ -96,7 +96,7 @@ class GaussianVelocity:
 class GaussianPosterior:
     """log p(k | x_t, t) of a Gaussian mixture up to a constant, prior included, as a router."""
 
-    kept_frames: bool = False
+    cond_frames: bool = False
 
     def apply(self, params, x, t, pooled):
         t, x = t[:, None], x.reshape(x.shape[0], 1, -1)
@@ -185,9 +185,11 @@ def test_samples_of_the_exact_ensemble_follow_the_data(solver, steps):
     count = 20_000
     text = EncodedText(jnp.zeros((count, 1, 3)), jnp.ones(count, jnp.int32), jnp.zeros((count, 4)))
     noise = jax.random.normal(jax.random.key(3), (count, 1, 1, 1, 3))
-    plan = plan_of(Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, block=count)
-    keys, forced = key_data(4, count), jnp.zeros(steps, jnp.int32)
-    z, _ = sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), forced)
+    plan = plan_of(
+        Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, expert_batch_size=count
+    )
+    keys, fixed_expert = key_data(4, count), jnp.zeros(steps, jnp.int32)
+    z, _ = sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), fixed_expert)
     drawn, data = np.asarray(z).reshape(count, 3), mixture_data(count, 3)
     for look in (*(lambda a, i=i: a[:, i] for i in range(3)), lambda a: a.mean(1), lambda a: a.std(1)):
         assert kolmogorov(look(drawn), look(data)) < 1.95 * np.sqrt(2 / count)  # at level 0.001: 0.0195
@@ -229,7 +231,9 @@ def test_a_forced_expert_and_a_one_hot_router_are_that_expert(expert):
     arrays = arrays_of_three()
     alone = together([random_params(NETWORK, expert)])
     expected, _ = velocity(FULL, alone, router=None)
-    np.testing.assert_allclose(velocity(Routing("forced"), arrays, forced=expert)[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        velocity(Routing("fixed"), arrays, fixed_expert=expert)[0], expected, rtol=1e-4, atol=1e-4
+    )
     bias = arrays.router["logits_out"]["bias"] + 1e4 * jax.nn.one_hot(expert, 3)
     router = arrays.router | {"logits_out": arrays.router["logits_out"] | {"bias": bias}}
     one_hot = EnsembleParams(arrays.experts, router, arrays.clusters)
@@ -250,7 +254,7 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
             sparse_velocity.ensemble_velocity(
                 plan_of(rule, guidance=method), arrays, x, t, told(text, scale), jnp.int32(expert)
             )[0]
-            for rule, expert in ((FULL, 0), *((Routing("forced"), k) for k in range(3)))
+            for rule, expert in ((FULL, 0), *((Routing("fixed"), k) for k in range(3)))
         )
         inside = jnp.einsum("be,ebthwc->bthwc", w, jnp.stack(each))
         return jnp.linalg.norm(outside - inside) / jnp.linalg.norm(outside)
@@ -304,8 +308,8 @@ def test_new_values_do_not_recompile():
         changed = dataclasses.replace(text, tokens=text.tokens * (1 + seed))
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
-        forced = jnp.zeros(4, jnp.int32)
-        sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), forced)
+        fixed_expert = jnp.zeros(4, jnp.int32)
+        sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), fixed_expert)
     assert sparse_velocity.take_steps._cache_size() == before + 1
 
 
@@ -330,7 +334,7 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
 
     monkeypatch.setattr(sparse_velocity, "expert_velocity", counted)
     sparse_velocity.ensemble_velocity.clear_cache()
-    one_by_one = plan_of(Routing("top_k", 2), guidance="classifier_free", block=1)
+    one_by_one = plan_of(Routing("top_k", 2), guidance="classifier_free", expert_batch_size=1)
     some, _ = guided(x, t, text, plan=one_by_one, low=jnp.float32(0.4), high=jnp.float32(0.6))
     jax.effects_barrier()
     sparse_velocity.ensemble_velocity.clear_cache()
@@ -368,17 +372,17 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
 @pytest.mark.parametrize("method", get_args(GuidanceMethod))
 def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     x, t, text = inputs()
-    plans = {by: plan_of(FULL, guidance=method, routed_by=by) for by in get_args(RouterConditioning)}
+    plans = {by: plan_of(FULL, guidance=method, router_conditioning=by) for by in get_args(RouterConditioning)}
     w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
     np.testing.assert_allclose(w["prompt"], w["branch"], atol=1e-6)  # both report the prompt's, from two programs
     blind, _ = velocity(FULL, arrays_of_three(), at=(x, t, no_text(text)))
-    assert np.abs(w["nothing"] - w["prompt"]).max() > 0.01
+    assert np.abs(w["null"] - w["prompt"]).max() > 0.01
     same_prompt = dataclasses.replace(text, pooled=jnp.zeros_like(text.pooled))
-    np.testing.assert_allclose(w["nothing"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
+    np.testing.assert_allclose(w["null"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
     # No text may be an encoding, which is then what the router is told.
     empty = dataclasses.replace(text, pooled=text.pooled[::-1])
-    condition = dataclasses.replace(told(text, 4.0), nothing=empty.pooled)
-    of_empty = sparse_velocity.ensemble_velocity(plans["nothing"], arrays_of_three(), x, t, condition, jnp.int32(0))[
+    condition = dataclasses.replace(told(text, 4.0), null_pooled=empty.pooled)
+    of_empty = sparse_velocity.ensemble_velocity(plans["null"], arrays_of_three(), x, t, condition, jnp.int32(0))[
         1
     ].weight
     np.testing.assert_allclose(of_empty, guided(x, t, empty, plan=plans["prompt"])[1], atol=1e-6)
@@ -397,7 +401,7 @@ def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
     x, t, text = inputs()
 
     def weight(temperature):
-        condition = dataclasses.replace(told(text), temperature=jnp.float32(temperature))
+        condition = dataclasses.replace(told(text), router_temperature=jnp.float32(temperature))
         return sparse_velocity.ensemble_velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[
             1
         ].weight
@@ -411,8 +415,8 @@ def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
 def test_a_stochastic_solver_draws_fresh_noise_every_step_and_for_every_sample():
     x, _, text = inputs()
     plan, arrays = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver="ancestral"), mixture_arrays()
-    times, forced = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
-    draw = lambda keys: sample(plan, arrays, x, keys, times, told(text), forced)[0]  # noqa: E731
+    times, fixed_expert = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
+    draw = lambda keys: sample(plan, arrays, x, keys, times, told(text), fixed_expert)[0]  # noqa: E731
     keys = key_data(0, 3)
     first = draw(keys)
     np.testing.assert_array_equal(first, draw(keys))

@@ -35,8 +35,8 @@ from tests.ensemble.test_mixture import (
 class GaussianNoise:
     """E[e | x_s] on the cosine path for N(mean, std^2), as an expert."""
 
-    predicts: str = "noise"
-    kept_frames: bool = False
+    prediction_type: str = "noise"
+    cond_frames: bool = False
 
     def apply(self, params, x, s, tokens, length, pooled):
         angle = s.reshape(-1, 1, 1, 1, 1) * jnp.pi / 2
@@ -73,7 +73,7 @@ def noisy(micro, clustered, tmp_path_factory):
     shutil.copytree(clustered.partition, folder / "partition")  # nothing else is needed
     run = RunFolder(folder)
     values = micro.to_dict()
-    values["training"]["objective"] = "noise"
+    values["training"]["prediction_type"] = "noise"
     values["network"].update(hidden=96, heads=6)
     train(Experiment.from_config(values), run, Role("expert", 1))
     return run
@@ -81,23 +81,23 @@ def noisy(micro, clustered, tmp_path_factory):
 
 def test_an_expert_of_another_run_size_and_objective_is_admitted_and_sampled(micro, finished, noisy):
     theirs = noisy.export(Role("expert", 1))
-    found = manifest.read(theirs, "part")
-    assert found["network"]["predicts"] == "noise" and found["network"]["hidden"] == 96
+    found = manifest.read(theirs, "network")
+    assert found["network"]["prediction_type"] == "noise" and found["network"]["hidden"] == 96
     assert found["conventions"]["prediction"] == PREDICTIONS["noise"]
     assemble(micro, finished, elsewhere={1: theirs})
     ensemble = Ensemble.load(finished.ensemble)
-    assert {network.predicts for network in ensemble._placed.networks} == {"velocity", "noise"}
+    assert {network.prediction_type for network in ensemble._placed.networks} == {"velocity", "noise"}
     prompt = ["a large red circle moving right fast on a white ground"]
-    samples = ensemble.sample(prompt, num_steps=3, routing="full")
+    samples = ensemble.sample(prompt, num_inference_steps=3, routing="full")
     assert np.isfinite(samples.videos).all()
     # Forced, it is that network through the conversion, and no other.
     x, text = ensemble.noise(1), ensemble.encode(prompt)
     alone = Ensemble.single(theirs)
-    v = [e.velocity(x, jnp.array([0.7]), text, experts=1) for e in (ensemble, alone)]
+    v = [e.velocity(x, jnp.array([0.7]), text, fixed_expert=1) for e in (ensemble, alone)]
     np.testing.assert_allclose(*v, atol=1e-5)
-    assert [m["network"]["predicts"] for m in ensemble_manifest.expert_manifests(finished.ensemble).values()] == [
-        *("velocity", "noise", "velocity")
-    ]
+    assert [
+        m["network"]["prediction_type"] for m in ensemble_manifest.expert_manifests(finished.ensemble).values()
+    ] == [*("velocity", "noise", "velocity")]
 
 
 def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path, capsys):
@@ -124,11 +124,11 @@ def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path
 def test_an_expert_that_cannot_be_given_frames_is_refused_where_the_run_gives_some(micro, finished, noisy, tmp_path):
     shutil.copytree(noisy.export(Role("expert", 1)), tmp_path / "part")
     part = exported.read(tmp_path / "part")
-    params = {name: leaf for name, leaf in part.params.items() if name != "kept_in"}
+    params = {name: leaf for name, leaf in part.params.items() if name != "cond_in"}
     content = {
         k: part.manifest[k] for k in (*ensemble_manifest.SHARED, "role", "cluster", "training") if k != "conventions"
     }
-    without = dataclasses.replace(part.config, kept_frames=False)
+    without = dataclasses.replace(part.config, cond_frames=False)
     exported.write(tmp_path / "deaf", without, params, "", "float32", **content)
     with pytest.raises(UserError, match=r"was trained without config\.masks and cannot be given frames"):
         assemble(micro, finished, elsewhere={1: tmp_path / "deaf"})
@@ -138,8 +138,8 @@ def test_an_expert_that_cannot_be_given_frames_is_refused_where_the_run_gives_so
     "change",
     [
         lambda m: m["conventions"].update(prediction="score"),
-        lambda m: m["network"].update(predicts="score"),
-        lambda m: m["network"].update(predicts="velocity"),
+        lambda m: m["network"].update(prediction_type="score"),
+        lambda m: m["network"].update(prediction_type="velocity"),
     ],
 )
 def test_a_part_that_says_two_things_or_an_unknown_one_is_refused(noisy, tmp_path, change):

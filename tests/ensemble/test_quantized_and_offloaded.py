@@ -24,15 +24,15 @@ def plain():
 
 def of_blocks(ensemble):
     """The leaves of the blocks, by name."""
-    (stack,) = ensemble._placed.arrays.experts
+    (stack,) = ensemble._placed.params.experts
     found = jax.tree_util.tree_leaves_with_path({name: stack[name] for name in functional.BLOCKS})
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
 def test_experts_in_the_hosts_memory_draw_the_same_videos(plain):
     away = Ensemble.load("bundled:shapes", offload=True)
-    for how in ({"top_k": 1}, {"routing": "full", "guidance": 2.0}):
-        videos = [e.sample(PROMPTS, num_steps=3, seed=1, **how).videos for e in (plain, away)]
+    for how in ({"top_k": 1}, {"routing": "full", "guidance_scale": 2.0}):
+        videos = [e.sample(PROMPTS, num_inference_steps=3, seed=1, **how).videos for e in (plain, away)]
         np.testing.assert_allclose(*videos, atol=1e-5)
     for name, leaf in of_blocks(away).items():
         there = name.rpartition(".")[2] in MATRICES
@@ -42,7 +42,7 @@ def test_experts_in_the_hosts_memory_draw_the_same_videos(plain):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_8_bit_integers_are_a_quarter_of_the_size_and_change_the_velocity_by_a_percent(plain, offload):
-    small = Ensemble.load("bundled:shapes", weights="int8", offload=offload)
+    small = Ensemble.load("bundled:shapes", weights_dtype="int8", offload=offload)
     sizes = [
         sum(leaf.nbytes for name, leaf in of_blocks(e).items() if name.rpartition(".")[2] in (*MATRICES, "scale"))
         for e in (plain, small)
@@ -78,7 +78,7 @@ def test_words_of_four_hold_the_integers(inputs):
 
 def test_8_bit_integers_in_the_hosts_memory_are_those_on_the_device(plain):
     text, x, t = plain.encode(PROMPTS), plain.noise(2), jnp.array([0.3, 0.8])
-    here, away = (Ensemble.load("bundled:shapes", weights="int8", offload=there) for there in (False, True))
+    here, away = (Ensemble.load("bundled:shapes", weights_dtype="int8", offload=there) for there in (False, True))
     v = [e.velocity(0.7 * x, t, text, top_k=1) for e in (here, away)]
     np.testing.assert_allclose(*v, atol=1e-5)
 
@@ -97,9 +97,9 @@ def test_matrices_are_kept_as_they_are_computed_with():
 
 
 def test_what_cannot_be_kept_is_refused():
-    with pytest.raises(UserError, match=r"weights='int4': must be one of auto, int8 \(did you mean 'int8'\?\)"):
-        Ensemble.load("bundled:shapes", weights="int4")
+    with pytest.raises(UserError, match=r"weights_dtype='int4': must be one of auto, int8 \(did you mean 'int8'\?\)"):
+        Ensemble.load("bundled:shapes", weights_dtype="int4")
     config = dataclasses.replace(NETWORK, hidden=6 * NETWORK.heads, rope_axes=(2, 2, 2))
     odd = jax.tree.map(np.asarray, random_params(config, 0))
-    with pytest.raises(UserError, match=r"weights='int8' with offload: \S+ has 6 inputs over 1 devices"):
-        PlacementOptions(weights="int8", offload=True).place(config, [odd, odd])
+    with pytest.raises(UserError, match=r"weights_dtype='int8' with offload: \S+ has 6 inputs over 1 devices"):
+        PlacementOptions(weights_dtype="int8", offload=True).place(config, [odd, odd])

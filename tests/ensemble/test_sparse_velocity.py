@@ -100,14 +100,14 @@ def plan_of(routing, experts, **how):
     [
         (Routing("full"), {}, 16),
         (Routing("full"), {"guidance": "classifier_free"}, 8),
-        (Routing("full"), {"block": 3}, 3),
-        (Routing("top_k", 1), {"block": 99}, 16),
+        (Routing("full"), {"expert_batch_size": 3}, 3),
+        (Routing("top_k", 1), {"expert_batch_size": 99}, 16),
         (Routing("threshold", p=0.9), {}, 2),
         (Routing("top_k", 2), {}, 4),
     ],
 )
 def test_blocks_fit_the_rule(routing, how, expected):
-    assert plan_of(routing, 4, **how).rows_at_once((16, 2, 4, 4, 2)) == expected
+    assert plan_of(routing, 4, **how).rows_per_pass((16, 2, 4, 4, 2)) == expected
 
 
 @pytest.mark.parametrize("block", [1, 2, 6])
@@ -117,7 +117,12 @@ def test_the_size_of_a_block_changes_nothing(block):
     told = Condition(text, no_text(text), Strength(jnp.float32(3.0)))
     v = [
         sparse_velocity.ensemble_velocity(
-            plan_of(Routing("top_k", 2), 3, guidance="classifier_free", block=b), arrays, x, t, told, jnp.int32(0)
+            plan_of(Routing("top_k", 2), 3, guidance="classifier_free", expert_batch_size=b),
+            arrays,
+            x,
+            t,
+            told,
+            jnp.int32(0),
         )[0]
         for b in (0, block)
     ]
@@ -169,6 +174,6 @@ def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
     np.testing.assert_allclose(v, expected, rtol=2e-4, atol=2e-4)
     for expert in range(3):
         alone, _ = sparse_velocity.ensemble_velocity(
-            dataclasses.replace(plan, routing=Routing("forced")), arrays, x, t, told, jnp.int32(expert)
+            dataclasses.replace(plan, routing=Routing("fixed")), arrays, x, t, told, jnp.int32(expert)
         )
         np.testing.assert_allclose(alone, each[expert], rtol=2e-4, atol=2e-4)

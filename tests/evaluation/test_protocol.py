@@ -30,13 +30,13 @@ KEPT = ["kept_first", "kept_prefix"]  # rows of the kinds of frames that are giv
 def larger(micro, tmp_path_factory):
     """An experiment with enough held-out clips for every row, evaluated as its stages do, and its run folder."""
     data = dataclasses.replace(micro.data, num_clips=100, heldout_fraction=0.4)
-    settings = dataclasses.replace(micro.evaluation, clips=16, loss_clips=16)
+    settings = dataclasses.replace(micro.evaluation, num_clips=16, num_loss_clips=16)
     training = dataclasses.replace(micro.training, steps=4)
     experiment = dataclasses.replace(micro, data=data, evaluation=settings, training=training)
     run = RunFolder(tmp_path_factory.mktemp("larger") / "run")
     prepare(experiment, run)
     cluster(experiment, run)
-    for role in roles(experiment.partition.num_clusters):
+    for role in roles(experiment.clustering.num_clusters):
         train(experiment, run, role)
     assemble(experiment, run)
     evaluate(experiment, run)
@@ -51,7 +51,7 @@ def test_with_enough_clips_every_row_is_there(larger):
     frechet = found["comparisons"][1]
     assert all(0 < frechet[who]["value"] < np.inf and frechet[who]["stderr"] > 0 for who in ("ensemble", "monolith"))
     assert frechet["reference"]["value"] < min(frechet[arm]["value"] for arm in ("ensemble", "monolith"))
-    assert found["protocol"]["prompts"] == experiment.evaluation.clips
+    assert found["protocol"]["prompts"] == experiment.evaluation.num_clips
     assert "Frechet distance (shapes judge)" in (run.evaluation / "report.html").read_text()
 
 
@@ -70,10 +70,11 @@ def calls(monkeypatch):
     original = Ensemble.sample
 
     def sample(self, *args, **how):
-        asked = {name: how.get(name) for name in sampling_params.FIELD_NAMES} | {"steps": how.get("num_steps")}
-        settings = sampling_params.resolve(self.defaults, asked)
-        told = {"steps": settings.steps, "guidance": settings.guidance, "solver": settings.solver}
-        mask = None if "kept" not in how else np.asarray(how["kept"])[:, :, 0, 0, 0].tolist()
+        asked = {name: how.get(name) for name in sampling_params.FIELD_NAMES}
+        settings = sampling_params.resolve(self.params, None, asked)
+        names = ("num_inference_steps", "guidance_scale", "solver")
+        told = {name: getattr(settings, name) for name in names}
+        mask = None if "cond" not in how else np.asarray(how["cond"])[:, :, 0, 0, 0].tolist()
         counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told, mask))
         return original(self, *args, **how)
 
@@ -90,9 +91,9 @@ def test_writes_results_and_report(micro, finished, calls):
     assert found["compute"]["equal"] is True
     assert sum(e["steps"] for e in found["compute"]["experts"]) == found["compute"]["monolith"]["steps"]
     np.testing.assert_allclose(np.sum(found["expert_use"]["by_step"], axis=1), 1, atol=1e-5)
-    assert len(found["expert_use"]["by_step"]) == micro.sampling.steps
-    assert len(found["router"]["accuracy"]) == micro.evaluation.loss_times
-    assert len(found["shown"]) == micro.evaluation.shown
+    assert len(found["expert_use"]["by_step"]) == micro.sampling.num_inference_steps
+    assert len(found["router"]["accuracy"]) == micro.evaluation.loss_timesteps
+    assert len(found["shown"]) == micro.evaluation.num_shown
     assert list(found["shown"][0]["asked"]) == list(ATTRIBUTES)  # and not by name
     for row in found["comparisons"]:
         for who in ("ensemble", "monolith", "difference"):
@@ -105,7 +106,15 @@ def test_writes_results_and_report(micro, finished, calls):
     assert list(prompts1) == list(prompts2) and len(set(prompts1)) > 1
     np.testing.assert_array_equal(noise1, noise2)
     sampling = micro.sampling
-    assert told1 == told2 == {"steps": sampling.steps, "guidance": sampling.guidance, "solver": sampling.solver}
+    assert (
+        told1
+        == told2
+        == {
+            "num_inference_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "solver": sampling.solver,
+        }
+    )
     # Then frames are given, each kind that was trained on, to both arms alike and from the same noise.
     assert [(arm, mask) for arm, *_, mask in calls[2:]] == [(arm, [[1, 0]] * 4) for _ in KEPT for arm in (3, 1)]
     for _, prompts, noise, told, _ in calls[2:]:
@@ -121,7 +130,7 @@ def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finish
     evaluate(micro, finished)
     assert len(calls) == 6
     assert (finished.evaluation / "report.html").read_bytes() == before
-    fewer = dataclasses.replace(micro, sampling=dataclasses.replace(micro.sampling, steps=2))
+    fewer = dataclasses.replace(micro, sampling=dataclasses.replace(micro.sampling, num_inference_steps=2))
     evaluate(fewer, finished)
     assert len(calls) == 12
     assert len(json.loads((finished.evaluation / "results.json").read_text())["expert_use"]["by_step"]) == 2
@@ -140,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on_behind_what_it_has(micro, finished, c
     original = Ensemble.sample
     monkeypatch.setattr(Ensemble, "sample", lambda self, *a, **h: counted.append(h) or original(self, *a, **h))
     evaluate(micro, finished)
-    assert len(counted) == 4 and all("kept" in how for how in counted)  # the other videos were kept
+    assert len(counted) == 4 and all("cond" in how for how in counted)  # the other videos were kept
     assert manifest.exists(finished.evaluation)
 
 

@@ -33,7 +33,7 @@ plan = json.loads(os.environ["PLAN"]).get(name, [0])
 code = plan[min(earlier, len(plan) - 1)]
 time.sleep(60 if code == "long" else float(os.environ["SECONDS_EACH"]))
 if code == 1:
-    print("refused: training.batch=7 does not divide", file=sys.stderr, flush=True)
+    print("error: training.global_batch_size=7 does not divide", file=sys.stderr, flush=True)
     print("some library says goodbye", file=sys.stderr, flush=True)
 if code == -9:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_a_refused_job_stops_the_others_which_save(trial):
     notes = trial.run(plan={"expert 1": [1]} | long("monolith", "expert 0", "router"), seconds=1)
     assert time.monotonic() - began < 30
     assert sorted(named(notes, "saved")) == ["expert 0", "monolith", "router"]
-    assert str(trial.launcher.failure) == "expert 1: training.batch=7 does not divide"
+    assert str(trial.launcher.failure) == "expert 1: training.global_batch_size=7 does not divide"
 
 
 def test_a_killed_job_stops_the_others_too(trial):
@@ -179,7 +179,7 @@ def test_a_program_that_cannot_be_started_is_an_error_not_a_hang(trial, tmp_path
         ("== now paris-jax train\n", ""),
         ("== then\nrefused: old\n== now\n", ""),
         ("== now\nTraceback\nValueError: odd\n\n", "ValueError: odd"),
-        ("== now\nrefused: the field\ngoodbye\n", "refused: the field"),
+        ("== now\nerror: the field\ngoodbye\n", "error: the field"),
     ],
 )
 def test_the_last_words_are_those_of_the_last_start(tmp_path, text, words):

@@ -109,10 +109,10 @@ def test_a_slice_that_cannot_be_is_refused(target):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ((), "refused: --target is missing"),
-        (("--target=cpu:2", "--share=0"), "refused: --share=0.0: must be above 0"),
-        (("--target=cpu:2", "--price=-1"), "refused: --price=-1.0: must be at least 0"),
-        (("--target=cpu:4", "--config.training.fsdp=3"), "refused: training.fsdp=3 x "),
+        ((), "error: --target is missing"),
+        (("--target=cpu:2", "--mfu=0"), "error: --mfu=0.0: must be above 0"),
+        (("--target=cpu:2", "--price=-1"), "error: --price=-1.0: must be at least 0"),
+        (("--target=cpu:4", "--config.training.fsdp=3"), "error: training.fsdp=3 x "),
         (("--target=cpu:4", "--config.training.tensor=4"), "does not divide the network's 7 heads"),
     ],
 )
@@ -130,10 +130,10 @@ class Pretended:
         self.memory, self.compiled = memory, []
 
     def __call__(self, job, target, devices):
-        self.compiled.append((job.settings.batch, job.settings.fsdp, job.config.remat))
+        self.compiled.append((job.settings.global_batch_size, job.settings.fsdp, job.config.remat))
         state = 8 * GIB / job.settings.fsdp
         each = 2 * GIB * (0.25 if job.config.remat == "full" else 1)
-        used = each * job.settings.batch / target.size
+        used = each * job.settings.global_batch_size / target.size
         return stage.Planned(job, target, Footprint(state, used, state + used, self.memory), 0.0)
 
 
@@ -164,7 +164,7 @@ def test_the_largest_batch_and_the_smallest_slice_are_found_and_compiled(pretend
     """32 GiB: 1 of state leaves 31, or 30 with a margin, so 15 samples on each of eight devices; one holds 8 + 16."""
     compiler = pretended(32 * GIB)
     largest, smallest = look_further(compiler, fsdp=8)
-    assert "is 120 (training.batch=120)" in largest
+    assert "is 120 (training.global_batch_size=120)" in largest
     assert (120, 8, "none") in compiler.compiled
     assert "fits batch 8 is v6e:1x1, with training.fsdp=1" in smallest
 
@@ -179,7 +179,7 @@ def test_a_slice_too_small_for_the_state_is_not_even_compiled(pretended):
 def test_what_makes_it_fit_is_tried_and_said(pretended):
     """6 GiB: 8 of state are too much for fsdp=1; then full recomputation; then fewer samples."""
     compiler = pretended(4 * GIB)
-    said = look_further(compiler, batch=128)
+    said = look_further(compiler, global_batch_size=128)
     assert said[0].startswith("does not fit: 40.00 GiB are needed of each device, which has 4.00 GiB")
     assert said[1] == "tried --config.training.fsdp=8: 33.00 GiB"
     assert said[2] == "tried --config.training.fsdp=8 --config.network.remat=full: 9.00 GiB"
@@ -188,18 +188,18 @@ def test_what_makes_it_fit_is_tried_and_said(pretended):
 
 
 def test_one_change_that_is_enough_is_the_only_one(pretended):
-    said = look_further(pretended(6 * GIB), batch=8)
+    said = look_further(pretended(6 * GIB), global_batch_size=8)
     assert said[1:] == ["tried --config.training.fsdp=8: 3.00 GiB, which fits"]
 
 
 @pytest.mark.parametrize("memory", [4, 32])
 def test_every_batch_that_is_tried_divides_into_the_parts_that_are_accumulated(memory, pretended):
     compiler = pretended(memory * GIB)
-    look_further(compiler, batch=144, accumulate=3)
+    look_further(compiler, global_batch_size=144, grad_accum_steps=3)
     assert len(compiler.compiled) > 2 and all(batch % (3 * fsdp) == 0 for batch, fsdp, _ in compiler.compiled)
     assert all(batch % 24 == 0 for batch, *_ in compiler.compiled)
 
 
 def test_what_nothing_helps_is_said(pretended):
-    said = look_further(pretended(0.5 * GIB), batch=8)
+    said = look_further(pretended(0.5 * GIB), global_batch_size=8)
     assert said[-1].startswith("nothing that was tried fits; use a larger slice")

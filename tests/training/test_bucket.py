@@ -54,7 +54,7 @@ for role in roles(3):
     for path in trained.export(role).iterdir():
         (run.export(role) / path.name).write_bytes(path.read_bytes())
 assemble(experiment, run)
-sample(str(run.ensemble), ["a small red circle moving left slowly on a white ground"], None, num_steps=2)
+sample(str(run.ensemble), ["a small red circle moving left slowly on a white ground"], num_inference_steps=2)
 evaluate(experiment, run)
 states = [state for _, state, _ in status(run)]
 assert states == ["done"] * len(states), states
@@ -108,4 +108,4 @@ sys.exit(cli.run(["sample", "--ensemble=gs://bucket/run/ensemble", "--prompt=x"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("refused: gs:// needs the extra 'tpu'")
+    assert done.stderr.splitlines()[-1].startswith("error: gs:// needs the extra 'tpu'")

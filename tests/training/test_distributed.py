@@ -116,9 +116,9 @@ OPEN_MPI_4 = {  # JAX makes the address of this
 @pytest.mark.parametrize(
     ("environment", "preempted", "code", "said"),
     [
-        ({}, False, 1, "refused: Not all 2 processes of this job came to ADDRESS within 2 seconds; start those that"),
+        ({}, False, 1, "error: Not all 2 processes of this job came to ADDRESS within 2 seconds; start those that"),
         ({}, True, 75, "preempted: what was finished is kept; run the same command again"),
-        (OPEN_MPI_4, False, 1, "refused: Not all processes of this job came to the address that JAX found (above)"),
+        (OPEN_MPI_4, False, 1, "error: Not all processes of this job came to the address that JAX found (above)"),
     ],
 )
 def test_a_job_whose_other_processes_never_come_ends_with_a_sentence(environment, preempted, code, said, address):
@@ -169,5 +169,5 @@ def test_what_does_not_say_who_is_there_is_refused(environment, sentence, monkey
 def test_sampling_among_the_tasks_of_an_allocation_joins_them_only_where_it_is_told_to(arguments, joins, monkeypatch):
     joined = []
     monkeypatch.setattr(distributed, "join_processes", joined.append)
-    cli.start(*cli.parse(arguments))
+    cli.start_jax(*cli.parse(arguments))
     assert bool(joined) == joins

@@ -35,7 +35,8 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
     "error, kind, sentence",
     [
         (FULL, UserError, r"expert 0 does not fit \(RESOURCE_EXHAUSTED: Out of memory .* 99 bytes\.\); the checkpoint "
-         r"of step 4 is kept: lower training.batch=4, raise training.accumulate=1, set network.remat=full, or share"),
+         r"of step 4 is kept: lower training.global_batch_size=4, raise training.grad_accum_steps=1, set "
+         r"network.remat=full, or share"),
         (FULL_TOO, UserError, r"expert 0 does not fit \(INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: .*\); the checkpoint of "),
         (GONE, DeviceLost, r"expert 0 lost a device .* \(INTERNAL: CUDA_ERROR.*\); its finished checkpoints are kept$"),
     ],

@@ -40,7 +40,7 @@ def job_of(experiment, run):
 
 
 def test_the_first_parameters_and_their_average_are_those_given(micro, run, start):
-    state = ShardedStep(job_of(changed(micro, start=str(start)), run)).first_state()
+    state = ShardedStep(job_of(changed(micro, init_from=str(start)), run)).first_state()
     expected = functional.to_names(exported.read(start).params)
     for tree in (state.params, state.ema):
         for name, leaf in functional.to_names(tree).items():
@@ -50,51 +50,51 @@ def test_the_first_parameters_and_their_average_are_those_given(micro, run, star
 
 
 def test_it_trains_on_from_there_and_says_so(micro, run, start):
-    experiment = changed(micro, start=str(start), steps=4, warmup=1)
+    experiment = changed(micro, init_from=str(start), steps=4, warmup_steps=1)
     shutil.copytree(run.partition, start.parent / "other" / "partition")
     run = RunFolder(start.parent / "other")
     train(experiment, run, EXPERT)
-    told = manifest.read(run.export(EXPERT), "part")["training"]["start"]
+    told = manifest.read(run.export(EXPERT), "network")["training"]["init_from"]
     assert told == {"model.safetensors": manifest.hash_file(start / "model.safetensors")}
     # Begun, it needs them no more; where they lie is no part of what was trained.
     shutil.rmtree(start)
     job = job_of(experiment, run)
     assert initial_weights_hashes(run, EXPERT, job) == told
-    assert changed(micro, start="elsewhere", steps=4, warmup=1).hash == experiment.hash
+    assert changed(micro, init_from="elsewhere", steps=4, warmup_steps=1).hash == experiment.hash
 
 
 def test_an_imported_network_without_an_input_for_frames_starts_it_at_nothing(micro, run, start):
     """As FLUX.1-dev starts a video expert: every shared array, and nothing where there is none."""
-    config = dataclasses.replace(exported.read(start).config, kept_frames=False)
+    config = dataclasses.replace(exported.read(start).config, cond_frames=False)
     source = start.parent / "flux.safetensors"
     convert.export_network(Tensors(start / "model.safetensors"), config, "bfl", source, lambda: None)
     tensors, folder = Tensors(source), start.parent / "imported"
     convert.import_network(
         tensors, config, convert.check(tensors, config, "bfl"), folder, "x", "bfloat16", lambda: None
     )
-    state = ShardedStep(job_of(changed(micro, start=str(folder)), run)).first_state()
-    assert not np.any(state.params["kept_in"]["kernel"])
+    state = ShardedStep(job_of(changed(micro, init_from=str(folder)), run)).first_state()
+    assert not np.any(state.params["cond_in"]["kernel"])
     exact = exported.read(start).params["double_blocks"]["video"]["qkv"]["kernel"]
     np.testing.assert_allclose(state.params["double_blocks"]["video"]["qkv"]["kernel"], exact, rtol=1e-2)
 
 
 def test_another_network_is_refused_by_its_fields(micro, run, start):
     values = micro.to_dict()
-    values["training"]["start"] = str(start)
+    values["training"]["init_from"] = str(start)
     values["network"].update(hidden=96, heads=6)
     with pytest.raises(UserError, match="holds another network: hidden 64 instead of 96, heads 4 instead of 6; choose"):
         check_initial_weights(start, job_of(Experiment.from_config(values), run).config)
     with pytest.raises(UserError, match="does not exist"):
         check_initial_weights(start / "nothing", job_of(micro, run).config)
-    without = dataclasses.replace(job_of(micro, run).config, kept_frames=False)
+    without = dataclasses.replace(job_of(micro, run).config, cond_frames=False)
     with pytest.raises(UserError, match=r"has an input for frames that are given; set config\.masks"):
         check_initial_weights(start, without)
 
 
 def test_a_router_starts_from_nothing(micro):
     values = micro.to_dict()
-    values["router_training"]["start"] = "weights"
+    values["router_training"]["init_from"] = "weights"
     with pytest.raises(
-        UserError, match=r"config\.router_training\.start='weights': a router starts from fresh parameters"
+        UserError, match=r"config\.router_training\.init_from='weights': a router starts from fresh parameters"
     ):
         Experiment.from_config(values)

@@ -19,7 +19,7 @@ import pytest
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.commands.assemble import assemble
-from paris_jax.commands.sample import sample
+from paris_jax.commands.sample import Output, sample
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
 from paris_jax.evaluation.protocol import evaluate
@@ -105,28 +105,30 @@ class TestAssemble:
 
 
 class TestSample:
-    PROMPT = "a small red circle moving left slowly on a white ground"
+    PROMPTS = ("a small red circle moving left slowly on a white ground", "a digit nine on a black ground")
 
     @pytest.fixture
     def undisturbed(self, trained, tmp_path):
-        folder = tmp_path / "undisturbed"
-        names = [sample(str(trained.ensemble), [self.PROMPT], str(folder / f"a{e}")) for e in (".mp4", ".gif", ".png")]
-        return {Path(name).suffix: Path(name).read_bytes() for (name,) in names}
+        paths = sample(str(trained.ensemble), self.PROMPTS, Output(folder=str(tmp_path / "undisturbed")))
+        return [Path(path).read_bytes() for path in paths]
 
     def ends_whole(self, run, undisturbed):
-        sample(str(run.ensemble), [self.PROMPT], None)
-        assert {Path(name).suffix: data for name, data in contents(run.samples).items()} == undisturbed
+        """The command again writes both, beside what is there already."""
+        paths = sample(str(run.ensemble), self.PROMPTS)
+        assert [Path(path).read_bytes() for path in paths] == undisturbed
         assert not left_unfinished(run.samples)
 
     def test_killed(self, finished, undisturbed):
-        killed_at(2, "sample", f"--ensemble={finished.ensemble}", f"--prompt={self.PROMPT}")
-        (video,) = contents(finished.samples)  # the first of three files; of the second, nothing under its name
-        assert video.endswith(".mp4") and contents(finished.samples)[video] == undisturbed[".mp4"]
+        prompts = [f"--prompt={prompt}" for prompt in self.PROMPTS]
+        killed_at(2, "sample", f"--ensemble={finished.ensemble}", *prompts)
+        (video,) = contents(finished.samples)  # the first of two files; of the second, nothing under its name
+        assert video.endswith(".mp4") and contents(finished.samples)[video] == undisturbed[0]
         self.ends_whole(finished, undisturbed)
+        assert contents(finished.samples)[video] == undisturbed[0] and len(contents(finished.samples)) == 3
 
     def test_out_of_room(self, finished, undisturbed):
         with no_file_larger_than(500), pytest.raises(UserError, match=r"Cannot write .*\.mp4 .*free some space"):
-            sample(str(finished.ensemble), [self.PROMPT], None)
+            sample(str(finished.ensemble), self.PROMPTS)
         assert not list(Path(finished.samples).iterdir())
         self.ends_whole(finished, undisturbed)
 

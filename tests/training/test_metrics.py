@@ -95,7 +95,7 @@ def test_a_job_that_goes_on_is_one_run_of_weights_and_biases(tmp_path, monkeypat
 def test_weights_and_biases_is_told_the_same_id_at_every_start(micro, tmp_path, monkeypatch):
     job = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/0", name="expert 0")
     assert metrics.wandb_arguments(micro, job) is None
-    experiment = dataclasses.replace(micro, wandb="project")
+    experiment = dataclasses.replace(micro, wandb_project="project")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     first, again = (metrics.wandb_arguments(experiment, job) for _ in range(2))
     assert first == again and first["project"] == "project" and first["name"] == "micro, expert 0"
@@ -103,7 +103,7 @@ def test_weights_and_biases_is_told_the_same_id_at_every_start(micro, tmp_path, 
     assert metrics.wandb_arguments(experiment, other)["id"] != first["id"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"wandb='project': Weights & Biases is not installed; pip install -e '.\[wandb\]'"
+        UserError, match=r"wandb_project='project': Weights & Biases is not installed; pip install -e '.\[wandb\]'"
     ):
         metrics.wandb_arguments(experiment, job)
 
@@ -131,7 +131,7 @@ def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(mo
     """Ten steps of 4 clips in 2 seconds, 1 GFLOP a clip, on two devices of 50 GFLOP/s: 20 of 100 GFLOP/s."""
     monkeypatch.setattr(metrics.flops, "chip_of", lambda device: types.SimpleNamespace(peak=50e9))
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: 12.0)
-    job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=4), flops_per_sample=1e9)
+    job = types.SimpleNamespace(settings=types.SimpleNamespace(global_batch_size=4), flops_per_sample=1e9)
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5000})
     mesh = types.SimpleNamespace(devices=np.array([device, device]), local_devices=[device])
     clocks = metrics.Clocks(trained=100.0, waited=0.5, began=2.0, lined=10.0)
@@ -142,7 +142,7 @@ def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(mo
         "clips_per_second": 20.0,
         "data_wait": 0.25,
         "seconds_trained": 110.0,
-        "share_of_peak": 0.2,
+        "mfu": 0.2,
         "device_memory": 5000,
     }
     assert (clocks.waited, clocks.lined) == (0.0, 12.0)  # the next line starts here
@@ -199,7 +199,7 @@ def test_where_there_is_no_terminal_lines_tell_speed_and_the_time_that_is_left(c
     said = {"loss": 1.25, "seconds_per_step": 0.5, "data_wait": 0.01}
     with caplog.at_level("INFO"), console:
         for step in (1000, 1010, 1022, 4000):
-            console.show(step, said | {"share_of_peak": 0.42})
+            console.show(step, said | {"mfu": 0.42})
     assert caplog.messages == [
         f"expert 0: step {step} of 4000, loss 1.2500, 500 ms a step, 42% of peak, 1.0% waiting for data, {left} left"
         for step, left in ((1000, "0:25:00"), (1022, "0:24:49"), (4000, "0:00:00"))

@@ -15,7 +15,7 @@ from paris_jax.training.optimizer import optimizer as optimizer_
 NETWORK = DiTConfig(
     channels=4, text_width=8, pooled_width=8, hidden=32, heads=2, double_blocks=1, single_blocks=2, rope_axes=(4, 6, 6)
 )
-SETTINGS = TrainingSettings(learning_rate=0.01, warmup=0, decay="constant", clip_norm=1e9, eps=1e-12)
+SETTINGS = TrainingSettings(learning_rate=0.01, warmup_steps=0, lr_schedule="constant", max_grad_norm=1e9, eps=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,14 @@ def test_weight_decay_shrinks_matrices_and_nothing_else(params, optimizer):
     ],
 )
 def test_the_learning_rate_warms_up_and_decays(decay, expected):
-    schedule = learning_rate(TrainingSettings(learning_rate=1.0, warmup=10, decay=decay, decay_share=0.2), 110)
+    schedule = learning_rate(
+        TrainingSettings(learning_rate=1.0, warmup_steps=10, lr_schedule=decay, lr_decay_fraction=0.2), 110
+    )
     assert {n: float(schedule(n)) for n in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_decay_longer_than_what_follows_the_warm_up_begins_right_after_it():
-    schedule = learning_rate(TrainingSettings(learning_rate=1.0, warmup=50, decay="wsd", decay_share=1.0), 100)
+    schedule = learning_rate(
+        TrainingSettings(learning_rate=1.0, warmup_steps=50, lr_schedule="wsd", lr_decay_fraction=1.0), 100
+    )
     assert [float(schedule(n)) for n in (50, 75, 100)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)

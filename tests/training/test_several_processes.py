@@ -65,7 +65,7 @@ class Job:
 
 def job_of(micro, **changes):
     """Learning rates that do not depend on the number of steps, so that one training is the measure of all."""
-    return with_training(micro, **{"steps": 60, "decay": "constant", "log_every": 1} | changes)
+    return with_training(micro, **{"steps": 60, "lr_schedule": "constant", "log_every_steps": 1} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def assert_learned_the_same(run, alone, steps):
     losses = [[line["loss"] for line in each] for each in (lines, expected)]
     np.testing.assert_allclose(losses[0][:8], losses[1][:8], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)  # rounding grows from update to update
-    manifest.read(run.export(EXPERT), "part")
+    manifest.read(run.export(EXPERT), "network")
 
 
 def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, run, alone, tmp_path):
-    experiment = job_of(micro, fsdp=2, checkpoint_every=10)
+    experiment = job_of(micro, fsdp=2, checkpoint_every_steps=10)
     reclaimed(run, experiment)
 
     job = Job(run, experiment, tmp_path, processes=2)
@@ -118,7 +118,7 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
 
 def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, run, alone, tmp_path):
     """Two of the four share the samples and split the heads (tensor), two pairs share the parameters (fsdp)."""
-    experiment = job_of(micro, steps=14, fsdp=2, tensor=2, checkpoint_every=14)
+    experiment = job_of(micro, steps=14, fsdp=2, tensor=2, checkpoint_every_steps=14)
     reclaimed(run, experiment)
 
     job = Job(run, experiment, tmp_path, processes=4, by="flags")

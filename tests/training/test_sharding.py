@@ -46,7 +46,7 @@ def make_job(router=False, attention="joint", **settings) -> Job:
     else:
         network = NetworkSettings(preset="tiny", hidden=128, heads=8, single_blocks=1, attention=attention)
         config = functional.network_config(network, text_width=64, **given)
-    settings = TrainingSettings(**{"steps": 10, "batch": 8, "warmup": 2} | settings)
+    settings = TrainingSettings(**{"steps": 10, "global_batch_size": 8, "warmup_steps": 2} | settings)
     law = TimestepSampler("logit_normal", 0.0, 1.0, 2.0)
     return Job("test", epath.Path("nowhere"), config, settings, settings.steps, law, (2, 4, 4, 24), 6)
 
@@ -55,7 +55,7 @@ def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
 
     def batch(n: int) -> dict[str, np.ndarray]:
-        B, L = job.settings.batch, job.padded_text_length
+        B, L = job.settings.global_batch_size, job.padded_text_length
         length = rng.integers(1, job.text_length + 1, B).astype(np.int32)
         tokens = rng.normal(size=(B, job.text_length, 64)) * (
             np.arange(job.text_length)[:, None] < length[:, None, None]
@@ -100,7 +100,7 @@ def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
 MESHES = [
     (1, {}),
     (2, {"tensor": 2}),
-    (4, {"fsdp": 4, "accumulate": 2}),
+    (4, {"fsdp": 4, "grad_accum_steps": 2}),
     (4, {"sequence": 4}),
     (8, {}),
     (8, {"fsdp": 2, "tensor": 2, "sequence": 2}),
@@ -243,7 +243,7 @@ def test_the_published_network_is_split_to_its_last_percents():
 )
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(settings, said):
     with pytest.raises(UserError, match=said):
-        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, **settings), jax.devices()[:1])
+        sharding.make_mesh(TrainingSettings(steps=10, warmup_steps=0, **settings), jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -266,14 +266,20 @@ def test_a_mesh_that_does_not_divide_the_network_is_refused(router, shape, said)
 
 def test_a_batch_that_does_not_divide_into_its_parts_is_refused():
     with pytest.raises(
-        UserError, match=r"training.batch=8 does not divide into training.accumulate=8 parts over .* = 2"
+        UserError,
+        match=r"training.global_batch_size=8 does not divide into training.grad_accum_steps=8 parts over .* = 2",
     ):
-        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, batch=8, fsdp=2, accumulate=8), jax.devices()[:1] * 2)
+        sharding.make_mesh(
+            TrainingSettings(steps=10, warmup_steps=0, global_batch_size=8, fsdp=2, grad_accum_steps=8),
+            jax.devices()[:1] * 2,
+        )
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"training.batch=3 does not divide over data x fsdp = 2"):
-        sharding.make_mesh(TrainingSettings(steps=10, warmup=0, batch=3, fsdp=2), jax.devices()[:1] * 2)
+    with pytest.raises(UserError, match=r"training.global_batch_size=3 does not divide over data x fsdp = 2"):
+        sharding.make_mesh(
+            TrainingSettings(steps=10, warmup_steps=0, global_batch_size=3, fsdp=2), jax.devices()[:1] * 2
+        )
 
 
 class FakeDevices:

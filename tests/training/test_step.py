@@ -64,7 +64,7 @@ def batch():
 
 
 def one_step(batch, network=NETWORK, **settings):
-    chosen = TrainingSettings(learning_rate=0.1, warmup=0, decay="constant", eps=1.0, **settings)
+    chosen = TrainingSettings(learning_rate=0.1, warmup_steps=0, lr_schedule="constant", eps=1.0, **settings)
     state = states.create(network, chosen, 10, jax.random.key(0))
     made, values = jax.jit(
         make_step(network, chosen, 10, TimestepSampler("logit_normal", 0.0, 1.0, 1.0), MaskSettings())
@@ -74,8 +74,8 @@ def one_step(batch, network=NETWORK, **settings):
 
 def test_gradients_are_clipped_by_their_global_norm(batch):
     """With an epsilon far above the gradients, Adam's first step is proportional to them."""
-    _, _, free = one_step(batch, clip_norm=1e9)
-    _, _, clipped = one_step(batch, clip_norm=1e-3)
+    _, _, free = one_step(batch, max_grad_norm=1e9)
+    _, _, clipped = one_step(batch, max_grad_norm=1e-3)
     assert float(free["grad_norm"]) == float(clipped["grad_norm"]) > 1e-3  # as it was before clipping
     assert float(clipped["update_norm"]) == pytest.approx(0.1 * 1e-3, rel=0.01)
 
@@ -83,7 +83,7 @@ def test_gradients_are_clipped_by_their_global_norm(batch):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_same_update(parts, batch):
     _, whole, values = one_step(batch)
-    _, split, same = one_step(batch, accumulate=parts)
+    _, split, same = one_step(batch, grad_accum_steps=parts)
     for name in ("loss", "grad_norm", "bin_sum", "bin_count"):
         np.testing.assert_allclose(same[name], values[name], rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), split.params, whole.params)
@@ -96,7 +96,7 @@ def test_parts_of_a_batch_leave_every_sample_on_its_device():
 
 
 def test_updates_and_the_average_follow_their_definitions(batch):
-    before, after, values = one_step(batch, ema=0.999)
+    before, after, values = one_step(batch, ema_decay=0.999)
     change = jax.tree.map(lambda a, b: a - b, after.params, before.params)
     assert float(optax.tree.norm(change)) == pytest.approx(float(values["update_norm"]), rel=1e-4)
     decay = 0.1  # (1 + n) / (10 + n) at the first update

@@ -36,15 +36,21 @@ def test_the_learning_rate_that_learns_most_is_found(micro, run, capsys, caplog)
 
 
 def test_settings_are_combined_and_kept_in_proportion(micro):
-    made = variants(micro, Role("router"), ["router_training.batch=4,8", "router.preset=tiny,small"], steps=6)
+    made = variants(
+        micro, Role("router"), ["router_training.global_batch_size=4,8", "router.preset=tiny,small"], steps=6
+    )
     assert [variant.name for variant in made] == [
-        "router_training.batch=4, router.preset=tiny",
-        "router_training.batch=4, router.preset=small",
-        "router_training.batch=8, router.preset=tiny",
-        "router_training.batch=8, router.preset=small",
+        "router_training.global_batch_size=4, router.preset=tiny",
+        "router_training.global_batch_size=4, router.preset=small",
+        "router_training.global_batch_size=8, router.preset=tiny",
+        "router_training.global_batch_size=8, router.preset=small",
     ]
     settings = made[1].experiment.router_training
-    assert (settings.steps, settings.warmup, settings.batch) == (6, 1, 4)  # two of twelve were the warm-up
+    assert (settings.steps, settings.warmup_steps, settings.global_batch_size) == (
+        6,
+        1,
+        4,
+    )  # two of twelve were the warm-up
     assert len({variant.experiment.hash for variant in made}) == 4
 
 
@@ -74,7 +80,7 @@ def test_what_cannot_be_varied_is_refused(vary, sentence, micro, run):
     [
         (Role("router"), "training.learning_rate=1e-4,1e-3"),
         (EXPERT, "router_training.learning_rate=1e-4,1e-3"),
-        (EXPERT, "training.accumulate=1,2"),
+        (EXPERT, "training.grad_accum_steps=1,2"),
         (EXPERT, "training.learning_rate=1e-3,0.001"),
     ],
 )
@@ -85,7 +91,7 @@ def test_trainings_that_would_be_the_same_are_refused(role, vary, micro):
 
 def test_a_sweep_starts_from_the_weights_that_training_would_start_from(micro, run, trained):
     def loss(start):
-        experiment = dataclasses.replace(micro, training=dataclasses.replace(micro.training, start=str(start)))
+        experiment = dataclasses.replace(micro, training=dataclasses.replace(micro.training, init_from=str(start)))
         return sweep(experiment, run, EXPERT, ["training.learning_rate=1e-9"], steps=8)["variants"][0]["loss"]
 
     losses = [loss(start) for start in ("", trained.export(EXPERT), trained.export(Role("expert", 1)))]

@@ -110,7 +110,7 @@ def test_a_killed_process_resumes_exactly(micro, run):
 
 
 def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
-    experiment = with_training(micro, steps=5000, checkpoint_every=5000)
+    experiment = with_training(micro, steps=5000, checkpoint_every_steps=5000)
     reclaimed(run, experiment)
     arguments = command(run, experiment, "--role=expert", "--cluster=0")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ main()
 
 def test_a_role_is_trained_by_one_process_at_a_time(micro, run):
     """A second one, as after the loss of a launcher that left its roles running, would write over the first."""
-    experiment = with_training(micro, steps=5000, checkpoint_every=5000)
+    experiment = with_training(micro, steps=5000, checkpoint_every_steps=5000)
     reclaimed(run, experiment)
     process = subprocess.Popen(command(run, experiment, "--role=expert", "--cluster=0"), stderr=subprocess.DEVNULL)
     try:
@@ -190,7 +190,7 @@ def test_results_do_not_depend_on_the_number_of_devices(micro, run, caplog):
     A checkpoint made on one device goes on upon eight, and one made on eight goes on upon one.
     """
     config = dataclasses.replace(micro.network, hidden=128, heads=8)
-    experiment = with_training(dataclasses.replace(micro, network=config), batch=8, log_every=1)
+    experiment = with_training(dataclasses.replace(micro, network=config), global_batch_size=8, log_every_steps=1)
 
     def train_here(name):
         job = make_job(experiment, RunFolder(run.path / name), EXPERT, manifest.read(run.cluster(0), "cluster"))
@@ -219,7 +219,7 @@ logging.basicConfig(level="INFO", force=True)
 assert jax.device_count() == 8
 for name in ("2 x 4", "one, then eight"):
     config = micro_config()
-    config.training.update(batch=8, log_every=1, fsdp=4)
+    config.training.update(global_batch_size=8, log_every_steps=1, fsdp=4)
     config.network.hidden = 128
     config.network.heads = 8
     experiment = Experiment.from_config(config)
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_waited_for(micro, run,
 
 
 def test_the_newest_checkpoints_and_every_so_many_are_kept(micro, run):
-    experiment = with_training(micro, steps=14, checkpoint_every=2, keep=2, keep_every=6)
+    experiment = with_training(micro, steps=14, checkpoint_every_steps=2, max_to_keep=2, keep_period=6)
     reclaimed(run, experiment)
     stage.train(experiment, run, EXPERT)
     assert sorted(int(p.name) for p in Path(run.checkpoints(EXPERT)).iterdir()) == [6, 12, 14]
@@ -340,7 +340,7 @@ def test_chosen_steps_are_profiled(micro, run):
 
 
 def test_a_cluster_smaller_than_a_batch_is_refused(micro, run):
-    experiment = with_training(micro, batch=64)
+    experiment = with_training(micro, global_batch_size=64)
     reclaimed(run, experiment)
     with pytest.raises(UserError, match=r"Cluster 0 .* fewer than one batch of 64"):
         stage.train(experiment, run, EXPERT)
@@ -368,8 +368,8 @@ def test_both_arms_cost_the_same_compute(micro, trained):
     """Invariant 8: sum over experts of steps x batch x FLOPs per sample is the monolith's."""
 
     def work(role):
-        training = manifest.read(trained.export(role), "part")["training"]
-        return training["steps"] * training["batch"] * training["flops_per_sample"]
+        training = manifest.read(trained.export(role), "network")["training"]
+        return training["steps"] * training["global_batch_size"] * training["flops_per_sample"]
 
     assert sum(work(Role("expert", k)) for k in range(3)) == work(Role("monolith"))
 
@@ -415,7 +415,7 @@ def test_the_exported_weights_are_the_average_of_the_final_state(micro, trained)
 
 
 def test_the_average_starts_at_the_parameters():
-    settings = TrainingSettings(ema=0.99)
+    settings = TrainingSettings(ema_decay=0.99)
     assert float(optimizer.ema_decay(settings, 0)) == pytest.approx(0.1)
     assert float(optimizer.ema_decay(settings, 10_000)) == pytest.approx(0.99)
 
@@ -424,7 +424,7 @@ def test_the_average_starts_at_the_parameters():
 def test_a_horizon_may_be_a_share_of_training(width, power):
     """The weights that updates end up with have this standard deviation, as a share of all updates."""
     assert optimizer.ema_power(width) == pytest.approx(power, abs=0.01)
-    settings, steps = TrainingSettings(ema_width=width), 4000
+    settings, steps = TrainingSettings(ema_sigma_rel=width), 4000
     decays = np.asarray([optimizer.ema_decay(settings, step) for step in range(steps)])
     assert decays[0] == 0  # the first update replaces what training began with
     weights = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)
@@ -441,7 +441,7 @@ def test_a_full_disk_is_refused_and_training_goes_on_once_there_is_room(micro, r
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # its files would hit the limit too
     done = subprocess.run(limited, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert done.stderr.strip().splitlines()[-1].startswith("refused: Cannot save"), done.stderr[-3000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: Cannot save"), done.stderr[-3000:]
     assert "Event loop is closed" not in done.stderr
     assert not manifest.exists(run.export(EXPERT))
     subprocess.run(arguments, check=True, capture_output=True)

@@ -97,7 +97,7 @@ def torture(experiment: Experiment, run: RunFolder, kills: int, seed: int, say=p
     from tests.training.test_train import assert_same_training, command, reclaimed, with_training
 
     experiment = with_training(
-        experiment, steps=(kills + 1) * STEPS_A_KILL, checkpoint_every=CHECKPOINT_EVERY, log_every=1
+        experiment, steps=(kills + 1) * STEPS_A_KILL, checkpoint_every_steps=CHECKPOINT_EVERY, log_every_steps=1
     )
     reclaimed(run, experiment)
     alone = RunFolder(Path(run.path).parent / "alone")

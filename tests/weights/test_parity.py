@@ -60,7 +60,7 @@ def test_the_fixture_is_what_the_oracle_says_today(found, params, tmp_path):
 @pytest.mark.parametrize("shape", [(1, 2, 6), (3, 4, 2), (5, 2, 2)])
 def test_open_soras_network_with_frames_that_are_given(shape, tmp_path):
     """Exported in its names, and run by an implementation of our own of its rotations of halves."""
-    config = dataclasses.replace(flux.CONFIG, kept_frames=True)
+    config = dataclasses.replace(flux.CONFIG, cond_frames=True)
     params = random_params(config, 4)
     safetensors.numpy.save_file(
         {n: np.asarray(leaf) for n, leaf in functional.to_names(params).items()}, tmp_path / "ours.safetensors"

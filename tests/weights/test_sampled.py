@@ -37,19 +37,19 @@ TOKENS = 96
 def config():
     """Tiny networks of the published kinds, texts filled up to 96 tokens."""
     made = micro_config()
-    made.data.update(num_clips=30, frames=9, height=16, width=16)
+    made.data.update(num_clips=30, num_frames=9, height=16, width=16)
     made.codec.update(name="hunyuan", time=4, height=8, width=8, weights=FOLDERS["hunyuan"])
-    made.text.update(name="t5+clip", max_tokens=TOKENS, padded=True, t5=FOLDERS["t5"], clip=FOLDERS["clip"])
-    made.partition.num_clusters = 2
+    made.text.update(name="t5+clip", max_tokens=TOKENS, pad_to_max_tokens=True, t5=FOLDERS["t5"], clip=FOLDERS["clip"])
+    made.clustering.num_clusters = 2
     made.training.update(steps=4)
-    made.sampling.update(steps=3, guidance=2.0)
+    made.sampling.update(num_inference_steps=3, guidance_scale=2.0)
     return made
 
 
 def network(experiment):
     width, pooled = text.widths_of(experiment)
     sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
-    return functional.network_config(experiment.network, **sizes, kept_frames=True)
+    return functional.network_config(experiment.network, **sizes, cond_frames=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def weights(tmp_path_factory):
 def test_what_is_imported_can_be_sampled_from_as_it_is(weights):
     folder, of, params = weights
     ensemble = Ensemble.load(folder, encoders=ENCODERS)
-    assert ensemble.latent_shape == (3, 2, 2, 4) and ensemble.defaults.guidance == 2.0
+    assert ensemble.latent_shape == (3, 2, 2, 4) and ensemble.params.guidance_scale == 2.0
     samples = ensemble.sample(PROMPTS)
     assert samples.videos.shape == (2, 9, 16, 16, 3) and samples.routing.shape == (3, 2, 1)
     x, t, told = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS)
@@ -88,12 +88,12 @@ def test_encoders_of_other_sizes_are_refused(weights, tmp_path, monkeypatch):
     folder, *_ = weights
     monkeypatch.setattr(published.T5Clip, "width", 48)
     with pytest.raises(
-        UserError, match=r"tokens of 48 and a pooled vector of 32 numbers, these experts know 32 and 32"
+        UserError, match=r"tokens of width 48 and a pooled width of 32, these experts were trained with 32 and 32"
     ):
         Ensemble.load(folder, encoders=ENCODERS)
     monkeypatch.undo()
     monkeypatch.setattr(codecs.HunyuanVideo, "channels", 16)
-    with pytest.raises(UserError, match="latents of 16 channels, these experts know 4"):
+    with pytest.raises(UserError, match="latents of 16 channels, these experts were trained with 4"):
         Ensemble.load(folder, encoders=ENCODERS)
 
 
@@ -104,9 +104,11 @@ def test_half_precision_of_the_other_kind_is_widened_and_weights_alone_say_what_
     safetensors.numpy.save_file(halves, tmp_path / "half.safetensors")
     given = ["import", "--source=opensora2", str(tmp_path / "half.safetensors")]
     cli.run([*given, f"--config={source.parent / 'config.py'}", f"--out={tmp_path / 'w'}"])
-    assert Ensemble.load(tmp_path / "w", encoders=ENCODERS).sample(PROMPTS[0], num_steps=1).videos.shape[0] == 1
+    assert (
+        Ensemble.load(tmp_path / "w", encoders=ENCODERS).sample(PROMPTS[0], num_inference_steps=1).videos.shape[0] == 1
+    )
     experiment, plain = Experiment.from_config(config()), tmp_path / "plain"
-    words = dataclasses.replace(experiment.text, name="words", width=32, padded=False)
+    words = dataclasses.replace(experiment.text, name="words", width=32, pad_to_max_tokens=False)
     other = dataclasses.replace(experiment, text=words)
     import_weights("opensora2", [tmp_path / "half.safetensors"], str(plain), other)
     with pytest.raises(UserError, match=r"holds a network's weights and not how it is used; train with it"):
@@ -121,15 +123,15 @@ def test_guidance_leads_away_from_an_empty_text_that_is_encoded(weights):
     assert none.tokens.shape == (TOKENS, 32) and np.abs(none.tokens).min(1).max() > 0 and np.abs(none.pooled).max() > 0
     tokens, pooled = (jnp.asarray(np.stack([a, a])) for a in (none.tokens, none.pooled))
     expected = functional.apply(of, params, x, t, tokens, jnp.full(2, TOKENS, jnp.int32), pooled)
-    np.testing.assert_allclose(ensemble.velocity(x, t, told, guidance=0.0), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ensemble.velocity(x, t, told, guidance_scale=0.0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padded_texts_are_attended_to_as_a_whole():
-    encoder = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, padded=True)
+    encoder = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, pad_to_max_tokens=True)
     ids = np.zeros((1, TOKENS), np.int32)
     found = tokenizer(FOLDERS["t5"])(PROMPTS[0])
     ids[0, : len(found)] = found
-    whole = t5.encode(*published.loaded("t5", FOLDERS["t5"]), ids, np.array([TOKENS]))[0]
+    whole = t5.encode(*published.EncoderStore().load("t5", FOLDERS["t5"]), ids, np.array([TOKENS]))[0]
     made = encoder.encode(PROMPTS[:1])[0].tokens
     np.testing.assert_allclose(made, whole, rtol=0.01, atol=0.01)
     short = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS).encode(PROMPTS[:1])[0].tokens
@@ -146,7 +148,7 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatc
     prepare(experiment, run)
     cluster(experiment, run)
     (folder,) = cluster_folders(experiment, run, role)
-    none = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, padded=True).null()
+    none = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, pad_to_max_tokens=True).null()
     for place in (run.data, run.heldout, folder):
         found = records.read_null(place)
         assert set(found) == {"tokens", "pooled"}
@@ -168,6 +170,8 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatc
 
 def test_only_published_texts_are_padded():
     made = micro_config()
-    made.text.padded = True
-    with pytest.raises(UserError, match=r"text\.padded=True: text\.name='words' has its texts at their true length"):
+    made.text.pad_to_max_tokens = True
+    with pytest.raises(
+        UserError, match=r"text\.pad_to_max_tokens=True: text\.name='words' has its texts at their true length"
+    ):
         Experiment.from_config(made)

@@ -172,7 +172,7 @@ def cut_video(path: epath.Path, frames: int, height: int, width: int, fps: float
     if not count:
         raise UserError(
             f"{path} is {footage.duration:.2f} s long, shorter than one clip of {length:.2f} s "
-            f"(data.frames={frames} at data.fps={fps:g}); lower data.frames, raise data.fps, or remove the file"
+            f"(data.num_frames={frames} at data.fps={fps:g}); lower data.num_frames, raise data.fps, or remove the file"
         )
     size = video.cover(footage.height, footage.width, height, width)
     slack = 0.25 * float(np.min(np.diff(footage.times), initial=1 / fps))
@@ -189,7 +189,8 @@ def cut_pictures(path: epath.Path, frames: int, fps: float) -> list[Cut]:
     count = len(pictures(path))
     if count < frames:
         raise UserError(
-            f"{path} holds {count} frames, fewer than one clip of data.frames={frames}; lower it or remove the folder"
+            f"{path} holds {count} frames, fewer than one clip of data.num_frames={frames}; lower it or remove the "
+            "folder"
         )
     return [Cut(number, number * frames / fps, (0, 0), 0.0, 0.0) for number in range(count // frames)]
 

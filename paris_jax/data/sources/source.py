@@ -23,11 +23,11 @@ class Source(Protocol):
 def source(data: Any) -> Source:
     """Returns the source that the `data` section of an experiment names; refuses what it cannot read."""
     if data.source == "shapes":
-        return ShapesSource(data.seed, data.num_clips, data.frames, data.height, data.width, data.fps)
+        return ShapesSource(data.seed, data.num_clips, data.num_frames, data.height, data.width, data.fps)
     if data.source == "folder":
         from paris_jax.data.sources.folder import FolderSource
 
-        found = FolderSource.open(data.path, data.frames, data.height, data.width, data.fps)
+        found = FolderSource.open(data.path, data.num_frames, data.height, data.width, data.fps)
         return found.first(data.num_clips) if data.num_clips else found
     raise UserError(
         f"data.source={data.source!r}: must be shapes or folder{nearest(data.source, ('shapes', 'folder'))}"

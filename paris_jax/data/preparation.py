@@ -33,7 +33,13 @@ BATCH = 16  # clips that the encoders see at once; other batches may round other
 UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
 
 
-def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_size: int = records.SHARD_SIZE) -> None:
+def prepare(
+    experiment: Experiment,
+    run: RunFolder,
+    processes: int = 1,
+    shard_size: int = records.SHARD_SIZE,
+    clips: Source | None = None,
+) -> None:
     """Encodes every clip of the experiment into RUN/data; goes on at the first shard that is missing.
 
     The files are the same, byte for byte, however often it was interrupted and on however many processes.
@@ -43,6 +49,7 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
       run: where to.
       processes: shards encoded at once.
       shard_size: clips of a shard.
+      clips: the clips themselves, instead of those that `data.source` names.
 
     Raises:
       Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
@@ -66,7 +73,7 @@ def prepare(experiment: Experiment, run: RunFolder, processes: int = 1, shard_si
             )
         logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
         return
-    clips = source(experiment.data)
+    clips = clips if clips is not None else source(experiment.data)
     if not len(clips):
         raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
     run.claim(experiment.to_dict(), experiment.hash)  # not before the clips were looked at

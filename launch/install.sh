@@ -11,6 +11,20 @@ refuse() {
   exit 1
 }
 
+# show_help SCRIPT ARGUMENT...: where --help is among the arguments, prints the comment at the top of a script and exits.
+show_help() {
+  local script=$1 argument
+  shift
+  for argument in "$@"; do
+    case $argument in
+      --help | -h)
+        awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$script"
+        exit 0
+        ;;
+    esac
+  done
+}
+
 # quoted WORD...: prints the words, each after a space, as a shell reads them back.
 quoted() {
   local word
@@ -125,6 +139,7 @@ _install() {
 
 # Not sourced, but called.
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  show_help "$0" "$@"
   cd "$(dirname "$0")/.."
   asked=""
   extras=()

@@ -3,6 +3,8 @@
 #   ./launch/pin.sh        then run ./launch/test.sh and ./launch/test.sh --python=python3.12
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/install.sh
+show_help launch/pin.sh "$@"
 
 UV=${UV:-.venv/bin/uv}
 for minor in 11 12; do

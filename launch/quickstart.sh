@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
+show_help launch/quickstart.sh "$@"
 
 asked=""
 flags=()

@@ -13,6 +13,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/install.sh
+show_help launch/slurm.sh "$@"
 
 config="" workdir="" experts="" nodes=1 gpus=1 options="" dry_run=""
 overrides=()

@@ -2,7 +2,10 @@
 # One stage as a SLURM job; launch/slurm.sh submits it.
 # Where it was preempted, or training lost one of its processes (launch/goes_on.sh), it goes back into the queue.
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:?this runs under sbatch}" || exit 1
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit 1
+source launch/install.sh && set +e
+show_help launch/slurm_job.sh "$@"
+: "${SLURM_SUBMIT_DIR:?this runs under sbatch}"
 
 source launch/device_flags.sh gpu && source launch/goes_on.sh || exit 1
 # Every process saves before it exits with 75; srun must not kill the slower ones, or 75 is lost (it reports the highest).

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: format, lint, types, tests. CI runs this too.
 #
-#   ./launch/test.sh [--python=python3.12] [arguments of pytest]
+#   ./launch/test.sh [--python=python3.12] [--all] [arguments of pytest]
 #
-# Runs all four even where one fails; exits 0 only if all passed.
+# --all runs the exhaustive variants of tests, too. All four run even where one fails; exits 0 only if all passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
+show_help launch/test.sh "$@"
 
 asked=""
 arguments=()

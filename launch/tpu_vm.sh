@@ -19,6 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/install.sh
+show_help launch/tpu_vm.sh "$@"
 
 action=${1:-}
 case $action in

@@ -43,10 +43,35 @@ LONG = (
     "test_hunyuan",
     "test_published",
 )
+# Files whose tests train, sample or start processes: `-m "not slow"` leaves them out.
+SLOW = (
+    *LONG,
+    *("test_sampled", "test_bucket", "test_sweep", "test_failures", "test_networks", "test_sparse_velocity"),
+    *("test_factorised", "test_diffusion", "test_estimate", "test_step", "test_sampling", "test_progress"),
+    *("test_mixture", "test_bundled", "test_quantized_and_offloaded", "test_distributed", "test_sample", "test_parity"),
+    *("test_optimizers", "test_docs", "test_checkpoints_of_several", "test_launcher", "test_build", "test_publish"),
+)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the exhaustive variants, too")
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+    if not config.getoption("--all"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request) -> bool:
+    """Whether the exhaustive variants are run."""
+    return request.config.getoption("--all")
 
 
 def free_address() -> str:

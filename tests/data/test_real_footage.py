@@ -60,6 +60,7 @@ def configured(footage):
     return Experiment.from_config(config)
 
 
+@pytest.mark.exhaustive
 def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     experiment, run = configured(footage), RunFolder(tmp_path / "run")
     shutil.copytree(prepared.path, run.path)

@@ -51,6 +51,17 @@ def test_shell_is_sound(script):
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.name not in ("device_flags.sh", "goes_on.sh")], ids=lambda p: p.name
+)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_script_answers_help_and_does_nothing(script, flag, tmp_path):
+    shown = run(str(script), flag, HOME=str(tmp_path))
+    assert shown.returncode == 0 and not shown.stderr
+    assert f"./launch/{script.name}" in shown.stdout or script.name == "slurm_job.sh"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("minor", ["11", "12"])
 def test_constraints_pin_every_dependency_and_name_no_address(minor):
     text = (ROOT / f"launch/constraints-py3{minor}.txt").read_text()

@@ -116,6 +116,7 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
         np.testing.assert_allclose(here, there, atol=0.02)
 
 
+@pytest.mark.exhaustive
 def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, run, alone, tmp_path):
     """Two of the four share the samples and split the heads (tensor), two pairs share the parameters (fsdp)."""
     experiment = job_of(micro, steps=14, fsdp=2, tensor=2, checkpoint_every_steps=14)

@@ -184,6 +184,7 @@ def test_an_expert_needs_its_own_cluster_folder_only(others, micro, run, trained
     assert export_bytes(run) == export_bytes(trained)
 
 
+@pytest.mark.exhaustive
 def test_results_do_not_depend_on_the_number_of_devices(micro, run, caplog):
     """Eight devices, as 2 x 4 (data x fsdp): the same losses in float32; test_sharding.py has more ways to split.
 

@@ -1,11 +1,11 @@
-"""The two ways a command ends early: refused (exit code 1) and preempted (exit code 75)."""
+"""Errors that end a command: a user's mistake (exit code 1) and preemption (exit code 75)."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A user's mistake, told in one sentence: what, where, what is allowed, what to do."""
+    """A user's mistake in one sentence: what, where, what is allowed, what to do."""
 
 
 class Preempted(Exception):

@@ -10,8 +10,7 @@ from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.exported import ExportedNetwork
 from paris_jax.errors import UserError
 
-# What all parts of an ensemble must agree on: the space they work in, the words they were told, and the clusters. What
-# an expert predicts is its own affair.
+# Fields that all networks of an ensemble share: latent space, text encoder and clusters. Prediction types may differ.
 SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "timestep_shift", "partition")
 BUNDLED_PREFIX = "bundled:"
 BUNDLED_FOLDER = epath.Path(__file__).parent / "bundled"

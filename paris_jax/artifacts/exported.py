@@ -71,7 +71,8 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
     """Reads a part, checking every file and every array.
 
     Raises:
-      Refused: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another dtype
+      UserError: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another
+      dtype
         or not finite, by name.
     """
     folder = epath.Path(folder)

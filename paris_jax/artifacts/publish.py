@@ -27,7 +27,8 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     The manifest comes last; a copy that was interrupted is made again.
 
     Raises:
-      Refused: what cannot be loaded; a single network, whose folder is whole already; a folder that holds other things.
+      UserError: what cannot be loaded; a single network, whose folder is whole already; a folder that holds other
+      things.
     """
     source, folder = ensemble_manifest.resolve(ensemble), epath.Path(out)
     found = ensemble_manifest.read(source)
@@ -43,12 +44,12 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     if others:
         raise UserError(f"{folder} holds {', '.join(others[:3])}, which is no part of this; choose another --out")
     pieces = {f"experts/{k}": part for k, part in found.experts.items()} | {"router": found.router}
-    told = manifest.read(source, "ensemble")
+    original = manifest.read(source, "ensemble")
     copied = {name: _copy(part, folder / name) for name, part in track(pieces.items(), "writing")}
     manifest.write_atomically(folder / CARD, card(found))
-    provenance = {"provenance": told["provenance"]} if "provenance" in told else {}
+    provenance = {"provenance": original["provenance"]} if "provenance" in original else {}
     experts = {k: copied[f"experts/{k}"] for k in found.experts}
-    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, told["config_hash"], **provenance)
+    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, original["config_hash"], **provenance)
     logger.info("%s holds %d experts and the router; say in %s under which licence", folder, len(experts), CARD)
 
 

@@ -87,8 +87,8 @@ class RunFolder:
     def only_writer(self, role: Role) -> Iterator[None]:
         """Keeps other processes of this machine from training `role` here, until this one is through or dead.
 
-        Folders that cannot be locked (gs://, some network file systems) are not kept: there, jobs are told apart by
-        whoever starts them.
+        Folders that cannot be locked (gs://, some network file systems) are not protected: there, whoever starts jobs
+        has to keep them apart.
         """
         if "://" in str(self.path):
             yield
@@ -114,7 +114,7 @@ class RunFolder:
     def claim(self, config: dict[str, Any], config_hash: str) -> None:
         """Writes config.json at the first stage; afterwards refuses a config whose hash is another one.
 
-        A config under which nothing was made (its first stage was refused, say) stands in nobody's way.
+        A config without any files beside it, as after a refused first command, is replaced.
         """
         if not self.config.exists() or (self.stored_config()["hash"] != config_hash and self._holds_only_a_config()):
             # The processes of a job come here together.

@@ -35,7 +35,7 @@ class Tensors:
         """Opens files, folders of them, or the index of a network in several files.
 
         Raises:
-          Refused: a file that is missing, cut, of another kind, or holds a tensor that another one holds, too.
+          UserError: a file that is missing, cut, of another kind, or holds a tensor that another one holds, too.
         """
         given: Any = paths if isinstance(paths, list | tuple) else [paths]
         self.files = [file for path in given for file in _found(epath.Path(path))]

@@ -30,7 +30,7 @@ def cluster(experiment: Experiment, run: RunFolder) -> None:
     partition's manifest is written last; an interrupted call goes on with the folders that are not complete.
 
     Raises:
-      Refused: the clips are not prepared, or do not allow the clusters that the config asks for; a full disk.
+      UserError: the clips are not prepared, or do not allow the clusters that the config asks for; a full disk.
     """
     run.claim(experiment.to_dict(), experiment.hash)
     if manifest.exists(run.partition):

@@ -45,7 +45,7 @@ def import_weights(
       dtype: "float32" or "bfloat16"; by default as published.
 
     Raises:
-      Refused: files that are not whole, or tensors that do not fit, every one by name; nothing is written then.
+      UserError: files that are not whole, or tensors that do not fit, every one by name; nothing is written then.
     """
     if source not in SOURCES:
         raise UserError(f"--source={source}: must be one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
@@ -71,12 +71,12 @@ def import_weights(
         convert.import_network(tensors, config, report, folder, source, dtype, advance, use)
     _tell(config, report, folder)
     if use:
-        told = f"To sample from it: paris-jax sample --ensemble={folder}"
+        hint = f"To sample from it: paris-jax sample --ensemble={folder}"
     elif VIDEO in (source, layout):
-        told = "To sample from it, import it with a config whose codec is hunyuan and whose text is t5+clip"
+        hint = "To sample from it, import it with a config whose codec is hunyuan and whose text is t5+clip"
     else:
-        told = "To sample from it, train with it first: it knows another latent space"
-    Console(highlight=False).print(told, soft_wrap=True)
+        hint = "To sample from it, train with it first: it knows another latent space"
+    Console(highlight=False).print(hint, soft_wrap=True)
 
 
 def export_weights(part: str | None, layout: str, out: str | None) -> None:

@@ -1,4 +1,6 @@
-"""`paris-jax status`: what is done, what is missing, the next command."""
+"""`paris-jax status`: finished and missing steps of a run, and the next command."""
+
+import shlex
 
 from rich.console import Console
 from rich.table import Table
@@ -10,22 +12,23 @@ from paris_jax.training import metrics
 
 
 def status(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Prints a line a stage and the next command; returns (stage, state, command of the stage) for each."""
+    """Prints the state of every step and the next command; returns (step, state, its command) for each."""
     experiment = Experiment.from_config(run.stored_config()["config"])
     clusters = experiment.clustering.num_clusters
+    workdir = shlex.quote(f"--workdir={run}")
     rows = [
-        ("prepare", _state(manifest.exists(run.data), run.data.exists()), f"prepare --workdir={run}"),
-        ("cluster", _state(manifest.exists(run.partition), run.partition.exists()), f"cluster --workdir={run}"),
+        ("prepare", _state(manifest.exists(run.data), run.data.exists()), f"prepare {workdir}"),
+        ("cluster", _state(manifest.exists(run.partition), run.partition.exists()), f"cluster {workdir}"),
     ]
     for role in roles(clusters):
         newest = metrics.newest(run.metrics(role))
         reached = f"step {newest['step']} of {experiment.steps(role.kind)}" if newest else "begun"
         state = _state(manifest.exists(run.export(role)), run.role(role).exists(), reached)
-        rows.append((f"train {role.name}", state, f"train --workdir={run} {role.arguments}"))
-    rows.append(("assemble", _state(manifest.exists(run.ensemble), False), f"assemble --workdir={run}"))
-    if experiment.data.heldout_fraction:  # without clips set apart, there is nothing to evaluate on
+        rows.append((f"train {role.name}", state, f"train {workdir} {role.arguments}"))
+    rows.append(("assemble", _state(manifest.exists(run.ensemble), False), f"assemble {workdir}"))
+    if experiment.data.heldout_fraction:  # without held-out clips, there is nothing to evaluate on
         rows.append(
-            ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate --workdir={run}")
+            ("evaluate", _state(manifest.exists(run.evaluation), run.evaluation.exists()), f"evaluate {workdir}")
         )
 
     console = Console(highlight=False)

@@ -72,7 +72,7 @@ class Experiment:
         """Checks a ConfigDict (or nested dict) and returns it typed.
 
         Raises:
-          Refused: names every unknown field, wrong type and impossible value at once.
+          UserError: names every unknown field, wrong type and impossible value at once.
         """
         values = config.to_dict() if hasattr(config, "to_dict") else config
         problems: list[str] = []
@@ -153,7 +153,7 @@ class Experiment:
         return self.router_training if kind == "router" else self.training
 
     def steps(self, kind: str) -> int:
-        """Training steps of a role: the monolith gets the sum of the experts', so both arms cost the same."""
+        """Training steps of a role: the monolith gets the sum of the experts', so that both models cost the same."""
         if kind == "router":
             return self.router_training.steps
         return self.training.steps * (self.clustering.num_clusters if kind == "monolith" else 1)

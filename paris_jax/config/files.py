@@ -1,4 +1,4 @@
-"""What a command is told about its experiment: a config file, and fields changed on the command line."""
+"""Loads config files, and changes fields from the command line."""
 
 import os
 import runpy
@@ -18,7 +18,7 @@ def load(name: str) -> dict[str, Any]:
       name: the file, with the argument of get_config after a colon where there is one: "configs/shapes.py:tiny".
 
     Raises:
-      Refused: the file does not exist, or its get_config fails.
+      UserError: the file does not exist, or its get_config fails.
     """
     file, _, argument = name.partition(":")
     if not file.endswith(".py") or not Path(file).is_file():

@@ -80,7 +80,7 @@ def training_batches(
       stream.
 
     Raises:
-      Refused: a folder that is not finished, folders that do not belong together, or fewer clips than one batch.
+      UserError: a folder that is not finished, folders that do not belong together, or fewer clips than one batch.
     """
     found = _found(folders)
     check_batches(found, batch, process_count)

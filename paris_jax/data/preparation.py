@@ -52,7 +52,7 @@ def prepare(
       clips: the clips themselves, instead of those that `data.source` names.
 
     Raises:
-      Refused: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
+      UserError: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
         another config.
     """
     store = EncoderStore()
@@ -76,7 +76,7 @@ def prepare(
     clips = clips if clips is not None else source(experiment.data)
     if not len(clips):
         raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
-    run.claim(experiment.to_dict(), experiment.hash)  # not before the clips were looked at
+    run.claim(experiment.to_dict(), experiment.hash)  # after the clips were checked
     count = -(-len(clips) // shard_size)
     jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]
@@ -249,8 +249,8 @@ def _encode_captions(
         for clip in clips:
             try:
                 encoder.encode([clip.caption])
-            except UserError as refused:
-                raise UserError(f"The caption of clip {clip.id} cannot be used: {refused}") from refused
+            except UserError as error:
+                raise UserError(f"The caption of clip {clip.id} cannot be used: {error}") from error
         raise
     return {caption: _stored(one, encoder.stored) for caption, one in zip(captions, made, strict=True)}
 

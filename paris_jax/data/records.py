@@ -84,7 +84,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
     """Writes a whole shard under another name, then renames it: a shard that exists is complete.
 
     Raises:
-      Refused: the disk is full or cannot be written.
+      UserError: the disk is full or cannot be written.
     """
     path = epath.Path(path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,7 +112,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Closing:
-    """Closes a writer; what it could not write until then is told as a refusal."""
+    """Closes a writer; an error of its last writes becomes a UserError."""
 
     writer: Any
     path: epath.Path

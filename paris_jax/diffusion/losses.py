@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from paris_jax.diffusion import path, predictions
 
@@ -29,8 +30,7 @@ def _mean_square(predicted: jax.Array, target: jax.Array) -> jax.Array:
 
 def cross_entropy(logits_BK: jax.Array, cluster_B: jax.Array) -> jax.Array:
     """-log p(cluster | x_t, t, c), the router's loss: (B,) float32, nats."""
-    log_probabilities = jax.nn.log_softmax(logits_BK.astype(jnp.float32))
-    return -jnp.take_along_axis(log_probabilities, cluster_B[:, None], axis=1)[:, 0]
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BK.astype(jnp.float32), cluster_B)
 
 
 def by_time_bin(values_B: jax.Array, t_B: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:

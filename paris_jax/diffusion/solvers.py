@@ -142,17 +142,19 @@ def integrate(
     step_of = SOLVERS[solver]
 
     def step(index: jax.Array, state: State) -> State:
-        predicted, told = [], []
+        predicted, traces_of_step = [], []
 
         def look(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
             v, memory, trace = field(x, t, step, memory)
             predicted.append(path.data_from_velocity(x, v, t))
-            told.append(trace)
+            traces_of_step.append(trace)
             return v, memory
 
         at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
         x, past, memory = step_of(look, state.x, at, state.past, state.memory, noise)
-        traces = jax.tree.map(lambda all_steps, *each: all_steps.at[index].set(jnp.stack(each)), state.traces, *told)
+        traces = jax.tree.map(
+            lambda all_steps, *each: all_steps.at[index].set(jnp.stack(each)), state.traces, *traces_of_step
+        )
         return State(x, past, memory, predicted[0], traces)
 
     return jax.lax.fori_loop(first, last, step, state)

@@ -40,7 +40,7 @@ def read(folder: epath.PathLike) -> tuple[Clip, Params]:
         F = (reader.shape(f"{root}encoder.layers.0.mlp.fc1.weight") or (4 * D,))[0]
         layers = range(max(reader.count(f"{root}encoder.layers."), 1))
         params[kind] = {"blocks": stacked([_layer(reader, f"{root}encoder.layers.{i}", D, F) for i in layers])}
-        params[kind] |= {"places": reader.take(f"{root}embeddings.position_embedding.weight")}
+        params[kind] |= {"positions": reader.take(f"{root}embeddings.position_embedding.weight")}
         if kind == "text":
             params[kind]["tokens"] = reader.take(f"{root}embeddings.token_embedding.weight")
             params[kind]["norm"] = reader.layer(f"{root}final_layer_norm", D)
@@ -83,7 +83,7 @@ def encode_text(config: Clip, params: Params, ids_BL: jax.Array, dtype: str = "f
     """
     blocks, text, L = config.text, params["text"], ids_BL.shape[1]
     assert blocks is not None
-    x = (jnp.take(text["tokens"], ids_BL, axis=0) + text["places"][:L]).astype(dtype)
+    x = (jnp.take(text["tokens"], ids_BL, axis=0) + text["positions"][:L]).astype(dtype)
     causal = jnp.where(jnp.tril(jnp.ones((L, L), bool)), 0.0, -jnp.inf)
     hidden = norm(blocks, text["norm"], run(blocks, text["blocks"], x, causal)).astype(jnp.float32)
     end = ids_BL.argmax(-1) if config.end == 2 else (ids_BL == config.end).argmax(-1)
@@ -99,6 +99,6 @@ def encode_image(config: Clip, params: Params, image_BHW3: jax.Array, dtype: str
     assert blocks is not None
     x = patches(vision["patches"], normalise(image_BHW3, *COLOURS), dtype)
     x = jnp.concatenate([jnp.broadcast_to(vision["cls"], (len(x), 1, x.shape[-1])).astype(x.dtype), x], axis=1)
-    x = norm(blocks, vision["before"], x + vision["places"].astype(x.dtype))
+    x = norm(blocks, vision["before"], x + vision["positions"].astype(x.dtype))
     pooled = norm(blocks, vision["norm"], run(blocks, vision["blocks"], x)[:, 0]).astype(jnp.float32)
     return {"pooled": pooled} | ({"embedding": dense(vision["projection"], pooled)} if "projection" in vision else {})

@@ -151,7 +151,7 @@ def codec(name: str, weights: str = "", sha256: str = "", store: EncoderStore | 
     """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2), ready to run.
 
     Raises:
-      Refused: an unknown name, or weights that are not named, or not those promised by `sha256`.
+      UserError: an unknown name, or weights that are not named, or not those promised by `sha256`.
     """
     for problem in checks.choice("codec", name, get_args(CodecName)):
         raise UserError(problem)

@@ -33,7 +33,7 @@ def read(folder: epath.PathLike) -> tuple[Dino, Params]:
     layers = range(max(reader.count("encoder.layer."), 1))
     params = {
         "cls": reader.take("embeddings.cls_token", (1, 1, D))[0, 0],
-        "places": reader.take("embeddings.position_embeddings")[0],
+        "positions": reader.take("embeddings.position_embeddings")[0],
         "patches": {
             "weight": reader.take("embeddings.patch_embeddings.projection.weight"),
             "bias": reader.take("embeddings.patch_embeddings.projection.bias", (D,)),
@@ -81,11 +81,11 @@ def encode(config: Dino, params: Params, image_BHW3: jax.Array, dtype: str = "fl
     rows, columns = image_BHW3.shape[1] // patch, image_BHW3.shape[2] // patch
     x = patches(params["patches"], normalise(image_BHW3, *COLOURS), dtype)
     x = jnp.concatenate([jnp.broadcast_to(params["cls"], (len(x), 1, x.shape[-1])).astype(x.dtype), x], axis=1)
-    x = x + places(params["places"], rows, columns).astype(x.dtype)
+    x = x + positions(params["positions"], rows, columns).astype(x.dtype)
     return norm(blocks, params["norm"], run(blocks, params["blocks"], x)).astype(jnp.float32)
 
 
-def places(trained_1ND: jax.Array, rows: int, columns: int) -> jax.Array:
+def positions(trained_1ND: jax.Array, rows: int, columns: int) -> jax.Array:
     """Positions (1 + rows * columns, D) from those trained, (1 + side^2, D), by bicubic interpolation."""
     cls, grid = trained_1ND[:1], trained_1ND[1:]
     side = round(len(grid) ** 0.5)

@@ -36,7 +36,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
     A file alone (Open-Sora 2.0's hunyuan_vae.safetensors) has the published norms.
 
     Raises:
-      Refused: tensors that are missing, extra or misshapen, by name; what is not finite is refused when it is read.
+      UserError: tensors that are missing, extra or misshapen, by name; what is not finite is refused when it is read.
     """
     found = described(folder) if epath.Path(folder).is_dir() else {}
     reader = Reader(Tensors(folder))

@@ -177,10 +177,10 @@ class T5Clip:
         ids, length = _padded(pieces, self.max_tokens if self.pad_to_max_tokens else TEXT_LENGTHS)
         length = np.full_like(length, self.max_tokens) if self.pad_to_max_tokens else length
         tokens = np.asarray(t5.encode(config, params, *placement.rows(ids, length), placement.dtype()))
-        ends, places = [self.store.tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["places"])
-        cut = [found if len(found) <= places else [*found[: places - 1], found[-1]] for found in ends]
-        ids, _ = _padded(cut, min(TEXT_LENGTHS, places), fill=[found[-1] for found in cut])
-        found = clip.encode_text(clips, of_clip, *placement.rows(ids[:, :places]), placement.dtype())
+        ends, positions = [self.store.tokenizer(self.clip)(text) for text in texts], len(of_clip["text"]["positions"])
+        cut = [found if len(found) <= positions else [*found[: positions - 1], found[-1]] for found in ends]
+        ids, _ = _padded(cut, min(TEXT_LENGTHS, positions), fill=[found[-1] for found in cut])
+        found = clip.encode_text(clips, of_clip, *placement.rows(ids[:, :positions]), placement.dtype())
         made = zip(tokens[: len(texts)], length, np.asarray(found["pooled"])[: len(texts)], strict=True)
         return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 

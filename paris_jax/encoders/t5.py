@@ -30,7 +30,8 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
     """An encoder from a folder as published by Hugging Face: config.json and safetensors.
 
     Raises:
-      Refused: an encoder of another kind, or tensors that are missing, extra or misshapen, by name; what is not finite
+      UserError: an encoder of another kind, or tensors that are missing, extra or misshapen, by name; what is not
+      finite
         is refused when it is read.
     """
     found = described(folder, "num_heads", "d_kv", "d_ff", "d_model", "feed_forward_proj", "layer_norm_epsilon")

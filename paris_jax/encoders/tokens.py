@@ -17,12 +17,13 @@ def tokenizer(folder: epath.PathLike) -> Tokenize:
     """Text to ids with the tokens that begin and end it, by the files of a folder as Hugging Face publishes one.
 
     Raises:
-      Refused: no such file (tokenizer.json, spiece.model, or vocab.json with merges.txt), or a package that reads it is
+      UserError: no such file (tokenizer.json, spiece.model, or vocab.json with merges.txt), or a package that reads
+      it is
         not installed.
     """
     folder = epath.Path(folder)
-    places = [folder, *([folder.parent / BESIDE[folder.name]] if folder.name in BESIDE else [])]
-    for place in places:
+    folders = [folder, *([folder.parent / BESIDE[folder.name]] if folder.name in BESIDE else [])]
+    for place in folders:
         if (place / "tokenizer.json").exists():
             return _of_json(_needed("tokenizers").Tokenizer.from_file(str(place / "tokenizer.json")))
         if (place / "spiece.model").exists():
@@ -30,7 +31,7 @@ def tokenizer(folder: epath.PathLike) -> Tokenize:
         if (place / "vocab.json").exists() and (place / "merges.txt").exists():
             return _of_json(_of_clip(str(place / "vocab.json"), str(place / "merges.txt")))
     raise UserError(
-        f"{' and '.join(map(str, places))} hold no tokenizer: put tokenizer.json, spiece.model, or vocab.json and "
+        f"{' and '.join(map(str, folders))} hold no tokenizer: put tokenizer.json, spiece.model, or vocab.json and "
         "merges.txt there, as published with the weights"
     )
 

@@ -64,7 +64,7 @@ class Words:
         """Encodes texts; a word outside the vocabulary stands as one common <unknown>.
 
         Raises:
-          Refused: a text without a word, or with more than `max_tokens`.
+          UserError: a text without a word, or with more than `max_tokens`.
         """
         return [self._encode(text) for text in texts]
 

@@ -73,13 +73,13 @@ class PlacementOptions:
             leaf, split = leaf.reshape(-1, *leaf.shape[2:]), split[1:]
         memory = "pinned_host" if offloaded else "device"
         if self.mesh is None and not offloaded:
-            placed = jnp.asarray(leaf)
+            array = jnp.asarray(leaf)
         elif self.mesh is None:
-            placed = jax.device_put(leaf, SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory))
+            array = jax.device_put(leaf, SingleDeviceSharding(jax.local_devices()[0], memory_kind=memory))
         else:
             sharding = NamedSharding(self.mesh, PartitionSpec("expert", *split), memory_kind=memory)
-            placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-        return stacks.OnHost(placed) if offloaded else placed
+            array = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        return stacks.OnHost(array) if offloaded else array
 
     def _check_words(self, name: str, inputs: int, split: str | tuple[str, ...] | None = None) -> None:
         """Refuses a matrix whose inputs, four to a 32-bit word, do not divide over the devices that share them."""

@@ -1,4 +1,4 @@
-"""The compute identity: both arms cost the same, as numbers that can be checked by hand."""
+"""The compute identity: ensemble and monolith cost the same, in integers that can be checked by hand."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ class TrainingCost:
 
     Attributes:
       name: "expert 0", "monolith", "router".
-      steps: optimizer steps done.
-      batch: clips a step.
-      flops: FLOPs of one training step on one clip (training/flops.py: one formula for all).
+      steps: optimizer steps.
+      batch: clips per step.
+      flops: FLOPs of one training step on one clip (`models.flops`).
     """
 
     name: str
@@ -29,7 +29,7 @@ class TrainingCost:
 def identity(experts: Sequence[TrainingCost], monolith: TrainingCost, router: TrainingCost | None) -> dict[str, Any]:
     """Sum over experts of steps x batch x FLOPs a clip, against the monolith's; integers, so "equal" is exact.
 
-    The router's own cost is stated beside the identity, not in it: the published comparison does not count it either.
+    The router's cost is reported beside the identity: the published comparison does not count it either.
     """
     total = sum(job.total for job in experts)
 

@@ -1,8 +1,8 @@
-"""A score with its standard error, the paired difference of two arms, and who wins by it.
+"""Scores with standard errors, paired differences of two models, and the winner.
 
 Every score of results.json is a dict {"value": float, "stderr": float, "n": int}, n counting clips, the unit that is
-drawn at random. Both arms see the same clips, noise and prompts, so their difference is taken clip by clip: what is
-hard about a clip is hard for both and cancels.
+drawn at random. Both models see the same clips, noise and prompts, so their difference is taken clip by clip: the
+difficulty of a clip cancels.
 """
 
 from collections.abc import Callable

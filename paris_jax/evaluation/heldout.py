@@ -1,4 +1,4 @@
-"""What is compared, on what: held-out clips in a fair order, and ensemble and monolith asked the same things."""
+"""Held-out clips in a stratified order, and sampling, velocity and routing of a model on them."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,12 @@ from paris_jax.data.sources.shapes import ATTRIBUTES
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.evaluation.metrics.flow_loss import Velocity
 
-BATCH = 32  # prompts sampled at once; of one size, so that each arm compiles once
+BATCH = 32  # prompts per batch; of one size, so that each model compiles once
 
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-    """Held-out clips, in an order whose every beginning holds the clusters in their natural proportion.
+    """Held-out clips, ordered so that every prefix has the clusters in their natural proportion.
 
     Attributes:
       latents: (N, T, H, W, C) float32, the codec's, not normalised.
@@ -65,25 +65,25 @@ class Heldout:
 
 
 def _in_order(attributes: dict[str, str]) -> dict[str, str]:
-    """The same attributes in the order of the shapes' (records keep them by name), others behind."""
+    """The attributes in the order of the shapes' (records sort them by name), others last."""
     known = [*ATTRIBUTES, *attributes]
     return {name: attributes[name] for name in sorted(attributes, key=known.index)}
 
 
 def sample(
-    arm: Ensemble,
+    model: Ensemble,
     captions: list[str],
     noise: np.ndarray,
     how: dict,
     advance: Callable[[int], object],
-    kept: np.ndarray | None = None,
+    cond: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one video a caption from the given noise (N, T, H, W, C), a batch at a time.
+    """Samples one video per caption from noise (N, T, H, W, C), batch by batch.
 
     Args:
       how: keywords of `Ensemble.sample`.
-      advance: told the number of videos after each batch.
-      kept: frames that are given, (N, T, H, W, 1 + C).
+      advance: called with the number of videos after each batch.
+      cond: conditioning input (N, T, H, W, 1 + C), or None.
     Returns:
       videos (N, T', H', W', 3) float32 in [-1, 1] and routing (S, N, E) float32.
     """
@@ -91,8 +91,8 @@ def sample(
     videos, routing = [], []
     for start in range(0, len(captions), size):
         index = np.minimum(np.arange(start, start + size), len(captions) - 1)
-        given = {} if kept is None else {"cond": jnp.asarray(kept[index])}
-        made = arm.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **given, **how)
+        given = {} if cond is None else {"cond": jnp.asarray(cond[index])}
+        made = model.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **given, **how)
         count = min(size, len(captions) - start)
         videos.append(made.videos[:count])
         routing.append(made.routing[:, :count])
@@ -100,30 +100,32 @@ def sample(
     return np.concatenate(videos).astype(np.float32), np.concatenate(routing, axis=1).astype(np.float32)
 
 
-def velocity(arm: Ensemble, captions: list[str], how: dict) -> Velocity:
-    """The arm's velocity at (x, t, clip indices), told the clips' captions; `how` as in `Ensemble.velocity`."""
-    encoded = arm.encode(captions)
+def velocity(model: Ensemble, captions: list[str], how: dict) -> Velocity:
+    """The model's velocity at (x, t, clip indices) for the clips' captions; `how` as in `Ensemble.velocity`."""
+    encoded = model.encode(captions)
 
     def at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
         return np.asarray(
-            arm.velocity(jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded), **how)
+            model.velocity(jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded), **how)
         )
 
     return at
 
 
-def route(arm: Ensemble, captions: list[str], num_clusters: int) -> Velocity:
+def route(model: Ensemble, captions: list[str], num_clusters: int) -> Velocity:
     """The router's p(cluster) (B, K) at (x, t, clip indices); 0 for clusters whose expert is missing."""
-    encoded = arm.encode(captions)
+    encoded = model.encode(captions)
 
     def at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
         weights = np.zeros((len(x), num_clusters))
-        weights[:, arm.clusters] = arm.route(jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded))
+        weights[:, model.clusters] = model.route(
+            jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded)
+        )
         return weights
 
     return at
 
 
-def decode(arm: Ensemble, latents: np.ndarray) -> np.ndarray:
+def decode(model: Ensemble, latents: np.ndarray) -> np.ndarray:
     """Codec latents (N, T, H, W, C) to videos (N, T', H', W', 3) float32 in [-1, 1]."""
-    return np.clip(arm.codec.decode(latents), -1, 1).astype(np.float32)
+    return np.clip(model.codec.decode(latents), -1, 1).astype(np.float32)

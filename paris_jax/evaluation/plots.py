@@ -69,7 +69,7 @@ def lines(
 
 
 def differences(title: str, values: Sequence[Estimate | None], edges: Sequence[float], y_label: str) -> str:
-    """Paired differences over time bins with 95 % whiskers around zero; coloured by the arm that has less."""
+    """Paired differences over time bins with 95 % whiskers around zero; coloured by the model that has less."""
     series = Series("ensemble minus monolith", "neutral", values)
     x = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     y = _value_axis([series], "", around_zero=True)

@@ -35,13 +35,13 @@ MONOLITH, ROUTER = Role("monolith"), Role("router")
 
 
 def evaluate(experiment: Experiment, run: RunFolder) -> None:
-    """Compares both arms and writes RUN/evaluation/{results.json,report.html}.
+    """Compares both models and writes RUN/evaluation/{results.json,report.html}.
 
-    Each arm's videos and losses are kept once they are made, so an interrupted evaluation goes on behind the last of
-    them. A finished one is repeated only if sampling or evaluation settings or a network changed.
+    Each model's videos and losses are cached, so an interrupted evaluation resumes. A finished one is repeated only if
+    sampling or evaluation settings or a network changed.
 
     Raises:
-      Refused: a stage before this one is missing, or there are too few held-out clips.
+      UserError: an earlier command is missing, or there are too few held-out clips.
     """
     run.claim(experiment.to_dict(), experiment.hash)
     if not experiment.data.heldout_fraction:
@@ -53,7 +53,7 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
     if manifest.exists(run.evaluation) and manifest.read(run.evaluation, "evaluation")["evaluation_hash"] == key:
         logger.info("the evaluation is done already: %s", run.evaluation / REPORT)
         return
-    (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # from here on, the old one is not to be trusted
+    (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # the old result is no longer valid
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         comparison = EvaluationRun(experiment, run, ResultCache(run.evaluation / PARTIAL, key), progress)
@@ -69,7 +69,7 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
 
 
 def check_ready(run: RunFolder) -> None:
-    """Refuses, naming the command to run first, where the ensemble, the monolith or the held-out clips are missing."""
+    """Refuses a missing ensemble, monolith or held-out set, naming the command to run first."""
     for folder, what, command in (
         (run.heldout, "no held-out clips", "cluster"),
         (run.ensemble, "no ensemble", "assemble"),
@@ -82,20 +82,20 @@ def check_ready(run: RunFolder) -> None:
 
 
 def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
-    """Hash of everything that decides the scores: settings, both arms, held-out clips and judge."""
+    """Hash of everything that decides the scores: settings, both models, held-out clips and classifier."""
     folders = (run.ensemble, run.export(MONOLITH), run.heldout)
     decisive = {
         "sampling": dataclasses.asdict(experiment.sampling),
         "evaluation": dataclasses.asdict(experiment.evaluation),
         "folders": [manifest.hash_file(folder / manifest.FILE_NAME) for folder in folders],
-        "judge": read_card(),
+        "classifier": read_card(),
         "schema": results.SCHEMA,
     }
     return hashing.hash_text(hashing.canonical_json(decisive))
 
 
 class ResultCache:
-    """Arrays that are made once, and found again by an evaluation of the same hash that was interrupted."""
+    """Cache of arrays, for an interrupted evaluation of the same hash."""
 
     def __init__(self, folder: epath.Path, key: str):
         self._folder, self._key = folder, key
@@ -109,7 +109,7 @@ class ResultCache:
 
 
 class EvaluationRun:
-    """Both arms and the held-out clips, and the asking of them."""
+    """Both models, the held-out clips, and the measurements."""
 
     def __init__(self, experiment: Experiment, run: RunFolder, kept: ResultCache, progress: Progress):
         self.experiment, self.run, self.kept, self.progress = experiment, run, kept, progress
@@ -138,14 +138,14 @@ class EvaluationRun:
         self.how = {name: value for name, value in sampling.items() if name not in rules}
 
     def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns results.json (see evaluation/results.py) and the shown videos by arm, uint8."""
+        """Returns results.json (see evaluation/results.py) and the shown videos by model, uint8."""
         videos, routing = self._videos()
         made = self._losses()
-        judge = AttributeClassifier.load()
-        looked = {who: scores.ClassifiedVideos(judge, v) for who, v in videos.items()}
-        others = scores.ClassifiedVideos(judge, heldout.decode(self.ensemble, self.others.latents))
-        rows, by_attribute, left_out = self._judged(looked, others)
-        both = {arm: made[arm] for arm in results.MODELS}
+        classifier = AttributeClassifier.load()
+        classified = {who: scores.ClassifiedVideos(classifier, v) for who, v in videos.items()}
+        others = scores.ClassifiedVideos(classifier, heldout.decode(self.ensemble, self.others.latents))
+        rows, by_attribute, left_out = self._scores(classified, others)
+        both = {model: made[model] for model in results.MODELS}
         rows += [*scores.flow(both), scores.motion(videos)]
         rows += [scores.cond_frames(kind, self._kept_errors(kind, videos)) for kind in self.experiment.masks.kinds]
         num_clusters = self.experiment.clustering.num_clusters
@@ -160,25 +160,27 @@ class EvaluationRun:
             "protocol": self._protocol(),
             "comparisons": rows,
             **scores.flow_curves(both, self.scored.clusters, num_clusters),
-            "agreement": by_attribute,
+            "attribute_accuracy": by_attribute,
             "router": scores.router(made["router"], self.scored.clusters),
             "expert_use": scores.expert_use(routing, self.ensemble.clusters, self.prompts.clusters),
             "compute": self._compute(),
-            "shown": scores.shown_clips(self.prompts, looked, routing, shown),
+            "shown": scores.shown_clips(self.prompts, classified, routing, shown),
         }
         return found, {who: codecs.to_uint8(v[:shown]) for who, v in videos.items()}
 
     def _videos(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Videos by arm and of the prompts' own clips, and the ensemble's routing (S, N, E)."""
+        """Videos by model and of the prompts' own clips, and the ensemble's routing (S, N, E)."""
         noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))
         videos = {"real": heldout.decode(self.ensemble, self.prompts.latents)}
         routing = np.zeros(0)
         both = (("ensemble", self.ensemble, self.how | self.routing), ("monolith", self.monolith, self.how))
-        for name, arm, how in both:
+        for name, model, how in both:
             task = self.progress.add_task(f"sampling: {name}", total=self.count)
 
-            def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
-                made = heldout.sample(arm, self.prompts.captions, noise, how, lambda n: self.progress.advance(task, n))
+            def draw(model=model, how=how, task=task) -> dict[str, np.ndarray]:
+                made = heldout.sample(
+                    model, self.prompts.captions, noise, how, lambda n: self.progress.advance(task, n)
+                )
                 return dict(zip(("videos", "routing"), made, strict=True))
 
             kept = self.kept.get(f"samples-{name}", draw)
@@ -189,7 +191,8 @@ class EvaluationRun:
         return videos, routing
 
     def _kept_errors(self, kind: str, videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Errors of frames of the prompts' own clips that are given, (N,) of each arm, and where they are not given."""
+        """Errors of frames of the prompts' own clips that are given, (N,) of each model, and where they are not "
+        "given."""
         count = min(self.count, heldout.BATCH)
         x_0 = jnp.asarray(self.ensemble.scale.normalise(self.prompts.latents[:count]))
         T = x_0.shape[1]
@@ -202,15 +205,15 @@ class EvaluationRun:
             return np.sqrt((square * frames).sum(1) / frames.sum(1))
 
         errors = {"not given": error(videos["ensemble"])}
-        for name, arm, how in (
+        for name, model, how in (
             ("ensemble", self.ensemble, self.how | self.routing),
             ("monolith", self.monolith, self.how),
         ):
             task = self.progress.add_task(f"given {kind}: {name}", total=count)
 
-            def draw(arm=arm, how=how, task=task) -> dict[str, np.ndarray]:
+            def draw(model=model, how=how, task=task) -> dict[str, np.ndarray]:
                 captions = self.prompts.captions[:count]
-                made, _ = heldout.sample(arm, captions, noise, how, lambda n: self.progress.advance(task, n), given)
+                made, _ = heldout.sample(model, captions, noise, how, lambda n: self.progress.advance(task, n), given)
                 return {"errors": error(made)}
 
             errors[name] = self.kept.get(f"given-{kind}-{name}", draw)["errors"]
@@ -218,17 +221,17 @@ class EvaluationRun:
         return errors
 
     def _losses(self) -> dict[str, Any]:
-        """Losses of both arms and the router's hits (N, bins), all at the same points."""
+        """Losses of both models and the router's hits (N, bins), all at the same points."""
         settings = self.experiment.evaluation
         latents = self.ensemble.scale.normalise(self.scored.latents)
         points = Points.draw(latents, self.scored.ids, settings.loss_timesteps, settings.seed)
         captions, batches = self.scored.captions, flow_loss.num_batches(points)
         made: dict[str, Any] = {}
-        for name, arm, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
+        for name, model, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
             advance = self._bar(f"held-out loss: {name}", batches)
 
-            def ask(arm=arm, how=how, advance=advance) -> dict[str, np.ndarray]:
-                asked = heldout.velocity(arm, captions, how)
+            def ask(model=model, how=how, advance=advance) -> dict[str, np.ndarray]:
+                asked = heldout.velocity(model, captions, how)
                 return dataclasses.asdict(flow_loss.heldout_losses(asked, points, advance=advance))
 
             made[name] = Losses(**self.kept.get(f"losses-{name}", ask))
@@ -245,10 +248,10 @@ class EvaluationRun:
         task = self.progress.add_task(name, total=total)
         return lambda: self.progress.advance(task)
 
-    def _judged(
-        self, looked: dict[str, scores.ClassifiedVideos], others: scores.ClassifiedVideos
+    def _scores(
+        self, classified: dict[str, scores.ClassifiedVideos], others: scores.ClassifiedVideos
     ) -> tuple[list, dict | None, list[str]]:
-        """Agreement and Frechet distance, and why one of them was left out."""
+        """Attribute accuracy and Frechet distance, and why one of them was left out."""
         rows, by_attribute, left_out = [], None, []
         known = self.prompts.described and all(
             a.keys() == ATTRIBUTES.keys() and all(v in ATTRIBUTES[k] for k, v in a.items())
@@ -256,16 +259,17 @@ class EvaluationRun:
         )
         note = ""
         if known:
-            row, by_attribute = scores.attribute_accuracy(self.prompts.attributes, looked)
+            row, by_attribute = scores.attribute_accuracy(self.prompts.attributes, classified)
             rows.append(row)
         else:
-            left_out.append("Agreement with the prompt is left out: these clips carry no attributes to read back.")
-            note = "the judge has seen shapes only, so on these clips the distance says little"
+            left_out.append("Attribute accuracy is left out: these clips carry no attributes to read back.")
+            note = "the classifier has seen shapes only, so on these clips the distance says little"
         if self.count >= scores.MIN_CLIPS:
-            rows.append(scores.frechet(looked, others, note))
+            rows.append(scores.frechet(classified, others, note))
         else:
             left_out.append(
-                f"The Frechet distance (shapes judge) is left out: it needs {scores.MIN_CLIPS} prompts and as many "
+                f"The Frechet distance (shapes classifier) is left out: it needs {scores.MIN_CLIPS} prompts and as "
+                "many "
                 f"other held-out clips; there are {len(self.heldout)} held-out clips and {self.count} prompts."
             )
         return rows, by_attribute, left_out
@@ -294,16 +298,16 @@ class EvaluationRun:
             "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
             + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
-            "noise": f"seed {settings.seed}; prompt i starts from the same noise in both arms",
+            "noise": f"seed {settings.seed}; prompt i starts from the same noise in both models",
             "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, "
             f"timestep shift {self.ensemble.timestep_shift:g}",
             "guidance": f"{sampling.guidance_scale:g}, inside the merge, with the same weights for both branches",
             "routing": f"{sampling.routing}{detail}",
             "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
             f"noise and times from (seed {settings.seed}, clip id)",
-            "Frechet distance": f"{self.count} videos an arm, {self.count} other held-out clips; "
-            f"{card['features']} features of the shapes judge; not FVD",
-            "judge": f"trained on {card['training_clips']:,} shapes; reads all attributes of "
+            "Frechet distance": f"{self.count} videos an model, {self.count} other held-out clips; "
+            f"{card['features']} features of the shapes classifier; not FVD",
+            "classifier": f"trained on {card['training_clips']:,} shapes; reads all attributes of "
             f"{card['accuracy']['all']:.1%} of fresh clips right ({card['command']})",
             "intervals": "95 %, normal; jackknife over 16 groups of clips for the Frechet distance",
             "device": jax.devices()[0].device_kind,

@@ -30,7 +30,7 @@ def write_report(
 
     Args:
       results: as described in results.py.
-      videos: arm ("real", "ensemble", "monolith") -> (n, T, H, W, 3) uint8, the n clips of results["shown"].
+      videos: model ("real", "ensemble", "monolith") -> (n, T, H, W, 3) uint8, the n clips of results["shown"].
       path: the .html file.
       fps: frames a second of the videos.
     """
@@ -39,7 +39,7 @@ def write_report(
 
 def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float) -> str:
     """The page as text; see `write_report`."""
-    compute, agreement = results["compute"], results["agreement"]
+    compute, accuracy = results["compute"], results["attribute_accuracy"]
     experts = results["expert_use"]["clusters"]
     marks = [(f"expert {k}", _part(i)) for i, k in enumerate(experts)]
     return _template("report.html").substitute(
@@ -53,10 +53,12 @@ def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: fl
         left_out="".join(f'<p class="warning">{html.escape(reason)}</p>' for reason in results["left_out"]),
         tiles="".join(_tile(c) for c in _first(results["comparisons"])),
         score_rows="".join(map(_score_row, results["comparisons"])),
-        ticks_explained="" if agreement is None else "Under each, what the judge read back: ✓ as asked, ✗ otherwise.",
+        ticks_explained=""
+        if accuracy is None
+        else "Under each, the predicted attributes: ✓ as in the prompt, ✗ otherwise.",
         cards="".join(_card(i, clip, videos, fps, experts) for i, clip in enumerate(results["shown"])),
-        agreement="" if agreement is None else _agreement(agreement),
-        arm_legend=plots.legend([(arm, arm) for arm in MODELS]),
+        attribute_accuracy="" if accuracy is None else _attribute_accuracy(accuracy),
+        model_legend=plots.legend([(model, model) for model in MODELS]),
         expert_legend=plots.legend(marks),
         **_losses(results),
         **_routing(results, [name for name, _ in marks]),
@@ -86,10 +88,10 @@ def _first(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _tile(c: Comparison) -> str:
-    def figure(arm: str) -> str:
-        value, _, error = format_estimate(c[arm], c["unit"]).partition(" ± ")
+    def figure(model: str) -> str:
+        value, _, error = format_estimate(c[model], c["unit"]).partition(" ± ")
         percent = "\u2009%" if c["unit"] == "share" else ""
-        return f'<dt class="{arm}">{arm}</dt><dd>{value}{percent}<small> ± {error.removesuffix(" %")}</small></dd>'
+        return f'<dt class="{model}">{model}</dt><dd>{value}{percent}<small> ± {error.removesuffix(" %")}</small></dd>'
 
     return (
         f'<section class="tile"><h3>{html.escape(c["label"])}</h3><dl>{figure("ensemble")}{figure("monolith")}</dl>'
@@ -107,11 +109,11 @@ def _score_row(c: Comparison) -> str:
     label = c["label"] + (f", {c['unit']}" if c["unit"] not in ("", "share") else "")
     reference = f"<small>{html.escape(c['reference_label'])}</small>" if c["reference"] else ""
     difference = f"<small>{format_estimate(c['difference'], c['unit'], signed=True)}</small>"
-    pill = _pill(c) if c["better"] else '<span class="note">not judged</span>'
+    pill = _pill(c) if c["better"] else '<span class="note">not scored</span>'
     picture = plots.interval(c["difference"], c["better"], c["winner"]) if c["better"] else ""
     return (
         f"<tr><td>{html.escape(label)}<small>{html.escape('; '.join(filter(None, aside)))}</small></td>"
-        + "".join(f'<td class="number">{format_estimate(c[arm], c["unit"])}</td>' for arm in MODELS)
+        + "".join(f'<td class="number">{format_estimate(c[model], c["unit"])}</td>' for model in MODELS)
         + f'<td class="number">{format_estimate(c["reference"], c["unit"])}{reference}</td>'
         f'<td class="middle">{picture}{difference}</td>'
         f"<td>{pill}</td></tr>"
@@ -122,13 +124,13 @@ def _card(
     index: int, clip: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float, experts: Sequence[int]
 ) -> str:
     figures = []
-    for arm in (a for a in LABELS if a in videos):
-        data = base64.b64encode(video_io.video_bytes(np.asarray(videos[arm][index]), fps)).decode()
-        asked, read = clip["asked"], clip["read"].get(arm)
+    for model in (a for a in LABELS if a in videos):
+        data = base64.b64encode(video_io.video_bytes(np.asarray(videos[model][index]), fps)).decode()
+        asked, read = clip["asked"], clip["read"].get(model)
         score = f"<span>{sum(read[n] == v for n, v in asked.items())}/{len(asked)}</span>" if read else ""
         figures.append(
-            f'<figure class="{arm}"><video muted loop playsinline preload="auto" aria-label="{LABELS[arm]}"'
-            f' src="data:video/mp4;base64,{data}"></video><figcaption><span>{LABELS[arm]}</span>{score}</figcaption>'
+            f'<figure class="{model}"><video muted loop playsinline preload="auto" aria-label="{LABELS[model]}"'
+            f' src="data:video/mp4;base64,{data}"></video><figcaption><span>{LABELS[model]}</span>{score}</figcaption>'
             f"{_ticks(asked, read) if read else ''}</figure>"
         )
     said = ", ".join(f"expert {k} {u:.0%}" for k, u in zip(experts, clip["use"], strict=True) if u >= 0.005)
@@ -152,19 +154,19 @@ def _use_bar(use: Sequence[float]) -> str:
     return f'<div class="use">{"".join(parts)}</div>'
 
 
-def _agreement(agreement: Mapping[str, Any]) -> str:
-    names = [name for name in agreement if name != "all"]
-    columns = {"real clips": ("real", "reference"), **{arm: (arm, arm) for arm in MODELS}}
-    series = [Series(label, style, [agreement[n][key] for n in names]) for label, (style, key) in columns.items()]
+def _attribute_accuracy(by_attribute: Mapping[str, Any]) -> str:
+    names = [name for name in by_attribute if name != "all"]
+    columns = {"real clips": ("real", "reference"), **{model: (model, model) for model in MODELS}}
+    series = [Series(label, style, [by_attribute[n][key] for n in names]) for label, (style, key) in columns.items()]
     rows = []
-    for name, scores in agreement.items():
+    for name, scores in by_attribute.items():
         cells = "".join(
             f'<td class="number">{format_estimate(scores[key], "share")}</td>' for _, key in columns.values()
         )
         rows.append(f"<tr><td>{'<b>all at once</b>' if name == 'all' else html.escape(name)}</td>{cells}</tr>")
     return _template("report_attributes.html").substitute(
         legend=plots.legend([(s.name, s.style) for s in series]),
-        plot=plots.bars("Agreement by attribute", names, series, "read as asked", "share"),
+        plot=plots.bars("Accuracy by attribute", names, series, "read as asked", "share"),
         rows="".join(rows),
     )
 
@@ -173,7 +175,7 @@ def _losses(results: Mapping[str, Any]) -> dict[str, str]:
     time, error, cluster = results["loss_by_time"], results["error_by_time"], results["loss_by_cluster"]
     return {
         "loss_by_time": plots.lines(
-            "Flow loss by time", [Series(arm, arm, time[arm]) for arm in MODELS], time["edges"], "flow loss"
+            "Flow loss by time", [Series(model, model, time[model]) for model in MODELS], time["edges"], "flow loss"
         ),
         "difference_legend": plots.legend(
             [("ensemble better", "ensemble"), ("monolith better", "monolith"), ("within error", "neutral")]
@@ -182,12 +184,15 @@ def _losses(results: Mapping[str, Any]) -> dict[str, str]:
             "Flow loss by time, ensemble minus monolith", time["difference"], time["edges"], "ensemble − monolith"
         ),
         "error_by_time": plots.lines(
-            "Velocity error by time", [Series(arm, arm, error[arm]) for arm in MODELS], error["edges"], "velocity error"
+            "Velocity error by time",
+            [Series(model, model, error[model]) for model in MODELS],
+            error["edges"],
+            "velocity error",
         ),
         "loss_by_cluster": plots.bars(
             "Flow loss by cluster",
             [f"cluster {k}" for k in cluster["clusters"]],
-            [Series(arm, arm, cluster[arm]) for arm in MODELS],
+            [Series(model, model, cluster[model]) for model in MODELS],
             "flow loss",
         ),
     }

@@ -13,13 +13,13 @@
                    {edges (B + 1), ensemble [B], monolith [B], difference [B]}
     loss_by_cluster
                    {clusters [K], ensemble [K], monolith [K], difference [K]}; null where no held-out clip is
-    agreement      {attribute: {ensemble, monolith, reference}}, or null without attributes
+    attribute_accuracy      {attribute: {ensemble, monolith, reference}}, or null without attributes
     router         {edges, accuracy [B], chance}: accuracy by time bin; chance is the share of the largest cluster
     expert_use     {clusters [K], by_step [S][K], by_cluster {cluster of the prompt: [K]}}: mean weights
     compute        see compute.py
-    shown          list of {id, caption, cluster, asked, read {arm: {attribute: value}}, use [K]}; videos in report.html
+    shown          list of {id, caption, cluster, asked, read {model: {attribute: value}}, use [K]}; videos: report.html
 
-Every score is {"value", "stderr", "n"} (estimates.py); n counts clips. Arms are "ensemble" and "monolith"; "real"
+Every score is {"value", "stderr", "n"} (estimates.py); n counts clips. Models are "ensemble" and "monolith"; "real"
 stands for the held-out clips themselves.
 """
 
@@ -37,7 +37,7 @@ def compare(
     name: str,
     label: str,
     better: Literal["lower", "higher"] | None,
-    by_arm: Mapping[str, Estimate],
+    by_model: Mapping[str, Estimate],
     difference: Estimate,
     *,
     unit: str = "",
@@ -53,7 +53,7 @@ def compare(
         "label": label,
         "unit": unit,
         "better": better,
-        **{arm: by_arm[arm] for arm in MODELS},
+        **{model: by_model[model] for model in MODELS},
         "difference": difference,
         "winner": {"first": "ensemble", "second": "monolith", "none": "none"}[won],
         "reference": reference,
@@ -64,14 +64,14 @@ def compare(
 
 def headline(comparisons: list[Comparison]) -> str:
     """One sentence from the numbers: who wins on what, by 95 % intervals of the paired difference."""
-    judged = [c for c in comparisons if c["better"]]
-    if not judged:
+    scored = [c for c in comparisons if c["better"]]
+    if not scored:
         return "Nothing could be compared."
-    won = {who: [_short(c) for c in judged if c["winner"] == who] for who in (*MODELS, "none")}
-    first, second = sorted(MODELS, key=lambda arm: -len(won[arm]))
+    won = {who: [_short(c) for c in scored if c["winner"] == who] for who in (*MODELS, "none")}
+    first, second = sorted(MODELS, key=lambda model: -len(won[model]))
     if not won[first]:
-        return f"No clear winner: ensemble and monolith are within error on all {len(judged)} scores."
-    if len(won[first]) == len(judged):
+        return f"No clear winner: ensemble and monolith are within error on all {len(scored)} scores."
+    if len(won[first]) == len(scored):
         return f"The {first} wins on every score: {_join(won[first])}."
     sentence = f"The {first} wins on {_join(won[first])}"
     if won[second]:

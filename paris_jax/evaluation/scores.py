@@ -1,4 +1,4 @@
-"""From arrays to results.json: every score of both arms, with errors, paired differences and references."""
+"""From arrays to results.json: every score of both models, with errors, paired differences and references."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from paris_jax.evaluation import estimates, results
 from paris_jax.evaluation.heldout import Heldout
-from paris_jax.evaluation.metrics import attribute_accuracy as agreements
+from paris_jax.evaluation.metrics import attribute_accuracy as accuracies
 from paris_jax.evaluation.metrics import flow_loss
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.flow_loss import Losses
@@ -19,28 +19,28 @@ MIN_CLIPS = 16  # clips below which a Frechet distance says nothing
 
 
 class ClassifiedVideos:
-    """What the judge saw in one set of videos: features (N, 64) and N dicts of read attributes."""
+    """One set of videos through the classifier: features (N, 64) and N dicts of predicted attributes."""
 
-    def __init__(self, judge: AttributeClassifier, videos: np.ndarray):
-        self.features, self.read = judge.look(videos)
+    def __init__(self, classifier: AttributeClassifier, videos: np.ndarray):
+        self.features, self.read = classifier.look(videos)
 
 
 def attribute_accuracy(
-    asked: list[dict[str, str]], looked: dict[str, ClassifiedVideos]
+    asked: list[dict[str, str]], classified: dict[str, ClassifiedVideos]
 ) -> tuple[Comparison, dict[str, Any]]:
-    """The comparison on all attributes at once, and every attribute's agreement; `looked` by arm and "real"."""
-    hits = {who: agreements.hits(asked, seen.read) for who, seen in looked.items()}
-    shares = {who: agreements.accuracy(found) for who, found in hits.items()}
+    """The comparison on all attributes at once, and the accuracy of each; `classified` by model and "real"."""
+    hits = {who: accuracies.hits(asked, seen.read) for who, seen in classified.items()}
+    shares = {who: accuracies.accuracy(found) for who, found in hits.items()}
     by_attribute = {
-        name: {**{arm: shares[arm][name] for arm in MODELS}, "reference": shares["real"][name]}
+        name: {**{model: shares[model][name] for model in MODELS}, "reference": shares["real"][name]}
         for name in shares["real"]
     }
-    everything = agreements.ALL
+    everything = accuracies.ALL
     row = results.compare(
-        "agreement",
-        "Agreement with the prompt",
+        "attribute_accuracy",
+        "Attribute accuracy",
         "higher",
-        {arm: shares[arm][everything] for arm in MODELS},
+        {model: shares[model][everything] for model in MODELS},
         estimates.difference(hits["ensemble"][everything], hits["monolith"][everything]),
         unit="share",
         reference=shares["real"][everything],
@@ -50,19 +50,19 @@ def attribute_accuracy(
     return row, by_attribute
 
 
-def frechet(looked: dict[str, ClassifiedVideos], others: ClassifiedVideos, note: str) -> Comparison:
-    """Distance of each arm, and of the prompts' own real clips, to as many `others` real clips.
+def frechet(classified: dict[str, ClassifiedVideos], others: ClassifiedVideos, note: str) -> Comparison:
+    """Distance of each model, and of the prompts' own real clips, to as many `others` real clips.
 
     Small sets with a little less spread come out a little closer, even below the floor: measured, noise that nobody
     would call better gains half a standard error of the floor. So a difference within that error wins nothing.
     """
-    features = {who: seen.features for who, seen in looked.items()}
+    features = {who: seen.features for who, seen in classified.items()}
     floor = frechet_estimate(features["real"], others.features)
     return results.compare(
         "frechet",
-        "Frechet distance (shapes judge)",
+        "Frechet distance (shapes classifier)",
         "lower",
-        {arm: frechet_estimate(features[arm], others.features) for arm in MODELS},
+        {model: frechet_estimate(features[model], others.features) for model in MODELS},
         frechet_difference(features["ensemble"], features["monolith"], others.features),
         reference=floor,
         reference_label="floor: real against real",
@@ -72,13 +72,13 @@ def frechet(looked: dict[str, ClassifiedVideos], others: ClassifiedVideos, note:
 
 
 def motion(videos: dict[str, np.ndarray]) -> Comparison:
-    """Mean optical flow of each arm and of the real clips."""
+    """Mean optical flow of each model and of the real clips."""
     found = {who: mean_motion(v) for who, v in videos.items()}
     return results.compare(
         "motion",
         "Motion",
         None,
-        {arm: estimates.mean(found[arm]) for arm in MODELS},
+        {model: estimates.mean(found[model]) for model in MODELS},
         estimates.difference(found["ensemble"], found["monolith"]),
         unit="px/frame",
         reference=estimates.mean(found["real"]),
@@ -88,15 +88,15 @@ def motion(videos: dict[str, np.ndarray]) -> Comparison:
 
 
 def cond_frames(kind: str, errors: dict[str, np.ndarray]) -> Comparison:
-    """How far frames that were given are from what was made of them, (N,) by arm; "not given": without being told."""
+    """Error of sampled frames against their conditioning frames, (N,) by model; "not given": sampled without them."""
     return results.compare(
         f"kept_{kind}",
-        f"Error of kept frames ({kind})",
+        f"Error of conditioning frames ({kind})",
         "lower",
-        {arm: estimates.mean(errors[arm]) for arm in MODELS},
+        {model: estimates.mean(errors[model]) for model in MODELS},
         estimates.difference(errors["ensemble"], errors["monolith"]),
         reference=estimates.mean(errors["not given"]),
-        reference_label="ensemble that is not given them",
+        reference_label="ensemble without them",
         note="root mean square of videos in [-1, 1]",
     )
 
@@ -105,8 +105,8 @@ def flow(made: dict[str, Losses]) -> list[Comparison]:
     """Held-out flow loss and velocity error over all times."""
     rows = []
     for field, label in (("loss", "Held-out flow loss"), ("error", "Held-out velocity error")):
-        per_clip = {arm: getattr(made[arm], field).mean(1) for arm in MODELS}
-        means = {arm: estimates.mean(values) for arm, values in per_clip.items()}
+        per_clip = {model: getattr(made[model], field).mean(1) for model in MODELS}
+        means = {model: estimates.mean(values) for model, values in per_clip.items()}
         difference = estimates.difference(per_clip["ensemble"], per_clip["monolith"])
         rows.append(results.compare(field, label, "lower", means, difference))
     return rows
@@ -118,10 +118,10 @@ def flow_curves(made: dict[str, Losses], clusters: np.ndarray, num_clusters: int
     edges = [b / bins for b in range(bins + 1)]
     entries: dict[str, Any] = {}
     for field in ("loss", "error"):
-        values = {arm: getattr(made[arm], field) for arm in MODELS}
+        values = {model: getattr(made[model], field) for model in MODELS}
         values["difference"] = values["ensemble"] - values["monolith"]
         entries[f"{field}_by_time"] = {"edges": edges, **{who: flow_loss.by_time(v) for who, v in values.items()}}
-    loss = {arm: made[arm].loss for arm in MODELS}
+    loss = {model: made[model].loss for model in MODELS}
     loss["difference"] = loss["ensemble"] - loss["monolith"]
     by_cluster = {who: flow_loss.by_cluster(v, clusters, num_clusters) for who, v in loss.items()}
     return entries | {"loss_by_cluster": {"clusters": list(range(num_clusters)), **by_cluster}}
@@ -149,12 +149,12 @@ def expert_use(routing: np.ndarray, experts: Sequence[int], clusters: np.ndarray
 
 
 def shown_clips(
-    prompts: Heldout, looked: dict[str, ClassifiedVideos], routing: np.ndarray, count: int
+    prompts: Heldout, classified: dict[str, ClassifiedVideos], routing: np.ndarray, count: int
 ) -> list[dict[str, Any]]:
-    """What stands beside each of the first `count` videos."""
+    """Captions, attributes and expert usage of the first `count` videos, for the report."""
     clips = []
     for i in range(min(count, len(prompts))):
-        read = {who: seen.read[i] for who, seen in looked.items()} if prompts.described else {}
+        read = {who: seen.read[i] for who, seen in classified.items()} if prompts.described else {}
         clips.append(
             {
                 "id": prompts.ids[i],

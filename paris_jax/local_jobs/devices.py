@@ -63,7 +63,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Makes this process reuse the memory it frees instead of giving it back to the system, where glibc can be told to.
+    """Makes this process reuse the memory it frees instead of returning it to the system, where glibc has the setting.
 
     On a CPU, XLA asks for a step's temporary memory at every step. Given back each time, its pages are faulted in and
     cleared again each time: a third of a training step of the shapes' network.

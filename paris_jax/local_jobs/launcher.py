@@ -52,10 +52,10 @@ class Failure:
 
 
 class Launcher:
-    """Starts jobs, starts the preempted ones again, and stops all when one fails or when told to."""
+    """Starts jobs, starts the preempted ones again, and stops all when one fails or on request."""
 
     def __init__(self, program: Sequence[str], report: Callable[[str], None]):
-        """`program` is what stands in front of a job's arguments; `report` is told what happens, from any thread."""
+        """`program` precedes a job's arguments; `report` is called with messages, from any thread."""
         self.program = tuple(program)
         self.report = report
         self.failure: Failure | None = None
@@ -169,7 +169,7 @@ class Launcher:
 
 
 def last_words(log: Path) -> str:
-    """What the last job that wrote into a log refused or, where it did not, its last line; "" where it said nothing."""
+    """The last error in a log or, without one, its last line; "" for an empty log."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
@@ -178,5 +178,5 @@ def last_words(log: Path) -> str:
     said: list[str] = []
     for line in filter(None, lines):
         said = [] if line.startswith("== ") else [*said, line]
-    refused = [line for line in said if line.startswith("error: ")]
-    return ["", *said, *refused][-1]
+    errors = [line for line in said if line.startswith("error: ")]
+    return ["", *said, *errors][-1]

@@ -43,14 +43,14 @@ class RoleBars:
             self._bars.stop()
 
     def update(self) -> None:
-        told = [(role, *self._look(role)) for role in self._roles]
-        for role, step, note in told:
+        states = [(role, *self._look(role)) for role in self._roles]
+        for role, step, note in states:
             self._bars.update(self._tasks[role.name], completed=step, note=note)
         now = time.perf_counter()
         if not self._console.is_terminal and now - self._lined > LINE_EVERY:
             self._lined = now
-            told = [f"{role.name} {step}/{self._totals[role.name]} ({note})" for role, step, note in told]
-            self._console.print(" | ".join(told), soft_wrap=True)
+            lines = [f"{role.name} {step}/{self._totals[role.name]} ({note})" for role, step, note in states]
+            self._console.print(" | ".join(lines), soft_wrap=True)
 
     def _step(self, role: Role) -> int:
         line = metrics.newest(self._run.metrics(role))

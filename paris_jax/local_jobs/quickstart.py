@@ -52,7 +52,7 @@ def quickstart(
       dry_run: print the commands and their devices, run nothing.
 
     Raises:
-      Refused: a role was refused, with its own sentence.
+      UserError: a role failed, with its own message.
       Preempted, KeyboardInterrupt: after SIGTERM or SIGINT, when every role has saved.
     """
     found = find_devices(devices)
@@ -188,9 +188,9 @@ def _print_commands(plan: JobGroups, groups: Sequence[Devices], whole: Devices) 
     jobs = list(plan.roles.values())
     blocks = [[f"{whole} {job}" for job in plan.before]]
     if jobs:
-        placed = [f"{devices} {job}" for devices, job in zip(groups, jobs, strict=False)]
+        commands = [f"{devices} {job}" for devices, job in zip(groups, jobs, strict=False)]
         title = f"# {len(groups)} side by side:" if len(groups) > 1 else "# in turn:"
-        blocks.append([title, *placed])
+        blocks.append([title, *commands])
         if waiting := jobs[len(groups) :]:
             then = ["# then, each on the devices of the first that is done:"] if len(groups) > 1 else []
             same = "" if len(groups) > 1 else f"{groups[0]} "

@@ -19,9 +19,9 @@ Kernel = Literal["xla", "cudnn", "pallas"]
 BLOCKS = (512, 256, 128)  # tokens that the TPU's kernel takes at once
 
 
-def pattern(name: str, frames: int, places: int) -> Callable[..., jax.Array]:
-    """Who attends to whom, one of PATTERNS, in a video of so many frames and places a frame, and what follows it."""
-    return {"joint": attend, "factorised": functools.partial(factorised, frames=frames, places=places)}[name]
+def pattern(name: str, frames: int, positions: int) -> Callable[..., jax.Array]:
+    """Who attends to whom, one of PATTERNS, in a video of so many frames and positions a frame, and what follows it."""
+    return {"joint": attend, "factorised": functools.partial(factorised, frames=frames, positions=positions)}[name]
 
 
 def factorised(
@@ -31,31 +31,31 @@ def factorised(
     length_B: jax.Array | None = None,
     *,
     frames: int,
-    places: int,
+    positions: int,
 ) -> jax.Array:
-    """Attention in two steps: P T (P + L + T) products where `attend` has (P T + L)^2, of P places, T frames, L texts.
+    """Attention in two steps: P T (P + L + T) products, `attend` (P T + L)^2, of P positions, T frames, L text tokens.
 
-    Each place attends to its own frame and the text, then to what the same place of every frame found:
-    p(frame, place' | frame', place) stands for one softmax over all frames and places. The queries and keys of both
-    steps are the same, so that there is nothing more to learn than in joint attention, whose weights fit; for a
-    single frame it is joint attention. The text, which follows the video, attends to everything.
+    Each position attends to its own frame and the text, then to the result of the same position in every frame:
+    one softmax over all frames and positions is replaced by p(frame) p(position | frame). Queries and keys of both
+    steps are the same, so the parameters are those of joint attention, whose weights fit; for a single frame it is
+    joint attention. The text, which follows the video, attends to everything.
     """
-    (B, S, H, D), N = q_BNHD.shape, frames * places
+    (B, S, H, D), N = q_BNHD.shape, frames * positions
 
     def by_frame(x_BSHD: jax.Array) -> jax.Array:
         """Each frame with the text behind it, (B * T, P + L, H, D)."""
-        video = x_BSHD[:, :N].reshape(B, frames, places, H, D)
+        video = x_BSHD[:, :N].reshape(B, frames, positions, H, D)
         text = jnp.broadcast_to(x_BSHD[:, None, N:], (B, frames, S - N, H, D))
-        return jnp.concatenate([video, text], axis=2).reshape(B * frames, places + S - N, H, D)
+        return jnp.concatenate([video, text], axis=2).reshape(B * frames, positions + S - N, H, D)
 
     def by_place(x: jax.Array) -> jax.Array:
-        return x.reshape(B, frames, places, H, D).swapaxes(1, 2).reshape(B * places, frames, H, D)
+        return x.reshape(B, frames, positions, H, D).swapaxes(1, 2).reshape(B * positions, frames, H, D)
 
-    length = None if length_B is None else jnp.repeat(length_B - (N - places), frames)
-    video = attend(q_BNHD[:, :N].reshape(B * frames, places, H, D), by_frame(k_BNHD), by_frame(v_BNHD), length)
+    length = None if length_B is None else jnp.repeat(length_B - (N - positions), frames)
+    video = attend(q_BNHD[:, :N].reshape(B * frames, positions, H, D), by_frame(k_BNHD), by_frame(v_BNHD), length)
     if frames > 1:
         video = attend(by_place(q_BNHD[:, :N]), by_place(k_BNHD[:, :N]), by_place(video))
-        video = video.reshape(B, places, frames, H, D).swapaxes(1, 2)
+        video = video.reshape(B, positions, frames, H, D).swapaxes(1, 2)
     text = attend(q_BNHD[:, N:], k_BNHD, v_BNHD, length_B)
     return jnp.concatenate([video.reshape(B, N, H, D), text], axis=1)
 
@@ -112,7 +112,8 @@ def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Ker
         reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:
         choice, reason = "cudnn", "flash attention"
-    logger.info("attention: %s (%s)", choice, reason)
+    # On a CPU there is no choice.
+    logger.log(logging.DEBUG if platform == "cpu" else logging.INFO, "attention: %s (%s)", choice, reason)
     return choice
 
 

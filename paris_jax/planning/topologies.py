@@ -97,8 +97,8 @@ def compile_step(program: ShardedStep) -> Footprint:
         needed = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
-        arguments, told = program.argument_bytes(), [part for part in needed.groups() if part]
-        size = float(told[0]) * 1024 ** " KMGT".index(told[1])
+        arguments, size_and_unit = program.argument_bytes(), [part for part in needed.groups() if part]
+        size = float(size_and_unit[0]) * 1024 ** " KMGT".index(size_and_unit[1])
         temporaries = size if needed[1] else max(0.0, size - arguments)
         return Footprint(arguments, temporaries, arguments + temporaries, memory)
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes

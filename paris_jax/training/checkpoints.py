@@ -1,4 +1,4 @@
-"""Orbax checkpoints of everything a job needs to go on exactly: the state, the position in the data, the clocks."""
+"""Orbax checkpoints of everything that an exact resume needs: state, data position and clocks."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from paris_jax.errors import UserError, first_line
 from paris_jax.training import distributed
 
 logger = logging.getLogger(__name__)
-PAUSES = 2, 10  # seconds before a checkpoint that the system could not read is tried again
+PAUSES = 2, 10  # seconds before another attempt at a checkpoint that the system could not read
 
 
 class Checkpoints:
@@ -42,7 +42,7 @@ class Checkpoints:
             raise error if distributed.is_device_lost(error) else _cannot_save(self.folder, step, error) from error
 
     def _check_room(self, step: int, state: Any) -> None:
-        """Refuses before writing what cannot fit; on a bucket there is always room."""
+        """Refuses to start a save that the disk has no room for; buckets are not checked."""
         if "://" in str(self.folder):
             return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
@@ -54,10 +54,10 @@ class Checkpoints:
         """The newest checkpoint that every process can read, as (step, state, data, clocks); None where there is none.
 
         Args:
-          abstract_state: shapes, dtypes and the shardings of the mesh at hand, whatever mesh saved it.
+          abstract_state: shapes, dtypes and shardings on the current mesh; the checkpoint may come from another.
 
         Raises:
-          Refused: checkpoints exist and none can be read; training never starts over in silence.
+          UserError: checkpoints exist and none can be read; training never starts over in silence.
         """
         failures = []
         steps = self.steps()
@@ -81,7 +81,8 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract_state: Any) -> tuple[tuple[int, Any, Any, Any] | None, str]:
-        """What `restore` returns, or None and why this process cannot read it; waits for no other process."""
+        """The checkpoint of a step, or None and the reason why this process cannot read it; waits for no other "
+        "process."""
         items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
         handler = ocp.CompositeCheckpointHandler()
         reason = ""
@@ -92,9 +93,9 @@ class Checkpoints:
                 if int(found["state"].step) != step:
                     raise ValueError(f"it holds step {int(found['state'].step)}")
                 return (step, found["state"], found["data"], found["clocks"]), "another process of this job cannot"
-            except Exception as error:  # whatever a damaged file makes a reader raise
+            except Exception as error:  # a damaged file may raise anything
                 if distributed.is_device_lost(error) or "RESOURCE_EXHAUSTED" in str(error):
-                    raise  # the checkpoint is not what is wrong
+                    raise  # not the checkpoint's fault
                 reason = first_line(error)[:200]
                 if pause is None or not _may_pass(error):
                     break
@@ -103,7 +104,7 @@ class Checkpoints:
         return None, reason
 
     def delete_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: unreadable ones, in the way of saving those steps again."""
+        """Deletes checkpoints newer than `step`: they are unreadable, and block saving these steps again."""
         for newer in [s for s in self.steps() if s > step]:
             self._manager.delete(newer)
 
@@ -119,15 +120,16 @@ class Checkpoints:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the operating system could not read at this moment: a disk on a network, perhaps, not a damaged file."""
+    """Whether an error may pass: the operating system failed to read, as network disks do, and the file is not "
+    "damaged."""
     missing = isinstance(error, FileNotFoundError) or "ENOENT" in str(error)
     return not missing and (isinstance(error, OSError) or "os_error_code" in str(error))
 
 
 def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> UserError:
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-    told = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's own words, where there are any
-    reason = told.group(1).strip() if told else first_line(error)
+    system = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's message
+    reason = system.group(1).strip() if system else first_line(error)
     return UserError(
         f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
     )

@@ -17,16 +17,16 @@ from jax.experimental import multihost_utils
 from paris_jax.errors import Preempted, UserError
 
 logger = logging.getLogger(__name__)
-SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": join whatever else is set; "0": never; not set: as `why_join` finds
+SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": always join; "0": never; not set: see `join_reason`
 TIMEOUT = 300  # seconds
 FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-# What is said when another process of the job is gone, and what XLA says of a device that is.
+# Error messages of a lost process of the job, and of a lost device.
 GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
 LOST = re.compile(r"^(UNAVAILABLE|DATA_LOSS)|CUDA_ERROR(?!_OUT_OF_MEMORY)|device lost|NCCL")
 
 
 def join_reason(environment: Mapping[str, str]) -> str:
-    """What says that this process is one of several of its job, or "" where nothing does."""
+    """The setting by which this process is one of several of its job, or ""."""
     switch = environment.get(SWITCH, "")
     if switch not in ("", "0", "1"):
         raise UserError(f"{SWITCH}={switch}: must be 1 (join the other processes), 0 (do not) or not set")
@@ -42,27 +42,26 @@ def join_reason(environment: Mapping[str, str]) -> str:
 
 
 def with_flags(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment, with what the flags `coordinator`, `num_processes` and `process_id` say put in its place."""
+    """The environment, overridden by the flags `coordinator`, `num_processes` and `process_id`."""
     given = {name: flags[flag] for flag, name in FLAGS.items() if flags[flag] is not None}
     missing = [f"--{flag}" for flag, name in FLAGS.items() if name not in given]
     if given and missing:
-        raise UserError(f"{' and '.join(missing)} must be given, too: the three flags together say who is in this job")
+        raise UserError(f"{' and '.join(missing)} must be given, too: the three flags go together")
     return {**environment, **{name: str(value) for name, value in given.items()}}
 
 
 def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
     """Joins the other processes of this job through jax.distributed where there are several; otherwise does nothing.
 
-    With JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which one this is;
-    on SLURM, Cloud TPU and Open MPI 4 JAX finds all three. Open MPI 5 says all but the address.
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID identify this process. On
+    SLURM, Cloud TPU and Open MPI 4 JAX finds all three; Open MPI 5 sets all but the address.
 
     Args:
-      environment: of this process, or what stands in for it.
+      environment: variables of this process.
       timeout: seconds to wait for the coordinator, and then for the other processes.
 
     Raises:
-      Refused: the coordinator does not answer, not all processes come to it, or what is set does not say which
-        process this is.
+      UserError: the coordinator does not answer, not all processes join, or this process cannot be identified.
     """
     why = join_reason(environment)
     if not why:
@@ -72,18 +71,18 @@ def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = T
     own_devices = None
     if address and count is None and number is None and environment.get("OMPI_COMM_WORLD_SIZE"):
         ranks = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
-        count, number, own_devices = (_number(environment, name) for name in ranks)  # a process a device
+        count, number, own_devices = (_number(environment, name) for name in ranks)  # one process per device
     where = address or "the address that JAX finds"
     logger.info("joining the other processes at %s, for up to %d seconds (because of %s)", where, timeout, why)
     if not address:
-        logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # names it
+        logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # logs the address
     if address and number:
         _wait_for_coordinator(address, timeout)
     import jax
 
     until = time.monotonic() + timeout
 
-    def join() -> None:  # when its own time is over, JAX ends the process with a stack trace: ours is over before
+    def join() -> None:  # JAX's own timeout ends the process with a stack trace, so ours comes first
         jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout + 60)
 
     def look() -> None:
@@ -108,7 +107,7 @@ def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = T
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error says that a device is gone or, in a job of several processes, that one of them is."""
+    """Whether an error reports the loss of a device or, in a job of several processes, of one of them."""
     import jax
 
     said = str(error)
@@ -118,7 +117,7 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def minimum_over_processes(value: int) -> int:
-    """The smallest value that any process of this job has, which all of them call this to learn."""
+    """The minimum of a value over all processes of this job; each has to call it."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -157,14 +156,15 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 class StopRequest:
-    """SIGTERM: finish the step, save, and leave with exit code 75; processes of one job agree on the step."""
+    """A request to stop by SIGTERM: finish the step, save, exit with code 75. Processes of one job agree on the "
+    "step."""
 
     def __init__(self):
         self._asked = False
         self._previous: Any = None
 
     def __enter__(self) -> "StopRequest":
-        # Joined processes are told by jax.distributed, which listens to the signal from the moment it is set up.
+        # In joined processes jax.distributed handles the signal from the moment it is initialised.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self
@@ -173,15 +173,15 @@ class StopRequest:
         self._asked = True
 
     def asked(self, step: int) -> bool:
-        """Whether to stop before making update `step`; to be called at every step."""
+        """Whether to stop before update `step`; has to be called at every step."""
         return self._asked or multihost_utils.reached_preemption_sync_point(step)
 
     def compiled(self, name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """The compiled step of a job, which takes minutes for a large network.
+        """Compiles the step of a job, which takes minutes for a large network, and can be interrupted.
 
         Raises:
-          Preempted: asked to stop meanwhile. Nothing has been trained that had to be saved; the compiler's thread goes
-            on until the process ends. Processes of one job agree on a step once all have compiled.
+          Preempted: a request to stop came meanwhile. There is nothing new to save; the compiler's thread runs on until
+            the process ends. Processes of one job agree on a step once all have compiled.
         """
         began = time.perf_counter()
         logger.info("%s: compiling its step", name)
@@ -204,9 +204,9 @@ _ABANDONED = "paris_jax, not interruptible: "
 
 
 def interruptible(what: str, work: Callable[[], Any], look: Callable[[], None]) -> Any:
-    """What `work()` returns or raises; handlers of signals run meanwhile, and `look()` every fifth of a second.
+    """Runs `work()` in a thread, so that signal handlers run meanwhile, and calls `look()` every fifth of a second.
 
-    What these raise leaves the work where it is, in its thread: it goes on until the process ends.
+    An exception of these abandons the work: its thread runs on until the process ends.
     """
     made: list[Any] = []
     failed: list[BaseException] = []
@@ -229,5 +229,5 @@ def interruptible(what: str, work: Callable[[], Any], look: Callable[[], None]) 
 
 
 def has_abandoned_work() -> bool:
-    """Whether work was left: the end of the process would wait for it, or take its memory from it."""
+    """Whether an abandoned call is still running, for which the end of the process would wait."""
     return any(thread.name.startswith(_ABANDONED) for thread in threading.enumerate())

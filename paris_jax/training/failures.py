@@ -1,4 +1,4 @@
-"""What can go wrong on the way, each in one sentence: too little memory, a loss that is not finite, a lost device."""
+"""Failures of a training job as one sentence each: too little memory, a non-finite loss, a lost device."""
 
 import contextlib
 import math
@@ -19,18 +19,18 @@ REMEDY = (
     "share it among more devices (training.fsdp), choose a smaller network.preset, or let 'paris-jax plan' find what "
     "fits"
 )
-MAX_LOSSES = 3  # of a device, with no new checkpoint in between, after which it is no accident
+MAX_LOSSES = 3  # losses of a device without a new checkpoint in between, after which a restart is pointless
 
 
 def check_memory(program: ShardedStep) -> None:
-    """Refuses a state that is larger than the memory of the devices, before it is made."""
+    """Refuses a state larger than the memory of the devices, before it is allocated."""
     device, needed = program.mesh.local_devices[0], program.argument_bytes()
     stats = device.memory_stats()
     if stats:
         there = stats.get("bytes_limit", math.inf)
     elif device.platform != "cpu":
         return
-    else:  # devices of a CPU share its memory
+    else:  # simulated devices share the host's memory
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(program.mesh.local_devices)
     if needed > there:
         raise UserError(
@@ -40,12 +40,12 @@ def check_memory(program: ShardedStep) -> None:
 
 
 class NonFiniteLoss(UserError):
-    """The loss, its gradient or the parameters are not numbers any more."""
+    """The loss, its gradient or the parameters are not finite."""
 
 
 @contextlib.contextmanager
 def explain_failures(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | None) -> Iterator[None]:
-    """Turns what ends a job before its time into a sentence that says what is kept and what to do."""
+    """Turns a non-finite loss or exhausted memory into one sentence with the cause, what is kept, and the remedy."""
     try:
         yield
     except metrics.NonFiniteStep as found:
@@ -69,7 +69,7 @@ def explain_failures(job: Job, saved: Checkpoints, clip_ids: Callable[[int], lis
 
 @contextlib.contextmanager
 def detect_device_loss(job: Job) -> Iterator[None]:
-    """Says what the loss of a device, or of another process of the job, means."""
+    """Turns the loss of a device or of another process into `DeviceLost`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, OSError, ValueError) as error:
@@ -89,19 +89,16 @@ def detect_device_loss(job: Job) -> Iterator[None]:
 
 
 def _count_losses(job: Job) -> int:
-    """How often this job has lost its device since its newest checkpoint, now included.
-
-    Not counted (0) for several processes, of which one may be taken away at any time.
-    """
+    """Losses of a device since the newest checkpoint, this one included; 0 for several, preemptible processes."""
     if jax.process_count() > 1:
         return 0
     path, checkpoints, times = job.folder / "lost.json", job.folder / "checkpoints", 1
-    with contextlib.suppress(OSError, UserError, KeyError):  # the loss is what there is to tell
+    with contextlib.suppress(OSError, UserError, KeyError):  # the loss itself is the error to report
         newest = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=-1)
         before = manifest.read_json(path) if path.exists() else {"step": newest, "times": 0}
         times = before["times"] + 1 if before["step"] == newest else 1
         if times >= MAX_LOSSES:
-            path.unlink()  # who has seen to it begins anew
+            path.unlink()  # the next run counts from the start
         else:
             manifest.write_json(path, {"step": newest, "times": times})
     return times
@@ -111,14 +108,14 @@ def _count_losses(job: Job) -> int:
 def note_failing_step(
     job: Job, watch: MetricsLogger, start: int, clip_ids: Callable[[int], list[str]] | None
 ) -> Iterator[None]:
-    """Notes on an error, for its traceback, at which step it came and with which clips."""
+    """Adds the step and its clips to the notes of an unexpected error."""
     try:
         yield
     except (UserError, Preempted):
         raise
     except Exception as error:
         step, clips = start if watch.handed is None else watch.handed, ""
-        with contextlib.suppress(Exception):  # the data may be what fails
+        with contextlib.suppress(Exception):  # the data may be the cause
             clips = f", whose clips are {', '.join(clip_ids(step))}" if clip_ids else ""
         error.add_note(f"{job.name} ended in, or next to, step {step + 1}{clips}")
         raise

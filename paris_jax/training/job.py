@@ -18,36 +18,38 @@ from paris_jax.encoders import text as texts
 from paris_jax.errors import UserError
 from paris_jax.models import flops, functional
 from paris_jax.models.dit import PATCH
-from paris_jax.training.losses import TimestepSampler
+from paris_jax.training.losses import PerSampleLosses, TimestepSampler, expert_losses, router_losses
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One network to train on one slice."""
+    """One network to train on one mesh."""
 
-    name: str  # for people: "expert 0"
-    folder: epath.Path  # where checkpoints and metrics go
+    name: str  # in log lines: "expert 0"
+    folder: epath.Path  # of checkpoints and metrics
     config: functional.Config
     settings: TrainingSettings
     steps: int
-    time_law: TimestepSampler
+    timestep_sampler: TimestepSampler
     latent_shape: tuple[int, int, int, int]  # (T, H, W, C) of one sample
     text_length: int  # tokens of the longest caption; shorter ones are padded
-    masks: MaskSettings = MaskSettings()  # which frames are given
-    null: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # no text, where it is not zeros
+    masks: MaskSettings = MaskSettings()  # distribution of the conditioning frames
+    null: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # null embedding, where not zeros
+    losses: PerSampleLosses = expert_losses
 
     @property
     def flops_per_sample(self) -> int:
-        """Of a training step, without recomputation."""
+        """FLOPs of a training step per sample, without recomputation."""
         return flops.training_flops(self.config, self.latent_shape, self.text_length)
 
     @property
     def padded_text_length(self) -> int:
-        """`text_length`, or a few more tokens of padding where a split over `sequence` needs them."""
+        """`text_length`, padded to a multiple of `training.sequence`."""
         return self.text_length + -self.text_length % self.settings.sequence
 
 
 def check_role(experiment: Experiment, role: Role) -> None:
+    """Refuses an expert without a cluster of the experiment, and a cluster for another role."""
     clusters = experiment.clustering.num_clusters
     if role.kind == "expert":
         if role.cluster is None:
@@ -59,7 +61,7 @@ def check_role(experiment: Experiment, role: Role) -> None:
 
 
 def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[Any]:
-    """The folders a role learns from: an expert's own cluster, or all of them."""
+    """The cluster folders that a role is trained on: an expert's own, or all."""
     wanted = range(experiment.clustering.num_clusters) if role.cluster is None else [role.cluster]
     return [run.cluster(k) for k in wanted]
 
@@ -71,14 +73,15 @@ def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[st
     found = manifest.read(folder, "cluster")
     if found["config_hash"] != experiment.data_hash:
         raise UserError(
-            f"{folder} was made with other data, codec, text, features or partition; cluster again in a new --workdir, "
+            f"{folder} was made with other data, codec, text, features or clustering; cluster again in a new "
+            "--workdir, "
             "or use the config that made it"
         )
     return found
 
 
 def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, int], Any]:
-    """Makes the data iterator of one of so many equal parts of a job's batches (`loop.train`)."""
+    """A function of (index, number of parts) that makes the iterator of that part of each batch (`train.train`)."""
     settings = job.settings
 
     def batches(part: int, parts: int) -> Any:
@@ -106,7 +109,7 @@ def job_of(
 ) -> Job:
     """The job of a role on latents and text of these sizes, computing in `dtype`."""
     settings, shift = experiment.settings_of(role.kind), timestep_shift(experiment, latent_shape)
-    given = {
+    sizes = {
         "channels": latent_shape[-1],
         "pooled_width": text_widths[1],
         "dtype": dtype,
@@ -114,31 +117,42 @@ def job_of(
         "cond_frames": bool(experiment.masks.kinds),
     }
     if role.kind == "router":
-        config = functional.router_config(experiment.router, clusters=experiment.clustering.num_clusters, **given)
+        config = functional.router_config(experiment.router, clusters=experiment.clustering.num_clusters, **sizes)
     else:
-        given |= {"text_width": text_widths[0], "prediction_type": settings.prediction_type}
-        config = functional.network_config(experiment.network, **given)
-    law = TimestepSampler(
+        sizes |= {"text_width": text_widths[0], "prediction_type": settings.prediction_type}
+        config = functional.network_config(experiment.network, **sizes)
+    sampler = TimestepSampler(
         settings.timestep_sampler, experiment.diffusion.timestep_mean, experiment.diffusion.timestep_std, shift
     )
-    steps = experiment.steps(role.kind)
-    return Job(role.name, folder, config, settings, steps, law, latent_shape, text_length, experiment.masks)
+    return Job(
+        name=role.name,
+        folder=folder,
+        config=config,
+        settings=settings,
+        steps=experiment.steps(role.kind),
+        timestep_sampler=sampler,
+        latent_shape=latent_shape,
+        text_length=text_length,
+        masks=experiment.masks,
+        losses=router_losses if role.kind == "router" else expert_losses,
+    )
 
 
 def timestep_shift(experiment: Experiment, latent_shape: Any) -> float:
-    """The shift of times, given or by Open-Sora 2.0's rule: the same in training and sampling."""
+    """The timestep shift, from the config or by Open-Sora 2.0's rule: the same in training and sampling."""
     T, H, W, _ = latent_shape
     return experiment.diffusion.timestep_shift or timesteps.open_sora_shift((H // PATCH) * (W // PATCH), T)
 
 
 def compute_dtype(name: str, platform: str) -> str:
-    """ "auto" is float32 on CPUs and bfloat16 on everything else."""
+    """The dtype of the computation; "auto" is float32 on CPUs and bfloat16 elsewhere."""
     if name != "auto":
         return name
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 def describe(job: Job, clips: int) -> str:
+    """Size, data, steps, work and devices of a job, for its first log line."""
     work = job.steps * job.settings.global_batch_size * job.flops_per_sample
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} ({job.config.dtype})"
     return (

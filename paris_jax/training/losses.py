@@ -13,14 +13,16 @@ from paris_jax.diffusion import cond_masks, losses, path, randomness, timesteps
 from paris_jax.models import functional
 
 TIME_BINS = 8
-MASK_KEY = 3  # folded into a sample's key for what frames it is given: another number than the splits that follow
+MASK_KEY = (
+    3  # folded into a sample's key for its conditioning mask; differs from the splits for noise, timestep and dropout
+)
 Batch = dict[str, jax.Array]
-Losses = Callable[[functional.Params, Batch, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+PerSampleLosses = Callable[..., jax.Array]  # (config, params, batch, x_0, noise, t_B) -> (B,)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimestepSampler:
-    """The law of training times: sigmoid(normal(mean, std)) or uniform, then shifted."""
+    """Distribution of training timesteps: sigmoid(normal(mean, std)) or uniform, then shifted."""
 
     kind: str
     mean: float
@@ -28,6 +30,7 @@ class TimestepSampler:
     shift: float
 
     def draw(self, keys_B: jax.Array) -> jax.Array:
+        """A timestep in [0, 1] for each key, (B,) float32."""
         if self.kind == "uniform":
             return timesteps.shift(jax.vmap(jax.random.uniform)(keys_B), self.shift)
         return timesteps.logit_normal(randomness.normal(keys_B, ()), self.mean, self.std, self.shift)
@@ -36,9 +39,9 @@ class TimestepSampler:
 def drop_text(
     batch: Batch, keys_B: jax.Array, settings: TrainingSettings, null: Mapping[str, np.ndarray] | None = None
 ) -> Batch:
-    """Replaces the token sequence and, independently, the pooled vector of some samples by "no text".
+    """Replaces the text tokens and, independently, the pooled text of some samples by the null embedding.
 
-    That is zeros, or what `null` holds: tokens (L, X) and pooled (P,).
+    It is zeros, or `null`: tokens (L, X) and pooled (P,).
     """
     chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     keep_tokens, keep_pooled = chance[:, 0] >= settings.drop_tokens, chance[:, 1] >= settings.drop_pooled
@@ -54,21 +57,25 @@ def drop_text(
     }
 
 
-def expert_losses(config: Any, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+def expert_losses(
+    config: Any, params: functional.Params, batch: Batch, x_0: jax.Array, noise: jax.Array, t_B: jax.Array
+) -> jax.Array:
     """Flow-matching loss of each sample, or DDPM's where the network predicts noise, (B,)."""
-    told = batch["tokens"], batch["length"], batch["pooled"], batch.get("kept")
-    objective = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.prediction_type]
-    return objective(lambda x, t: functional.apply(config, params, x, t, *told), x_0, noise, t_B)
+    condition = batch["tokens"], batch["length"], batch["pooled"], batch.get("cond")
+    loss = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.prediction_type]
+    return loss(lambda x, t: functional.apply(config, params, x, t, *condition), x_0, noise, t_B)
 
 
-def router_losses(config: functional.Config, params, batch: Batch, x_0, noise, t_B) -> jax.Array:
+def router_losses(
+    config: functional.Config, params: functional.Params, batch: Batch, x_0: jax.Array, noise: jax.Array, t_B: jax.Array
+) -> jax.Array:
     """Cross-entropy of each sample's cluster given its noised latent, (B,)."""
-    told = batch["pooled"], batch.get("kept")
-    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, *told)
+    condition = batch["pooled"], batch.get("cond")
+    logits = functional.apply(config, params, path.interpolate(x_0, noise, t_B), t_B, *condition)
     return losses.cross_entropy(logits, batch["cluster"])
 
 
-def add_cond_frames(batch: Batch, keys_B: jax.Array, drawn: MaskSettings) -> Batch:
-    """Adds the frames of each sample that the network is given."""
+def add_cond_frames(batch: Batch, keys_B: jax.Array, masks: MaskSettings) -> Batch:
+    """Adds the conditioning input `cond` of each sample, with a mask drawn from its key."""
     x_0 = batch["latent"]
-    return batch | {"kept": cond_masks.cond_input(x_0, cond_masks.draw(keys_B, drawn.weights, x_0.shape[1]))}
+    return batch | {"cond": cond_masks.cond_input(x_0, cond_masks.draw(keys_B, masks.weights, x_0.shape[1]))}

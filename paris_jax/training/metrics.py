@@ -48,7 +48,7 @@ class Writer(Protocol):
 
 
 class _TensorBoardX:
-    """TensorBoard files without TensorFlow. What a run that was stopped wrote after step `start` is not shown."""
+    """TensorBoard files without TensorFlow. Entries after step `start`, of a run that was stopped, are purged."""
 
     def __init__(self, folder: epath.PathLike, start: int):
         from tensorboardX import SummaryWriter
@@ -60,35 +60,36 @@ class _TensorBoardX:
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        self._writer.flush()  # of what its thread has taken up; the rest follows within ten seconds
+        self._writer.flush()  # its thread writes the rest within ten seconds
 
     def close(self) -> None:
         self._writer.close()
 
 
 def tensorboard(folder: epath.PathLike, start: int) -> Writer:
-    """clu's writer where TensorFlow is installed, otherwise one that needs none."""
+    """clu's writer where TensorFlow is installed, otherwise tensorboardX."""
     if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
         import tensorflow as tf
         from clu import metric_writers
 
-        tf.config.set_visible_devices([], "GPU")  # it would take the memory that the network needs
+        tf.config.set_visible_devices([], "GPU")  # it would allocate all memory
         return metric_writers.SummaryWriter(str(folder))
     return _TensorBoardX(folder, start)
 
 
 class _WeightsAndBiases:
-    """The same lines on Weights & Biases, as one run of a fixed id however often the job is stopped and goes on."""
+    """The same lines on Weights & Biases, as one run with a fixed id over all restarts of the job."""
 
-    def __init__(self, told: dict[str, Any]):
+    def __init__(self, arguments: dict[str, Any]):
         import wandb
 
         try:
-            self._run = wandb.init(**told, resume="allow")
+            self._run = wandb.init(**arguments, resume="allow")
         except wandb.Error as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
-                f"wandb_project={told['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb login', "
+                f"wandb_project={arguments['project']!r}: Weights & Biases cannot be reached ({said}); run 'wandb "
+                "login', "
                 "set "
                 "WANDB_MODE=offline, or leave wandb_project empty"
             ) from error
@@ -97,14 +98,14 @@ class _WeightsAndBiases:
         self._run.log(scalars, step=step)
 
     def flush(self) -> None:
-        pass  # it sends on its own
+        pass  # wandb sends in the background
 
     def close(self) -> None:
         self._run.finish()
 
 
 class NullMetrics:
-    """The metrics of a job's other processes: the first one writes for all."""
+    """Metrics of all processes but the first, which writes for all."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         pass
@@ -117,9 +118,9 @@ class NullMetrics:
 
 
 class _JsonLines:
-    """A text file that grows by a line at a time; on a bucket, where nothing grows, it is written anew now and then."""
+    """A text file that grows line by line; on a bucket, it is rewritten now and then."""
 
-    PAUSE = 30.0  # seconds between two writings of an object
+    PAUSE = 30.0  # seconds between two writes of an object
 
     def __init__(self, path: epath.Path, text: str):
         self._path, self._text, self._written = path, text, time.monotonic()
@@ -147,9 +148,9 @@ class _JsonLines:
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard of one job; lines after the step that a resumed job starts from are dropped.
+    """`metrics.jsonl` and TensorBoard of one job; lines after the first step of a resumed job are dropped.
 
-    `tracker` holds the arguments of `wandb.init`, for those who want the lines on Weights & Biases, too.
+    `tracker`: arguments of `wandb.init`, to log to Weights & Biases, too.
     """
 
     def __init__(self, folder: epath.PathLike, start: int, tracker: dict[str, Any] | None = None):
@@ -165,7 +166,7 @@ class Metrics:
             writer.write_scalars(step, scalars)
 
     def flush(self) -> None:
-        """Puts every line of `metrics.jsonl` where it outlives this process: what led to a checkpoint is not lost."""
+        """Makes every line durable, so that those before a checkpoint survive a crash."""
         for each in (*self._writers, self._lines):
             each.flush()
 
@@ -191,7 +192,7 @@ def newest(path: epath.PathLike) -> dict[str, float] | None:
         *whole, _ = file.read().split(b"\n")
     try:
         return json.loads(whole[-1]) if whole else None
-    except ValueError:  # being written, or damaged
+    except ValueError:  # half written, or damaged
         return None
 
 
@@ -206,7 +207,7 @@ def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def average(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Means over the steps of a window; the loss by time bin weighs every sample equally and leaves empty bins out."""
+    """Means over the steps of a window; the loss by timestep bin weighs samples equally and omits empty bins."""
     scalars = {name: float(np.mean([w[name] for w in window])) for name in window[0] if not name.startswith("bin_")}
     sums, counts = (np.sum([w[name] for w in window], axis=0) for name in ("bin_sum", "bin_count"))
     for b in range(TIME_BINS):
@@ -224,7 +225,7 @@ def first_not_finite(window: list[dict[str, np.ndarray]]) -> int | None:
 
 
 def wandb_arguments(experiment: Experiment, job: Job) -> dict[str, Any] | None:
-    """How a job is told to Weights & Biases, if it is: its id comes of its folder and stays the same."""
+    """Arguments of `wandb.init` for a job, or None; the id derives from its folder and stays the same over restarts."""
     if not experiment.wandb_project:
         return None
     if importlib.util.find_spec("wandb") is None:
@@ -241,15 +242,15 @@ def wandb_arguments(experiment: Experiment, job: Job) -> dict[str, Any] | None:
     }
 
 
-# Steps that the devices may have before them: they never wait for the host, and a job that has to stop soon can.
+# Steps in flight on the devices: enough that they never wait for the host, few enough to stop soon.
 IN_FLIGHT = 2
-LINE_EVERY = 10.0  # seconds, where there is no terminal
+LINE_EVERY = 10.0  # seconds between log lines without a terminal
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 @dataclasses.dataclass
 class Clocks:
-    """Seconds since the last line, and of the whole job over all its restarts."""
+    """Times in seconds: since the last line, and of the whole job over all restarts."""
 
     trained: float = 0.0  # seconds of training before this start
     waited: float = 0.0  # seconds waiting for data since the last line
@@ -261,26 +262,26 @@ class Clocks:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what is done inside as waiting for data."""
+        """Counts the time inside as waiting for data."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
 
 class MetricsLogger:
-    """Takes every step's values as they are promised and writes their averages once they have come."""
+    """Collects the metrics of every step without waiting for them, and writes their averages one line late."""
 
     def __init__(self, job: Job, mesh: jax.sharding.Mesh, clocks: Clocks, writer: Any, console: "ProgressReport"):
         self._job, self._mesh, self._clocks, self._writer, self._console = job, mesh, clocks, writer, console
         self._window: list[dict[str, jax.Array]] = []
         self._running: collections.deque[jax.Array] = collections.deque()
-        self.handed: int | None = None  # the last step (from 0) that the devices were given
+        self.handed: int | None = None  # the last step (from 0) that was dispatched
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes the values of step `step` (from 0), just handed to the devices; a line that is due is of those before.
+        """Takes the metrics of step `step` (from 0), just dispatched; a line that is due covers the steps before.
 
         Raises:
-          metrics.FoundNotFinite: a step before has a loss, gradient or parameter that is not a number.
+          NonFiniteStep: an earlier step has a non-finite loss, gradient or parameter.
         """
         self.handed = step
         if step % self._job.settings.log_every_steps == 0:
@@ -291,7 +292,7 @@ class MetricsLogger:
             self._running.popleft().block_until_ready()
 
     def line(self, step: int) -> None:
-        """Waits for all steps before `step` that have no line yet, and writes it."""
+        """Waits for all steps before `step` that have no line yet, and writes one."""
         if not self._window:
             return
         values = jax.device_get(self._window)
@@ -304,12 +305,12 @@ class MetricsLogger:
         self._console.show(step, scalars)
 
     def flush(self) -> None:
-        """Puts the lines where they outlive this process."""
+        """Makes the lines durable."""
         self._writer.flush()
 
 
 def throughput(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Step time, clips a second, share of peak and share of time spent waiting for data, since the last line."""
+    """Step time, clips per second, MFU and the fraction of time spent waiting for data, since the last line."""
     now = time.perf_counter()
     elapsed, clocks.lined = now - clocks.lined, now
     waited, clocks.waited = clocks.waited, 0.0
@@ -318,7 +319,7 @@ def throughput(job: Job, steps: int, clocks: Clocks, mesh: jax.sharding.Mesh) ->
         "clips_per_second": steps * job.settings.global_batch_size / elapsed,
         "data_wait": waited / elapsed,
         "seconds_trained": clocks.total(),
-        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,  # bytes, the most so far
+        "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,  # bytes, peak
     }
     if stats := mesh.local_devices[0].memory_stats():  # CPUs have none
         scalars["device_memory"] = stats["peak_bytes_in_use"]

@@ -27,8 +27,9 @@ def learning_rate(settings: TrainingSettings, steps: int) -> optax.Schedule:
 def optimizer(settings: TrainingSettings, steps: int) -> optax.GradientTransformation:
     """Clip by global norm; then Adam, Muon or Adafactor; then weight decay, scaled by the learning rate as in AdamW.
 
-    Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (what goes in and out, modulation,
-    norms and biases) takes Adam's step, with Nesterov momentum. Muon's steps are scaled to Adam's usual size (Liu et
+    Muon (Jordan 2024) orthogonalises the momentum of the blocks' matrices; the rest (input and output
+    layers, modulation, norms and biases) takes Adam's step, with Nesterov momentum. Muon's steps are scaled to Adam's
+    usual size (Liu et
     al. 2025, arXiv 2502.16982), so that one learning rate serves both. Adafactor (Shazeer and Stern 2018) keeps row and
     column means of the squared gradients only; its learning rate is relative to the size of each parameter.
     """
@@ -54,12 +55,12 @@ def optimizer(settings: TrainingSettings, steps: int) -> optax.GradientTransform
 
 
 def _is_matrix(params: functional.Params) -> Any:
-    """Which parameters are decayed: the matrices."""
+    """Mask of the parameters with weight decay: the matrices."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def _stacked_matrices(params: functional.Params) -> Any:
-    """How Muon reads each stack (layers, inputs, outputs) of the blocks' matrices; None for what is Adam's."""
+    """Muon's axes of each stack (layers, inputs, outputs) of the blocks' matrices; None for Adam's parameters."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def of(path: Any, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -70,10 +71,10 @@ def _stacked_matrices(params: functional.Params) -> Any:
 
 
 def ema_decay(settings: TrainingSettings, step: jax.Array) -> jax.Array:
-    """Decay of the average at an update.
+    """Decay of the parameter average at an update.
 
-    min(ema, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_sigma_rel`, (1 - 1 / (n + 1))^(g + 1):
-    the horizon grows with training and stays the same share of it (power function average, Karras et al. 2024,
+    min(ema_decay, (1 + n) / (10 + n)): early steps are forgotten quickly. With `ema_sigma_rel`, (1 - 1 / (n + 1))^(g
+    + 1): the horizon grows with training at a constant relative width (power-function average, Karras et al. 2024,
     arXiv 2312.02696, equation 2).
     """
     if settings.ema_sigma_rel:
@@ -82,7 +83,7 @@ def ema_decay(settings: TrainingSettings, step: jax.Array) -> jax.Array:
 
 
 def ema_power(width: float) -> float:
-    """The power g whose average has the standard deviation `width`, as a share of training (ibid., equation 4).
+    """The exponent g whose average has the relative standard deviation `width` (ibid., equation 4).
 
     width^2 (g + 2)^2 (g + 3) = g + 1; between 0 and about 0.28 there is one g above 0.
     """

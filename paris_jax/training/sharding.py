@@ -17,7 +17,7 @@ from paris_jax.models.router import RouterConfig
 
 
 def make_mesh(settings: TrainingSettings, devices: list[Any] | None = None) -> Mesh:
-    """The devices of this job as (data, fsdp, tensor, sequence); refuses a split that does not divide them."""
+    """The mesh (data, fsdp, tensor, sequence) of this job's devices; refuses sizes that do not divide them."""
     devices = jax.devices() if devices is None else devices
     named = {name: getattr(settings, name) for name in sharding_rules.MESH_AXES if name != "data"}
     split = math.prod(named.values())
@@ -49,7 +49,7 @@ def make_mesh(settings: TrainingSettings, devices: list[Any] | None = None) -> M
 def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: str = "training.") -> None:
     """Refuses a mesh that does not divide a network's width, heads or the video tokens of one sample.
 
-    `prefix` is of the mesh's sizes, as the refusal names them.
+    `prefix` stands before the names of mesh axes in the error.
     """
     fsdp, tensor, sequence = (mesh.shape[name] for name in ("fsdp", "tensor", "sequence"))
     if isinstance(config, RouterConfig) and sequence > 1:
@@ -66,7 +66,7 @@ def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: st
 def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
     """A PartitionSpec for every array of a training state, on a mesh of these sizes.
 
-    Moments and EMA lie where their parameter lies.
+    Moments and average are sharded as their parameter.
     """
     parameters = functional.to_names(abstract_state.params)
     specs = {name: sharding_rules.parameter_spec(name, leaf.shape, sizes) for name, leaf in parameters.items()}
@@ -75,7 +75,7 @@ def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
         keys = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
         ends = (".".join(keys[i:]) for i in range(len(keys)))
         name = next((end for end in ends if end in parameters), None)
-        # What is smaller than its parameter (Adafactor's means of rows and columns) is whole everywhere.
+        # State smaller than its parameter (Adafactor's row and column means) is replicated.
         same = name is not None and leaf.shape == parameters[name].shape
         return specs[name] if same and name else PartitionSpec()
 
@@ -83,9 +83,9 @@ def state_specs(abstract_state: Any, sizes: Mapping[str, int]) -> Any:
 
 
 def rows_of_this_process(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of how many equal parts of the batch this process brings.
+    """(index, count): the part of the batch that this process loads.
 
-    Processes whose devices hold the same samples (split over tensor or sequence) bring the same part.
+    Processes whose devices hold the same samples (sharded over tensor or sequence) load the same part.
     """
     rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
     held: dict[int, set[int]] = {}
@@ -107,7 +107,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @functools.cache
 def _batch_layout(mesh: Mesh) -> tuple[NamedSharding, int]:
-    """Where batches lie and in how many parts they come: found once, not at every step."""
+    """Sharding of a batch, and the number of its parts; cached, because it is used at every step."""
     return batch_sharding(mesh), rows_of_this_process(mesh)[1]
 
 
@@ -121,10 +121,9 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of device arrays as numpy arrays in process 0, None elsewhere; every process of the job has to call it.
+    """A tree of device arrays as NumPy arrays in process 0, None elsewhere; every process of the job has to call it.
 
-    What is split over processes is gathered piece by piece (a layer of a stack at a time), so that no device has to
-    hold more than one piece beside its own share.
+    Arrays sharded over processes are gathered layer by layer, so that no device holds more than one gathered layer.
     """
     kept = jax.process_index() == 0
     gathered = jax.tree.map(lambda leaf: _gather(leaf, kept), tree)
@@ -140,7 +139,8 @@ def _gather(leaf: jax.Array, kept: bool) -> np.ndarray | None:
         whole = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
         return np.asarray(whole.addressable_data(0)) if kept else None
     layer = jax.jit(lambda x, i: x[i], out_shardings=everywhere)
-    layers = (layer(leaf, i).addressable_data(0) for i in range(leaf.shape[0]))  # every process makes each of them
+    # A collective: every process computes each layer.
+    layers = (layer(leaf, i).addressable_data(0) for i in range(leaf.shape[0]))
     held = [np.asarray(piece) for piece in layers if kept]
     return np.stack(held) if kept else None
 

@@ -22,26 +22,26 @@ from paris_jax.weights.convert import FRESH, WEIGHTS, read_manifest
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that is saved and restored, apart from the position in the data.
+    """Everything that is saved and restored, except the data position.
 
-    There is no key here: every draw is a function of the seed, `step` and the sample's global index.
+    It has no key: every random number is a function of the seed, `step` and the sample's global index.
     """
 
-    step: jax.Array  # () int32, updates made
+    step: jax.Array  # () int32, number of updates
     params: functional.Params  # float32
-    ema: functional.Params  # float32, starts at the parameters
+    ema: functional.Params  # float32, initialised with the parameters
     opt_state: Any
 
 
 def create(config: functional.Config, settings: TrainingSettings, steps: int, key: jax.Array) -> TrainState:
-    """A fresh state; call it under jit with out_shardings to make it in place."""
+    """A fresh state; call it under jit with out_shardings to create it sharded."""
     params = functional.init(config, key)
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer(settings, steps).init(params))
 
 
 def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, str] | None:
-    """Hashes of the weights that a job starts from, kept beside its checkpoints; a job that goes on needs no more."""
+    """Hashes of a job's initial weights, stored beside its checkpoints; a resumed job does not need the weights."""
     if not job.settings.init_from:
         return None
     kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
@@ -52,15 +52,15 @@ def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, st
     return hashes
 
 
-# Fields in which a network may differ from what it starts from.
+# Fields in which a network may differ from its initial weights.
 FREE_FIELDS = ("remat", "dtype", "cond_frames", "prediction_type", "attention")
 
 
 def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
-    """The manifest of weights that a network of this config can start from.
+    """The manifest of initial weights for a network of this config.
 
     Raises:
-      Refused: a folder without whole weights, or of another network, naming the fields.
+      UserError: incomplete weights, or another network, naming the fields.
     """
     folder = epath.Path(folder)
     found = read_manifest(folder)
@@ -84,19 +84,19 @@ def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> 
     if problems:
         raise UserError(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
     if network.get("cond_frames") and not config.cond_frames:
-        raise UserError(f"{folder} has an input for frames that are given; set config.masks, so that it is used")
+        raise UserError(f"{folder} has an input for conditioning frames; set config.masks, so that it is used")
     return found
 
 
 def weight_hashes(folder: epath.PathLike, config: functional.Config) -> dict[str, str]:
-    """SHA-256 of the files of weights that a network of this config can start from; refuses others as `check` does."""
+    """SHA-256 of the files of initial weights; refuses those that `check_initial_weights` refuses."""
     return {name: promise["sha256"] for name, promise in check_initial_weights(folder, config)["files"].items()}
 
 
 def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainState:
-    """The state with its parameters, and their average, from `folder`: each device reads its own part of each array.
+    """The state with parameters and average from `folder`; each device reads its own shard.
 
-    An input for frames that are given, which the weights may lack, starts at nothing, as in a fresh network.
+    An input for conditioning frames that the weights lack stays zero-initialised.
     """
     tensors = Tensors(epath.Path(folder) / WEIGHTS)
 
@@ -113,7 +113,7 @@ def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainStat
         leaf.delete()
         return jax.make_array_from_callback(shape, sharding, part)
 
-    for leaf in jax.tree.leaves(state.ema):  # what is replaced is not held beside what replaces it
+    for leaf in jax.tree.leaves(state.ema):  # frees the memory before the weights are read
         leaf.delete()
     params = jax.tree_util.tree_map_with_path(read, state.params)
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -14,7 +14,6 @@ from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.diffusion import losses, randomness
 from paris_jax.models import functional
 from paris_jax.models.dit import video_tokens
-from paris_jax.models.router import RouterConfig
 from paris_jax.training import optimizer, sharding
 from paris_jax.training import state as states
 from paris_jax.training.job import Job
@@ -22,42 +21,50 @@ from paris_jax.training.losses import (
     MASK_KEY,
     TIME_BINS,
     Batch,
+    PerSampleLosses,
     TimestepSampler,
     add_cond_frames,
     drop_text,
-    expert_losses,
-    router_losses,
 )
 from paris_jax.training.state import TrainState, load_initial_weights
 
 
 def make_step(
+    per_sample_losses: PerSampleLosses,
     config: functional.Config,
     settings: TrainingSettings,
     steps: int,
-    time_law: TimestepSampler,
-    drawn: MaskSettings,
+    timestep_sampler: TimestepSampler,
+    masks: MaskSettings,
     null: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """Builds the step of an expert, a monolith or a router (told by its config), not yet jitted.
+    """Builds the training step of a network, not yet jitted.
 
-    `null` is what is said where no text is said, `drop_text`.
+    Args:
+      per_sample_losses: `losses.expert_losses` or `losses.router_losses`.
+      config: of the network.
+      settings, steps: of the training.
+      timestep_sampler: distribution of the timesteps.
+      masks: distribution of the conditioning frames.
+      null: the null embedding where it is not zeros, for text dropout (`losses.drop_text`).
+
+    Returns:
+      (state, batch) -> (state, metrics); metrics are scalars, and sums and counts by timestep bin.
     """
-    losses_of = router_losses if isinstance(config, RouterConfig) else expert_losses
     transform, schedule = optimizer.optimizer(settings, steps), optimizer.learning_rate(settings, steps)
 
     def gradient(params: functional.Params, step: jax.Array, batch: Batch) -> tuple[functional.Params, Any]:
-        """Gradient of the mean loss, and each sample's loss and time."""
+        """Gradient of the mean loss, and each sample's loss and timestep."""
         keys = randomness.sample_keys(settings.seed, step, batch["index"])
         noise_keys, time_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
         x_0 = batch["latent"]
-        noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), time_law.draw(time_keys)
+        noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), timestep_sampler.draw(time_keys)
         inputs = drop_text(batch, drop_keys, settings, null)
         if config.cond_frames:
-            inputs = add_cond_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASK_KEY))(keys), drawn)
+            inputs = add_cond_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASK_KEY))(keys), masks)
 
         def mean_loss(params: functional.Params) -> tuple[jax.Array, jax.Array]:
-            losses_B = losses_of(config, params, inputs, x_0, noise, t_B)
+            losses_B = per_sample_losses(config, params, inputs, x_0, noise, t_B)
             return losses_B.mean(), losses_B
 
         grads, losses_B = jax.grad(mean_loss, has_aux=True)(params)
@@ -68,14 +75,14 @@ def make_step(
             grads, (losses_B, t_B) = gradient(state.params, state.step, batch)
         else:
 
-            def one_part(total: functional.Params, part: Batch) -> tuple[functional.Params, Any]:
-                grads, of_samples = gradient(state.params, state.step, part)
-                return jax.tree.map(jnp.add, total, grads), of_samples
+            def add_gradient(total: functional.Params, microbatch: Batch) -> tuple[functional.Params, Any]:
+                grads, per_sample = gradient(state.params, state.step, microbatch)
+                return jax.tree.map(jnp.add, total, grads), per_sample
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            total, of_samples = jax.lax.scan(one_part, zeros, microbatches(batch, settings.grad_accum_steps))
+            total, per_sample = jax.lax.scan(add_gradient, zeros, microbatches(batch, settings.grad_accum_steps))
             grads = jax.tree.map(lambda g: g / settings.grad_accum_steps, total)
-            losses_B, t_B = (x.reshape(-1) for x in of_samples)
+            losses_B, t_B = (x.reshape(-1) for x in per_sample)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         decay = optimizer.ema_decay(settings, state.step)
@@ -96,12 +103,12 @@ def make_step(
 
 
 def microbatches(batch: Batch, parts: int) -> Batch:
-    """A batch (B, ...) as (parts, B / parts, ...), every device keeping the samples it has."""
+    """A batch (B, ...) as (parts, B / parts, ...); every device keeps the samples it has."""
     return {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
 
 class ShardedStep:
-    """A job's state and step on the mesh of `devices` (by default all that this job has)."""
+    """A job's state and compiled step on a mesh of `devices`, by default all of this job."""
 
     def __init__(self, job: Job, devices: list[Any] | None = None):
         self.job, self.mesh = job, sharding.make_mesh(job.settings, devices)
@@ -114,17 +121,18 @@ class ShardedStep:
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, self.shardings
         )
         self._make_state = jax.jit(make_state, out_shardings=self.shardings)
-        # One fixed compilation: the state keeps its place from step to step, and its memory is used again.
-        step = make_step(job.config, job.settings, job.steps, job.time_law, job.masks, job.null)
+        # One compilation: the state keeps its sharding from step to step, and its memory is reused.
+        step = make_step(job.losses, job.config, job.settings, job.steps, job.timestep_sampler, job.masks, job.null)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def first_state(self) -> TrainState:
+        """A fresh state on the mesh, with the initial weights of `init_from` where that is set."""
         with jax.set_mesh(self.mesh):
             state = self._make_state(jax.random.key(self.job.settings.seed))
         return load_initial_weights(self.job.settings.init_from, state) if self.job.settings.init_from else state
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and places of a batch, as `data.pipeline.training_batches` makes it."""
+        """Shapes, dtypes and shardings of a batch, as `data.loader.training_batches` makes it."""
         job, B = self.job, self.job.settings.global_batch_size
         text_width = getattr(job.config, "text_width", 1)
         shapes = {
@@ -143,6 +151,6 @@ class ShardedStep:
         return sharding.bytes_per_device((self.state, self.batch()))
 
     def lower(self) -> Any:
-        """The step, traced and lowered for the mesh's devices, which need not be here."""
+        """The step, lowered for the mesh's devices, which need not be attached."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.state, self.batch())

@@ -1,6 +1,6 @@
-"""`paris-jax sweep`: one role trained for a few steps with each of several settings, on the same clips and noise.
+"""`paris-jax sweep`: short trainings of one role with several settings, on the same clips and noise.
 
-With learning rates, it is a learning-rate finder. Nothing is exported: what was chosen goes into the config.
+With learning rates, it is a learning-rate finder. Nothing is exported; the best setting belongs in the config.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from paris_jax.training import failures, metrics, state, train
 from paris_jax.training.job import Job, batch_iterator, check_role, cluster_folders, make_job, read_cluster
 
 logger = logging.getLogger(__name__)
-FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the config's learning rate, where nothing else is asked for
-VARIED = ("training.", "router_training.", "network.", "router.", "diffusion.")  # what needs no other data
-SWEEP_METRIC = 0.25  # the last share of the steps, whose loss is compared
+FACTORS = (1 / 27, 1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the config's learning rate, the default of --vary
+VARIED = ("training.", "router_training.", "network.", "router.", "diffusion.")  # fields that need no other data
+SWEEP_METRIC = 0.25  # last fraction of the steps, whose mean loss is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Variant:
 
 
 def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int) -> list[Variant]:
-    """Every combination of what is varied, each trained for `steps`.
+    """All combinations of the varied fields, each with `steps` steps.
 
     Args:
       vary: "training.learning_rate=1e-4,1e-3": a field and its values. Empty: learning rates around the config's.
 
     Raises:
-      Refused: a field that is unknown or belongs to the data, or a value that cannot be.
+      UserError: an unknown field, a field of the data, or an impossible value.
     """
     section, settings = "router_training" if role.kind == "router" else "training", experiment.settings_of(role.kind)
     if not vary:
@@ -63,7 +63,7 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
                 "such as training.learning_rate=1e-4,1e-3; what changes the data needs a run folder of its own"
             )
         axes.append([f"{field}={value}" for value in values.split(",")])
-    # As short as it is, every job has the warm-up and the end that it would have in full, in proportion.
+    # Warm-up and final decay are shortened in proportion.
     warmup = min(settings.warmup_steps * steps // experiment.steps(role.kind), steps - 1)
     short = (
         f"{section}.steps={steps}",
@@ -87,17 +87,17 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
 
 
 def _of_role(experiment: Experiment, role: Role) -> str:
-    """The hash of an experiment without what only the other networks read."""
+    """Hash of an experiment without the fields of other roles."""
     other = ("training", "network") if role.kind == "router" else ("router_training", "router")
     default = Experiment()
     return dataclasses.replace(experiment, **{name: getattr(default, name) for name in other}).hash
 
 
 def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str], steps: int) -> dict[str, Any]:
-    """Trains every variant into RUN/sweeps and prints which loss each ends with.
+    """Trains every variant into RUN/sweeps and prints its final loss.
 
-    Every variant sees the same clips, times and noise, so their losses may be compared closely. A finished variant is
-    not trained again, an interrupted one goes on.
+    All variants see the same clips, timesteps and noise. A finished variant is not trained again, an interrupted one
+    resumes.
 
     Returns:
       {"role", "steps", "variants": [{"changes", "loss"}], "best"}, also written to RUN/sweeps/ROLE/results.json; a loss
@@ -109,22 +109,23 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     found = variants(experiment, role, vary, steps)
     folders = cluster_folders(experiment, run, role)
     data = [read_cluster(folder, experiment, run) for folder in folders]
-    told = []
-    jobs = [_job(variant, run, role, data[0]) for variant in found]  # what cannot start is refused before any starts
+    outcomes = []
+    # Refuses an impossible variant before any is trained.
+    jobs = [_job(variant, run, role, data[0]) for variant in found]
     for variant, job in zip(found, jobs, strict=True):
         loss = _train(job, folders)
         logger.info("%s: %s", variant.name, "not finite" if loss is None else f"loss {loss:.4f}")
-        told.append({"changes": list(variant.changes), "loss": loss})
-    finite = [entry for entry in told if entry["loss"] is not None]
+        outcomes.append({"changes": list(variant.changes), "loss": loss})
+    finite = [entry for entry in outcomes if entry["loss"] is not None]
     best = min(finite, key=lambda entry: entry["loss"])["changes"] if finite else None
-    results = {"role": role.name, "steps": steps, "variants": told, "best": best}
+    results = {"role": role.name, "steps": steps, "variants": outcomes, "best": best}
     manifest.write_json(run.sweep(role) / "results.json", results)
     _show(results)
     return results
 
 
 def _job(variant: Variant, run: RunFolder, role: Role, data: Any) -> Job:
-    """The job of a variant, in a folder of its settings and of the weights that it starts from."""
+    """The job of a variant, in a folder named by its settings and initial weights."""
     job = make_job(variant.experiment, run, role, data)
     key = variant.experiment.hash
     if job.settings.init_from:

@@ -39,7 +39,7 @@ def layout_of(tensors: Tensors) -> str:
     """The layout of these names.
 
     Raises:
-      Refused: names of no layout that is known, with a few of them.
+      UserError: names of no layout that is known, with a few of them.
     """
     names = tensors.shapes
     if "video_in.kernel" in names:
@@ -83,7 +83,7 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
     """Compares every name and shape before anything is read.
 
     Raises:
-      Refused: names every tensor that is missing, extra or of another shape.
+      UserError: names every tensor that is missing, extra or of another shape.
     """
     problems, used, fresh, read = [], set(), [], []
     for piece in pieces(config, LAYOUTS[layout]):
@@ -114,7 +114,7 @@ def to_ours(tensors: Tensors, config: DiTConfig, report: Report, dtype: Any = No
     """Our arrays by name, those of a stack layer by layer, in `dtype` or that of each tensor.
 
     Raises:
-      Refused: values that are not finite, by the tensor's name.
+      UserError: values that are not finite, by the tensor's name.
     """
     for piece in pieces(config, LAYOUTS[report.layout]):
         if piece.ours in report.fresh:

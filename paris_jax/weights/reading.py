@@ -1,4 +1,4 @@
-"""Reading an encoder's tensors by name: what is missing, extra or of another shape is told all at once.
+"""Reading an encoder's tensors by name: missing, extra and misshapen tensors are reported all at once.
 
 Values are read later, one array at a time (`Later`), so that no encoder ever lies in the host's memory whole.
 """
@@ -28,7 +28,7 @@ class Later:
         return len(self.shape)
 
     def then(self, change: Callable[[np.ndarray], np.ndarray]) -> "Later":
-        """This array with its places changed, as `change` says."""
+        """This array after `change`, applied when it is read."""
         return Later(change(np.broadcast_to(0, self.shape)).shape, lambda dtype: change(self.read(dtype)))
 
     def __getitem__(self, index: Any) -> "Later":
@@ -84,8 +84,8 @@ class Reader:
         left = sorted(self._tensors.shapes.keys() - self._taken)
         self._problems += [f"{name} is extra" for name in left if not name.startswith(tuple(unused))]
         if self._problems:
-            count, told = len(self._problems), "; ".join(self._problems)
-            raise UserError(f"{self._where} is refused, {count} of its tensors do not fit: {told}")
+            count, shown = len(self._problems), "; ".join(self._problems)
+            raise UserError(f"{self._where} is refused, {count} of its tensors do not fit: {shown}")
 
 
 def stacked(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:

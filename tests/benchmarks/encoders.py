@@ -52,14 +52,14 @@ def t5_xxl() -> dict[str, Any]:
 
 
 def clip_l() -> dict[str, Any]:
-    text = {"blocks": blocks(12, 768, 3072), "places": (77, 768), "tokens": (49408, 768), "norm": normed(768)}
+    text = {"blocks": blocks(12, 768, 3072), "positions": (77, 768), "tokens": (49408, 768), "norm": normed(768)}
     return {"text": text}
 
 
 def dino(layers: int, D: int, F: int, gated: bool) -> dict[str, Any]:
     stack = blocks(layers, D, F, gated=gated) | {"scale1": (layers, D), "scale2": (layers, D)}
     patches = {"weight": (D, 3, 14, 14), "bias": (D,)}
-    return {"cls": (D,), "places": (1 + 37**2, D), "patches": patches, "blocks": stack, "norm": normed(D)}
+    return {"cls": (D,), "positions": (1 + 37**2, D), "patches": patches, "blocks": stack, "norm": normed(D)}
 
 
 def conv(outputs: int, inputs: int, size: int = 3) -> dict[str, Any]:

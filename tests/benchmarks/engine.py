@@ -171,7 +171,7 @@ def torch_calls(ours: Ours) -> dict[str, dict[str, Callable[[], Any]]]:
     def one(name: str, compiled: bool) -> dict[str, Callable[[], Any]]:
         twin = torch_twin.Twin(job.config, job.latent_shape, tokens.shape[1])
         torch_twin.load(twin, ours.state.params)
-        step = torch_twin.Step(twin.to(device), compiled, dtype, job.settings.learning_rate, job.time_law.shift)
+        step = torch_twin.Step(twin.to(device), compiled, dtype, job.settings.learning_rate, job.timestep_sampler.shift)
         network, data = torch.compile(twin) if compiled else twin, (x_0, tokens, pooled)
 
         def forward():

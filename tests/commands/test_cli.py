@@ -1,6 +1,7 @@
 """What the command line says: help, and one clear sentence for every mistake."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,3 +243,15 @@ class TestChanges:
         flags = (CONFIG, "--config.training.steps=70", "--config.training.warmup_steps=7")
         _, call = cli.parse(["train", *flags, f"--workdir={tmp_path}"])
         assert call.config_flags == flags
+
+
+def test_the_next_command_can_be_pasted_into_a_shell(clustered, tmp_path, capsys):
+    from paris_jax.artifacts.run_folder import RunFolder
+    from paris_jax.commands.status import status
+
+    run = RunFolder(shutil.copytree(clustered.path, tmp_path / "my runs; $HOME"))
+    status(run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    _, *arguments = shlex.split(line.removeprefix("next: "))
+    name, call = cli.parse(arguments)
+    assert name == "train" and call["workdir"] == str(run)

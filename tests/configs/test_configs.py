@@ -19,7 +19,7 @@ from paris_jax.models import flops, functional
 from paris_jax.models.dit import PATCH
 from paris_jax.training import state
 from paris_jax.training.job import timestep_shift
-from paris_jax.training.losses import TimestepSampler
+from paris_jax.training.losses import TimestepSampler, expert_losses, router_losses
 from paris_jax.training.step import make_step
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -131,6 +131,7 @@ def test_paris2_arms_cost_the_same(paris2, network):
 def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
     config, settings = (router, paris2.router_training) if role == "router" else (network, paris2.training)
     steps = paris2.steps(role)
+    losses = router_losses if role == "router" else expert_losses
     law = TimestepSampler(settings.timestep_sampler, paris2.diffusion.timestep_mean, paris2.diffusion.timestep_std, 3.0)
     key = jax.eval_shape(jax.random.key, 0)
     before = jax.eval_shape(functools.partial(state.create, config, settings, steps), key)
@@ -144,7 +145,7 @@ def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
         "cluster": jax.ShapeDtypeStruct((B,), jnp.int32),
         "index": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
-    after, metrics = jax.eval_shape(make_step(config, settings, steps, law, paris2.masks), before, batch)
+    after, metrics = jax.eval_shape(make_step(losses, config, settings, steps, law, paris2.masks), before, batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
     assert all(jax.tree.leaves(same))
     assert metrics["loss"].shape == ()

@@ -7,7 +7,7 @@ from paris_jax.evaluation import compute, estimates, results
 
 
 def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
-    """Returns results (see results.py) and the shown videos by arm."""
+    """Returns results (see results.py) and the shown videos by model."""
     rng = np.random.default_rng(0)
     edges = [b / 8 for b in range(9)]
 
@@ -24,7 +24,7 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
     comparisons = [
         results.compare(
             "frechet",
-            "Frechet distance (shapes judge)",
+            "Frechet distance (shapes classifier)",
             "lower",
             {"ensemble": estimate(3.1, 0.22), "monolith": estimate(4.4, 0.3)},
             estimate(-1.3, 0.25),
@@ -49,11 +49,11 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             reference_label="held-out clips",
         ),
     ]
-    agreement = None
+    attribute_accuracy = None
     if attributes:
         row = results.compare(
-            "agreement",
-            "Agreement with the prompt",
+            "attribute_accuracy",
+            "Attribute accuracy",
             "higher",
             {"ensemble": estimate(0.719, 0.046), "monolith": estimate(0.594, 0.05)},
             estimate(0.125, 0.05),
@@ -63,7 +63,7 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             note="every attribute right",
         )
         comparisons.insert(0, row)
-        agreement = {
+        attribute_accuracy = {
             name: {"ensemble": estimate(e, 0.03), "monolith": estimate(m, 0.03), "reference": estimate(0.99, 0.01)}
             for name, e, m in zip(
                 ("world", "object", "colour", "size", "direction", "speed", "ground", "all"),
@@ -78,7 +78,7 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
         "experiment": "shapes-tiny",
         "config_hash": "0123456789abcdef" * 4,
         "evaluation_hash": "fedcba9876543210" * 4,
-        "left_out": [] if attributes else ["Agreement is left out: the clips carry no attributes."],
+        "left_out": [] if attributes else ["Attribute accuracy is left out: the clips carry no attributes."],
         "protocol": {
             "prompts": 96,
             "solver": "euler, 20 steps",
@@ -105,7 +105,7 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             "monolith": [estimate(v, 0.01, 64) for v in (0.52, 0.7, 0.66)],
             "difference": [estimate(v, 0.01, 64) for v in (-0.02, 0.01, -0.04)],
         },
-        "agreement": agreement,
+        "attribute_accuracy": attribute_accuracy,
         "router": {
             "edges": edges,
             "accuracy": [estimate(v, 0.02, 192) for v in (0.99, 0.99, 0.98, 0.97, 0.96, 0.97, 0.95, 0.94)],

@@ -1,4 +1,4 @@
-"""Agreement counts attributes that are read as asked; the compute identity is exact."""
+"""Attribute accuracy counts attributes that are read as asked; the compute identity is exact."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The shipped judge reads fresh clips, belongs to this generator of shapes, and takes clips of any size."""
+"""The shipped classifier reads fresh clips, belongs to this generator of shapes, and takes clips of any size."""
 
 import numpy as np
 import pytest

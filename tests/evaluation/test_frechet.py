@@ -92,7 +92,7 @@ def test_standard_error_matches_the_spread_over_repeated_draws():
 
 
 def test_the_difference_of_two_arms_is_paired():
-    """Arms that share what is random about a prompt differ by less than their own errors."""
+    """Models that share what is random about a prompt differ by less than their own errors."""
     rng = np.random.default_rng(4)
     real, base = rng.standard_normal((96, 8)), rng.standard_normal((96, 8)) + 0.4
     first, second = base, base + 0.1

@@ -1,4 +1,5 @@
-"""The evaluation stage: both arms get the same, twice is once, an interrupted one goes on, and nothing half passes."""
+"""The evaluation stage: both models get the same, twice is once, an interrupted one goes on, and nothing half "
+"passes."""
 
 import dataclasses
 import json
@@ -47,25 +48,32 @@ def test_with_enough_clips_every_row_is_there(larger):
     experiment, run = larger
     found = json.loads((run.evaluation / "results.json").read_text())
     assert found["complete"] is True and found["left_out"] == []
-    assert [c["id"] for c in found["comparisons"]] == ["agreement", "frechet", "loss", "error", "motion", *KEPT]
+    assert [c["id"] for c in found["comparisons"]] == [
+        "attribute_accuracy",
+        "frechet",
+        "loss",
+        "error",
+        "motion",
+        *KEPT,
+    ]
     frechet = found["comparisons"][1]
     assert all(0 < frechet[who]["value"] < np.inf and frechet[who]["stderr"] > 0 for who in ("ensemble", "monolith"))
-    assert frechet["reference"]["value"] < min(frechet[arm]["value"] for arm in ("ensemble", "monolith"))
+    assert frechet["reference"]["value"] < min(frechet[model]["value"] for model in ("ensemble", "monolith"))
     assert found["protocol"]["prompts"] == experiment.evaluation.num_clips
-    assert "Frechet distance (shapes judge)" in (run.evaluation / "report.html").read_text()
+    assert "Frechet distance (shapes classifier)" in (run.evaluation / "report.html").read_text()
 
 
 @needs_browser
 def test_a_browser_plays_every_video_of_the_report_it_wrote(larger):
     _, run = larger
     visit = browse(Path(run.evaluation / "report.html"), until="html[data-playing='6']")
-    assert visit.data == {"videos": "6 of 6", "settled": "true", "playing": "6"}  # two prompts: real and two arms
+    assert visit.data == {"videos": "6 of 6", "settled": "true", "playing": "6"}  # two prompts: real and two models
     assert visit.logged == [] and visit.asked == []
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was sampled with: the arm's number of experts, prompts, noise, settings, and which frames were given."""
+    """What was sampled with: the model's number of experts, prompts, noise, settings, and which frames were given."""
     counted = []
     original = Ensemble.sample
 
@@ -86,7 +94,7 @@ def test_writes_results_and_report(micro, finished, calls):
     evaluate(micro, finished)
     found = json.loads((finished.evaluation / "results.json").read_text())
     assert manifest.read(finished.evaluation, "evaluation", verify=True)["evaluation_hash"] == found["evaluation_hash"]
-    assert [c["id"] for c in found["comparisons"]] == ["agreement", "loss", "error", "motion", *KEPT]
+    assert [c["id"] for c in found["comparisons"]] == ["attribute_accuracy", "loss", "error", "motion", *KEPT]
     assert "Frechet" in found["left_out"][0]  # with four prompts
     assert found["compute"]["equal"] is True
     assert sum(e["steps"] for e in found["compute"]["experts"]) == found["compute"]["monolith"]["steps"]
@@ -100,7 +108,7 @@ def test_writes_results_and_report(micro, finished, calls):
             assert row[who].keys() == {"value", "stderr", "n"}
     assert "data:video/mp4" in (finished.evaluation / "report.html").read_text()
     assert not (finished.evaluation / ".partial").exists()
-    # Both arms get the same prompts, noise, steps, guidance and solver, and they are the config's.
+    # Both models get the same prompts, noise, steps, guidance and solver, and they are the config's.
     (first, prompts1, noise1, told1, none1), (second, prompts2, noise2, told2, none2) = calls[:2]
     assert (first, second) == (3, 1) and none1 is none2 is None
     assert list(prompts1) == list(prompts2) and len(set(prompts1)) > 1
@@ -115,13 +123,13 @@ def test_writes_results_and_report(micro, finished, calls):
             "solver": sampling.solver,
         }
     )
-    # Then frames are given, each kind that was trained on, to both arms alike and from the same noise.
-    assert [(arm, mask) for arm, *_, mask in calls[2:]] == [(arm, [[1, 0]] * 4) for _ in KEPT for arm in (3, 1)]
+    # Then frames are given, each kind that was trained on, to both models alike and from the same noise.
+    assert [(model, mask) for model, *_, mask in calls[2:]] == [(model, [[1, 0]] * 4) for _ in KEPT for model in (3, 1)]
     for _, prompts, noise, told, _ in calls[2:]:
         assert list(prompts) == list(prompts1) and told == told1
         np.testing.assert_array_equal(noise, noise1)
     rows = {row["id"]: row for row in found["comparisons"]}
-    assert all(0 < rows[kind][arm]["value"] < 2 for kind in KEPT for arm in ("ensemble", "monolith", "reference"))
+    assert all(0 < rows[kind][model]["value"] < 2 for kind in KEPT for model in ("ensemble", "monolith", "reference"))
 
 
 def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finished, calls):
@@ -161,17 +169,17 @@ def test_gives_the_same_results_again(micro, finished):
     assert (finished.evaluation / "results.json").read_bytes() == first
 
 
-def test_clips_without_attributes_leave_agreement_out_and_say_so(micro, finished, monkeypatch):
+def test_clips_without_attributes_leave_attribute_accuracy_out_and_say_so(micro, finished, monkeypatch):
     def blank(folder):
         return [dataclasses.replace(r, attributes={}) for r in read_records(folder)]
 
     monkeypatch.setattr(stage, "read_records", blank)
     evaluate(micro, finished)
     found = json.loads((finished.evaluation / "results.json").read_text())
-    assert found["agreement"] is None
+    assert found["attribute_accuracy"] is None
     assert found["complete"] is False
-    assert any("Agreement" in reason for reason in found["left_out"])
-    assert "Agreement with the prompt is left out" in (finished.evaluation / "report.html").read_text()
+    assert any("Attribute accuracy" in reason for reason in found["left_out"])
+    assert "Attribute accuracy is left out" in (finished.evaluation / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def test_everything_is_inlined(page):
 
 # Every panel, and the marks that its made-up results must leave in it: points, bars, areas or rows.
 PANELS = {
-    "Agreement by attribute": ("rect", 3 * 7),  # real clips and two arms, seven attributes
-    "Flow loss by time": ("circle", 2 * 8),  # two arms, eight bins of time
+    "Accuracy by attribute": ("rect", 3 * 7),  # real clips and two models, seven attributes
+    "Flow loss by time": ("circle", 2 * 8),  # two models, eight bins of time
     "Difference by time": ("circle", 8),
     "Flow loss by cluster": ("rect", 2 * 3),
     "Velocity error by time": ("circle", 2 * 8),
@@ -121,7 +121,7 @@ def test_every_score_the_compute_and_the_protocol_are_there(page):
     assert len(scores) == len(results["comparisons"])
     for row, comparison in zip(scores, results["comparisons"], strict=True):
         assert comparison["label"] in row
-        assert [format_estimate(comparison[arm], comparison["unit"]) in row for arm in ("ensemble", "monolith")]
+        assert [format_estimate(comparison[model], comparison["unit"]) in row for model in ("ensemble", "monolith")]
         assert format_estimate(comparison["difference"], comparison["unit"], signed=True) in row
     assert text.count('<section class="tile">') == 3
     (compute,) = (rows for rows in tables if "expert 0" in "".join(rows) and "1,000" in "".join(rows))
@@ -153,7 +153,7 @@ def test_says_who_wins_in_the_headline(page):
     text = page.read_text()
     heading = re.search(r"<h1>(.*?)</h1>", text).group(1)
     assert heading == (
-        "The ensemble wins on agreement with the prompt and Frechet distance (shapes judge); no clear winner on "
+        "The ensemble wins on attribute accuracy and Frechet distance (shapes classifier); no clear winner on "
         "held-out flow loss."
     )
 
@@ -161,13 +161,13 @@ def test_says_who_wins_in_the_headline(page):
 def test_the_frechet_distance_is_never_called_fvd(page):
     text = re.sub(r"base64,[^\"]*", "", page.read_text())
     assert text.count("FVD") == text.count("not FVD") > 0
-    assert "Frechet distance (shapes judge)" in text
+    assert "Frechet distance (shapes classifier)" in text
 
 
 def test_clips_without_attributes_say_so_and_have_no_ticks():
     results, videos = synthetic.make(shown=1, attributes=False)
     text = report.render(results, videos, 8.0)
-    assert "Agreement is left out: the clips carry no attributes." in text
+    assert "Attribute accuracy is left out: the clips carry no attributes." in text
     assert 'class="ticks"' not in text
     assert "Do the videos show what was asked?" not in text
 
@@ -190,8 +190,8 @@ def test_unequal_compute_is_said_aloud():
 
 def test_a_missing_cluster_leaves_its_bar_out():
     results, videos = synthetic.make(shown=1)
-    for arm in ("ensemble", "monolith", "difference"):
-        results["loss_by_cluster"][arm][1] = None
+    for model in ("ensemble", "monolith", "difference"):
+        results["loss_by_cluster"][model][1] = None
     Tags(report.render(results, videos, 8.0))
 
 

@@ -16,7 +16,7 @@ class FakeJudge:
         return features, [{"ground": "light" if f.mean() > 0 else "dark"} for f in features]
 
 
-def looked(means: np.ndarray) -> scores.ClassifiedVideos:
+def classified(means: np.ndarray) -> scores.ClassifiedVideos:
     videos = np.broadcast_to(means[:, None, None, None, :], (len(means), 2, 4, 4, 3))
     return scores.ClassifiedVideos(FakeJudge(), videos)
 
@@ -26,32 +26,32 @@ def sets():
     rng = np.random.default_rng(0)
     real, others = rng.normal(0, 0.3, (2, 64, 3))
     made = {"real": real, "ensemble": real + rng.normal(0, 0.05, real.shape), "monolith": real * 0.2 + 0.4}
-    return {who: looked(means) for who, means in made.items()}, looked(others)
+    return {who: classified(means) for who, means in made.items()}, classified(others)
 
 
 def test_frechet_has_a_floor_at_the_same_count_and_names_the_better_arm(sets):
-    by_arm, others = sets
-    row = scores.frechet(by_arm, others, "")
-    assert row["label"] == "Frechet distance (shapes judge)"
+    by_model, others = sets
+    row = scores.frechet(by_model, others, "")
+    assert row["label"] == "Frechet distance (shapes classifier)"
     assert row["winner"] == "ensemble"
-    assert row["reference"]["value"] == pytest.approx(frechet_distance(by_arm["real"].features, others.features))
+    assert row["reference"]["value"] == pytest.approx(frechet_distance(by_model["real"].features, others.features))
     assert row["reference"]["n"] == row["ensemble"]["n"] == row["monolith"]["n"] == 64
     assert row["difference"]["value"] == pytest.approx(row["ensemble"]["value"] - row["monolith"]["value"])
 
 
 def test_a_difference_within_the_error_of_the_floor_wins_nothing(sets):
-    by_arm, others = sets
-    real = by_arm["real"].features
-    calmer = {"real": by_arm["real"], "ensemble": looked(real * 0.99), "monolith": looked(real)}
+    by_model, others = sets
+    real = by_model["real"].features
+    calmer = {"real": by_model["real"], "ensemble": classified(real * 0.99), "monolith": classified(real)}
     row = scores.frechet(calmer, others, "")
     assert 0 < abs(row["difference"]["value"]) < row["reference"]["stderr"]
     assert row["winner"] == "none"
 
 
-def test_agreement_has_the_real_clips_as_its_ceiling(sets):
-    by_arm, _ = sets
-    asked = by_arm["real"].read
-    row, by_attribute = scores.attribute_accuracy(asked, by_arm)
+def test_attribute_accuracy_has_the_real_clips_as_its_ceiling(sets):
+    by_model, _ = sets
+    asked = by_model["real"].read
+    row, by_attribute = scores.attribute_accuracy(asked, by_model)
     assert row["reference"]["value"] == 1
     assert row["ensemble"]["value"] > row["monolith"]["value"]
     assert row["winner"] == "ensemble"

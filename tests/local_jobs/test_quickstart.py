@@ -77,12 +77,12 @@ def test_stopped_in_the_middle_every_role_saves_and_it_says_what_to_do(quick):
     assert "router" in left and "monolith" in left
 
 
-def test_the_same_command_goes_on_to_the_end(quick):
+def test_the_same_command_resumed_to_the_end(quick):
     it, _, (code, out, err) = quick
     assert code == 0, err
     assert "prepare: done already" in out and "cluster: done already" in out
     run = it.run_folder
-    assert "monolith goes on from step " in " ".join(run.log(Role("monolith")).read_text().split())
+    assert "monolith resumes from step " in " ".join(run.log(Role("monolith")).read_text().split())
     assert all(manifest.exists(run.export(role)) and run.log(role).exists() for role in roles(3))
     assert (run.samples / "quickstart.mp4").exists()
     assert (run.evaluation / "report.html").exists()

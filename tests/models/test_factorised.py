@@ -80,7 +80,7 @@ def test_it_is_its_definition_query_by_query(frames, places, text):
     q, k, v = qkv(frames, places, text)
     N = frames * places
     length = jnp.array([N + text, N + 1], jnp.int32)
-    made = attention.factorised(q, k, v, length, frames=frames, places=places)
+    made = attention.factorised(q, k, v, length, frames=frames, positions=places)
     expected = one_by_one(q, k, v, length, frames, places)
     for b, n in enumerate(length):
         np.testing.assert_allclose(made[b, :n], expected[b, :n], atol=2e-6)
@@ -91,7 +91,7 @@ def test_every_frame_finds_every_place_of_every_other_frame_and_the_text():
     q, k, v = qkv(3, 4, 3)
 
     def one(v):
-        return attention.factorised(q, k, v, jnp.array([14, 15], jnp.int32), frames=3, places=4)[0, 5].sum()
+        return attention.factorised(q, k, v, jnp.array([14, 15], jnp.int32), frames=3, positions=4)[0, 5].sum()
 
     reached = np.abs(jax.grad(one)(v)[0]).max((-1, -2)) > 0
     assert reached.tolist() == [True] * 14 + [False]
@@ -100,7 +100,7 @@ def test_every_frame_finds_every_place_of_every_other_frame_and_the_text():
 def test_where_all_keys_are_alike_everything_finds_the_mean():
     """Each step is then a plain mean, over the places of a frame and over the frames."""
     q, k, v = qkv(3, 4, 0)
-    made = attention.factorised(q, jnp.zeros_like(k), v, None, frames=3, places=4)
+    made = attention.factorised(q, jnp.zeros_like(k), v, None, frames=3, positions=4)
     np.testing.assert_allclose(made, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
 
 

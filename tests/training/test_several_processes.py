@@ -104,7 +104,7 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
     job.reaches(stopped + 11)
     job.processes[1].kill()
     codes, (first, _) = job.end()
-    assert codes[0] == 75 and f"goes on from step {stopped}" in first
+    assert codes[0] == 75 and f"resumes from step {stopped}" in first
     assert "expert 0 lost a device or another process of its job" in first
     assert "run the same command again" in first
 
@@ -132,7 +132,7 @@ def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, ru
     assert written == {f"ocdbt.process_{n}" for n in range(4)}  # each wrote its own part
 
     codes, logs = Job(run, experiment, tmp_path, processes=2, devices=2).end()
-    assert codes == [0, 0] and f"goes on from step {stopped}" in logs[0]
+    assert codes == [0, 0] and f"resumes from step {stopped}" in logs[0]
     assert_learned_the_same(run, alone, steps=14)
 
 

@@ -21,7 +21,7 @@ from paris_jax.models.router import RouterConfig
 from paris_jax.training import sharding
 from paris_jax.training import state as states
 from paris_jax.training.job import Job
-from paris_jax.training.losses import TimestepSampler
+from paris_jax.training.losses import TimestepSampler, expert_losses, router_losses
 from paris_jax.training.step import ShardedStep
 from tests.conftest import QUICK
 
@@ -48,7 +48,8 @@ def make_job(router=False, attention="joint", **settings) -> Job:
         config = functional.network_config(network, text_width=64, **given)
     settings = TrainingSettings(**{"steps": 10, "global_batch_size": 8, "warmup_steps": 2} | settings)
     law = TimestepSampler("logit_normal", 0.0, 1.0, 2.0)
-    return Job("test", epath.Path("nowhere"), config, settings, settings.steps, law, (2, 4, 4, 24), 6)
+    losses = router_losses if router else expert_losses
+    return Job("test", epath.Path("nowhere"), config, settings, settings.steps, law, (2, 4, 4, 24), 6, losses=losses)
 
 
 def batches(job: Job, count: int) -> list[dict[str, np.ndarray]]:

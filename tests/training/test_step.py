@@ -12,7 +12,7 @@ from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.models import flops
 from paris_jax.training import state as states
 from paris_jax.training.job import compute_dtype
-from paris_jax.training.losses import TimestepSampler, drop_text
+from paris_jax.training.losses import TimestepSampler, drop_text, expert_losses
 from paris_jax.training.step import make_step, microbatches
 from tests.training.test_optimizers import NETWORK
 
@@ -67,7 +67,7 @@ def one_step(batch, network=NETWORK, **settings):
     chosen = TrainingSettings(learning_rate=0.1, warmup_steps=0, lr_schedule="constant", eps=1.0, **settings)
     state = states.create(network, chosen, 10, jax.random.key(0))
     made, values = jax.jit(
-        make_step(network, chosen, 10, TimestepSampler("logit_normal", 0.0, 1.0, 1.0), MaskSettings())
+        make_step(expert_losses, network, chosen, 10, TimestepSampler("logit_normal", 0.0, 1.0, 1.0), MaskSettings())
     )(state, batch)
     return state, made, values
 

@@ -98,7 +98,7 @@ def test_a_stopped_job_ends_where_an_uninterrupted_one_ends(role, micro, run, tr
     assert not manifest.exists(run.export(role))
     with caplog.at_level("INFO"):
         stage.train(micro, run, role)
-    assert f"{role.name} goes on from step {6 if role.kind == 'router' else 4}" in caplog.text
+    assert f"{role.name} resumes from step {6 if role.kind == 'router' else 4}" in caplog.text
     assert_same_training(run, trained, micro, role)
     lines = [line["step"] for line in metrics.read(run.role(role) / "metrics.jsonl")]
     assert lines == sorted(set(lines)) and lines[-1] == 12
@@ -239,7 +239,7 @@ for name in ("2 x 4", "one, then eight"):
     stopped_at_the_eighth_step("eight, then one", "2 x 4")
     with caplog.at_level("INFO"):
         train_here("eight, then one")
-    assert caplog.text.count("goes on from step 8") == done.stderr.count("goes on from step 8") == 1
+    assert caplog.text.count("resumes from step 8") == done.stderr.count("resumes from step 8") == 1
     for name in ("2 x 4", "one, then eight", "eight, then one"):
         np.testing.assert_allclose(losses(name), losses("one"), rtol=1e-5)
 
@@ -267,7 +267,7 @@ def test_an_unreadable_checkpoint_falls_back_aloud_and_none_readable_is_refused(
     with caplog.at_level("INFO"):
         stage.train(micro, run, EXPERT)
     assert "step 12" in caplog.text and "older" in caplog.text
-    assert "goes on from step 8" in caplog.text
+    assert "resumes from step 8" in caplog.text
     assert export_bytes(run) == export_bytes(trained)
 
     shutil.rmtree(run.export(EXPERT))
@@ -435,7 +435,7 @@ def test_a_horizon_may_be_a_share_of_training(width, power):
     assert np.sqrt((weights * (places - mean) ** 2).sum()) == pytest.approx(width, rel=0.01)
 
 
-def test_a_full_disk_is_refused_and_training_goes_on_once_there_is_room(micro, run, trained):
+def test_a_full_disk_is_refused_and_training_resumed_once_there_is_room(micro, run, trained):
     """No file may grow beyond 40 kB, as on a disk that fills while a checkpoint is written."""
     arguments = command(run, micro, "--role=expert", "--cluster=0")
     limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 40; exec \"$@\"", "bash", *arguments]

@@ -62,11 +62,11 @@ class Torture:
         return f"exit code {done.returncode}: {done.stderr[-500:]}" if done.returncode else self.lines()
 
     def _judge(self, saved: int, said: str, started: bool) -> str:
-        goes_on = re.search(r"goes on from step (\d+)", said)
-        if saved and not goes_on and not started:
+        resumed = re.search(r"resumes from step (\d+)", said)
+        if saved and not resumed and not started:
             return f"it started over although step {saved} was saved"
-        if goes_on and int(goes_on[1]) < saved:
-            return f"it went on from step {goes_on[1]} although step {saved} was saved"
+        if resumed and int(resumed[1]) < saved:
+            return f"it went on from step {resumed[1]} although step {saved} was saved"
         return self.lines()
 
     def lines(self) -> str:

@@ -72,7 +72,7 @@ class FolderSource:
         """Finds every video and caption, and cuts.
 
         Raises:
-          Refused: names the first file that is missing, broken, too short, or without a UTF-8 caption.
+          UserError: names the first file that is missing, broken, too short, or without a UTF-8 caption.
         """
         root = epath.Path(path)
         if "://" in str(root):

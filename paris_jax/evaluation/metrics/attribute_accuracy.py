@@ -1,4 +1,4 @@
-"""Agreement with the prompt: what the shapes judge reads back from a video against what the prompt asked for."""
+"""Attribute accuracy: attributes that the classifier predicts for a video against those of its prompt."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +13,9 @@ def hits(asked: Sequence[Mapping[str, str]], read: Sequence[Mapping[str, str]]) 
     """Compares attribute by attribute.
 
     Args:
-      asked, read: N dicts from attribute to value; all of `asked` name the same attributes, and `read` names these too.
+      asked, read: N dicts from attribute to value: of the prompts, all with the same attributes, and predicted.
     Returns:
-      for each attribute, and for `ALL`, whether the value read is the one asked for, (N,) bool.
+      for each attribute, and for `ALL`, whether the predicted value is the prompt's, (N,) bool.
     """
     if len(asked) != len(read) or not asked:
         raise ValueError(f"{len(asked)} clips asked for and {len(read)} read: must be as many, and at least one")
@@ -25,5 +25,5 @@ def hits(asked: Sequence[Mapping[str, str]], read: Sequence[Mapping[str, str]]) 
 
 
 def accuracy(right: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    """Share of clips that are right, by attribute and for `ALL`, with standard error; `right` as made by `hits`."""
+    """Fraction of correct clips, by attribute and for `ALL`, with standard error; `right` from `hits`."""
     return {name: proportion(values) for name, values in right.items()}

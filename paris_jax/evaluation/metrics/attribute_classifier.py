@@ -1,7 +1,7 @@
-"""The shapes judge: a small fixed network that reads back what a clip shows, with features for a Frechet distance.
+"""The shapes classifier: a small network that predicts the attributes of a clip, with features for a Frechet distance.
 
-It was trained on the embedded shapes alone (train_judge.py), so its distance is called "Frechet distance (shapes
-judge)": it is not FVD, compares with no published number, and says little about other footage.
+It was trained on the embedded shapes alone (train_attribute_classifier.py), so its distance is called "Frechet
+distance (shapes classifier)": it is not FVD, compares with no published number, and says little about other footage.
 """
 
 import functools
@@ -17,7 +17,7 @@ import safetensors.numpy
 
 WEIGHTS = Path(__file__).with_name("shapes_classifier.safetensors")
 CARD = Path(__file__).with_name("shapes_classifier.json")
-FRAMES, HEIGHT, WIDTH = 8, 20, 20  # what the network sees; other sizes are resampled
+FRAMES, HEIGHT, WIDTH = 8, 20, 20  # size of the network's input; other sizes are resampled
 FEATURES = 64  # width of the layer whose output makes the Frechet distance
 Parameters = dict[str, jax.Array]
 # Convolutions as (name, kernel (time, rows, columns), strides, channels out). Motion is seen in all frames at a lower
@@ -69,7 +69,7 @@ def apply(parameters: Parameters, x_BTHWC: jax.Array) -> tuple[jax.Array, dict[s
     for branch, x in ((_MOTION, x_BTHWC), (_OBJECT, x_BTHWC[:, _OBJECT_FRAMES])):
         for name, _, strides, _ in branch:
             x = _convolve(parameters, name, x, strides)
-        # The strongest answer anywhere in a frame, averaged over frames, so that one bad frame does not decide.
+        # Maximum over a frame, averaged over frames, so that one bad frame does not decide.
         pooled += [x.mean((1, 2, 3)), x.max((2, 3)).mean(1)]
     features = _affine(parameters, "features", jnp.concatenate(pooled, axis=-1))
     seen = jax.nn.relu(features)
@@ -114,7 +114,7 @@ class AttributeClassifier:
     """The trained network.
 
     Attributes:
-      attributes: the values each head tells apart, by attribute.
+      attributes: the values of each head, by attribute.
     """
 
     def __init__(self, parameters: Parameters, attributes: dict[str, tuple[str, ...]]):
@@ -124,7 +124,7 @@ class AttributeClassifier:
 
     @classmethod
     def load(cls) -> "AttributeClassifier":
-        """The judge that ships with the package."""
+        """The classifier that ships with the package."""
         stored = safetensors.numpy.load_file(WEIGHTS)
         attributes = {name: tuple(values) for name, values in read_card()["attributes"].items()}
         return cls({name: jnp.asarray(value, jnp.float32) for name, value in stored.items()}, attributes)
@@ -155,7 +155,7 @@ def resample(videos: np.ndarray) -> np.ndarray:
     """Videos (N, T, H, W, 3) to (N, 8, 20, 20, 3) float32, values clipped to [-1, 1].
 
     Rows and columns by a triangle filter that widens when shrinking (anti-aliased); frames by linear interpolation from
-    the first to the last, because blurring over time would hide motion. The judge's own sizes pass through unchanged.
+    the first to the last, because blurring over time would hide motion. Videos of the input size pass unchanged.
     """
     videos = np.clip(np.asarray(videos, np.float32), -1, 1)
     _, frames, height, width, _ = videos.shape
@@ -177,14 +177,14 @@ def _pixel_weights(size: int, target: int) -> np.ndarray:
 
 
 def read_card() -> dict[str, Any]:
-    """How the shipped judge was made and how well it reads fresh clips."""
+    """Training command and accuracy of the shipped classifier."""
     return json.loads(CARD.read_text())
 
 
 def generator_hash() -> str:
-    """Hash of what decides how shapes look: a judge is valid for the generator it was trained on only.
+    """Hash of the generator's output: a classifier is valid only for the generator that it was trained on.
 
-    Hashes rendered clips, not source text, so that a reworded comment does not call for a new judge.
+    Hashes rendered clips, not source text, so that a changed comment needs no new classifier.
     """
     from paris_jax.data.sources import shapes
 

@@ -1,7 +1,7 @@
-"""Held-out flow loss and velocity error of any velocity function, and what the router knows at each time.
+"""Held-out flow loss and velocity error of any velocity function, and router accuracy by timestep.
 
-The noise and times of a clip depend on (seed, clip id) only, so every arm and every later run meets the same points.
-Times are uniform in equal bins of [0, 1], one a bin and clip (training draws them otherwise: DESIGN, Mathematics).
+The noise and times of a clip depend on (seed, clip id) only, so all models and runs share the same points. Timesteps
+are uniform in equal bins of [0, 1], one per bin and clip.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Velocity = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Held-out clips with their times and the means to make their noise.
+    """Held-out clips with their timesteps and the seed of their noise.
 
     Attributes:
       latents: (N, T, H, W, C) float32, normalised as the networks see them.
@@ -70,7 +70,7 @@ def _generator(seed: int, clip_id: str, purpose: str) -> np.random.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """What one arm did at every point.
+    """Losses of one model at every point.
 
     Attributes:
       loss: (N, bins) mean over elements of (v - (e - x_0))^2, the held-out flow loss.

@@ -1,6 +1,7 @@
-"""Trains the shapes judge: `python -m paris_jax.evaluation.metrics.train_attribute_classifier`.
+"""Trains the shapes classifier: `python -m paris_jax.evaluation.metrics.train_attribute_classifier`.
 
-About a quarter of an hour on one free CPU core; writes shapes_judge.safetensors and its card beside this file. Every
+About a quarter of an hour on one free CPU core; writes shapes_classifier.safetensors and its card beside this file.
+Every
 clip is seen once, with blur, noise, contrast and brightness of a mild random strength: imperfect clips are read too.
 """
 
@@ -42,8 +43,8 @@ def main() -> None:
     manifest.write_atomically(attribute_classifier.WEIGHTS, safetensors.numpy.save(parameters))
 
     card = {
-        "what": "shapes judge: reads back the attributes of the embedded shapes",
-        "score": "Frechet distance (shapes judge), which is not FVD",
+        "what": "shapes classifier: reads back the attributes of the embedded shapes",
+        "score": "Frechet distance (shapes classifier), which is not FVD",
         "licence": "Apache-2.0",
         "command": f"{COMMAND} --seed={flags.seed} --steps={flags.steps} --batch={flags.batch}",
         "seed": flags.seed,

@@ -78,6 +78,7 @@ def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     assert "people riding bikes" in report or "rabbit" in report or "a man talking" in report
 
 
+@pytest.mark.exhaustive
 def test_the_latents_are_the_footage(footage, prepared):
     """A clip decoded from the cache is the clip that the source cut, exactly."""
     records = {record.id: record for record in read_records(prepared.data)}

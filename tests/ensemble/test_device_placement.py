@@ -275,7 +275,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     np.testing.assert_allclose(together, alone, atol=2)  # of 255
 
 
-@pytest.mark.parametrize("pressed", [0, 1])
+@pytest.mark.parametrize("pressed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
     address = free_address()
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

@@ -153,7 +153,7 @@ def test_a_cluster_of_other_data_is_refused(micro, clustered, tmp_path):
     shutil.copytree(clustered.partition, tmp_path / "partition")
     values = micro.to_dict()
     values["data"]["seed"] = 5
-    with pytest.raises(UserError, match="was made with other data, codec, text, features or partition"):
+    with pytest.raises(UserError, match="was made with other data, codec, text, features or clustering"):
         train(Experiment.from_config(values), RunFolder(tmp_path), Role("expert", 1))
 
 

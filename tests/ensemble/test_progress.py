@@ -88,7 +88,9 @@ def test_an_interrupt_keeps_what_was_predicted(ensemble):
     )  # the next one works
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.exhaustive)]
+)
 def test_the_command_can_be_stopped(number, code, tmp_path):
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

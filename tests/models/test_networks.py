@@ -229,7 +229,10 @@ def test_a_network_may_have_one_kind_of_block(blocks):
     assert run(config, random_params(config), *inputs()).shape == (3, 2, 4, 6, 6)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    ["full", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in REMAT if name not in ("none", "full"))],
+)
 def test_recomputing_activations_changes_no_gradient(remat):
     params, given = random_params(SMALL), inputs()
 

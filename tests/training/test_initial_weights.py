@@ -87,7 +87,7 @@ def test_another_network_is_refused_by_its_fields(micro, run, start):
     with pytest.raises(UserError, match="does not exist"):
         check_initial_weights(start / "nothing", job_of(micro, run).config)
     without = dataclasses.replace(job_of(micro, run).config, cond_frames=False)
-    with pytest.raises(UserError, match=r"has an input for frames that are given; set config\.masks"):
+    with pytest.raises(UserError, match=r"has an input for conditioning frames; set config\.masks"):
         check_initial_weights(start, without)
 
 

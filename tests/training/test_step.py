@@ -80,7 +80,7 @@ def test_gradients_are_clipped_by_their_global_norm(batch):
     assert float(clipped["update_norm"]) == pytest.approx(0.1 * 1e-3, rel=0.01)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_batch_in_parts_gives_the_same_update(parts, batch):
     _, whole, values = one_step(batch)
     _, split, same = one_step(batch, grad_accum_steps=parts)

@@ -124,7 +124,9 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
     assert 0 < step < 5000
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
+)
 def test_a_job_asked_to_stop_while_its_step_is_compiled_leaves_at_once(number, code, micro, run):
     """The compiler is made to take minutes, in which Python hears of nothing that the main thread is told."""
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.

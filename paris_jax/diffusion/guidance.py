@@ -1,12 +1,12 @@
-"""Guidance: from a network's answers to several conditions to one velocity.
+"""Guidance: combines the velocities under several conditions into one.
 
-Every method takes two velocities (B, ...), with the text and without it, each merged over the experts. Where frames are
-given, both know them, and a third velocity, which knows neither, says where the frames lead (Open-Sora 2.0):
+Every method takes two velocities (B, ...), with the text and without it, each merged over the experts. With
+conditioning frames both velocities use them, and a third one uses neither text nor frames (Open-Sora 2.0):
 
     v = v_00 + g_img (v_i0 - v_00) + g_txt (v_it - v_i0) = [v_i0 + g_txt (v_it - v_i0)] + (g_img - 1) (v_i0 - v_00)
 
-Classifier-free guidance is linear in them, so that it makes no difference whether each expert is guided or their sum;
-the others are not linear, and are applied to what the ensemble as a whole would do.
+Classifier-free guidance is linear in the velocities: guiding each expert or their weighted sum gives the same result.
+The other methods are not linear, and apply to the velocity of the ensemble.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ import jax.numpy as jnp
 
 from paris_jax.diffusion import path
 
-STEADY = 10  # steps before anything oscillates, as in Open-Sora 2.0
+STEADY = 10  # first step at which a guidance scale may oscillate (Open-Sora 2.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """How strong guidance is: scalars that may change without a new compilation.
+    """The strength of guidance: scalars that change without recompilation.
 
     Attributes:
-      scale: 1 is none.
-      low, high: guided at times from `low` to `high`; outside, the other branches are not computed.
-      rescale: share, in [0, 1], of the guided velocity that is brought back to the conditional one's spread.
+      scale: of the text; 1 disables guidance.
+      low, high: the guidance interval of timesteps; outside it only the conditional branch is computed.
+      rescale: fraction, in [0, 1], of the guided velocity that is rescaled to the conditional standard deviation.
       momentum, norm_threshold, eta: of projected guidance.
-      image_scale: of frames that are given; 1 is none.
-      text_oscillates, image_oscillates: from step `STEADY` on, guided at every other step only.
-      ramp: the scale of the image grows along the video's frames, from 1 to a last one that falls to 1 over the steps.
+      image_scale: of conditioning frames; 1 disables image guidance.
+      text_oscillates, image_oscillates: from step `STEADY` on, guide at every other step only.
+      ramp: the image scale grows linearly over the frames, from 1 to a last value that decays to 1 over the steps.
     """
 
     scale: jax.Array | float
@@ -47,32 +47,33 @@ class Strength:
     ramp: jax.Array | bool = False
 
     def at(self, t_B: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
-        """Whether the text guides at each time and step, and whether the image does, two (B,) bool.
+        """Whether text and image guidance apply at each timestep and step: two (B,) bool.
 
-        In an interval of time (Kynkäänniemi et al. 2024, arXiv 2404.07724), and not in the lows of an oscillation.
+        Guidance applies inside the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724), except at the low steps of
+        an oscillation.
         """
         within = (t_B >= self.low) & (t_B <= self.high)
         low = jnp.asarray((step >= STEADY) & (step % 2 == 1))
         return within & ~(low & self.text_oscillates), within & ~(low & self.image_oscillates)
 
     def image_scales(self, step: jax.Array | int, steps: int, frames: int) -> jax.Array:
-        """The scale of the image at each latent frame, (T,)."""
+        """The image guidance scale of each latent frame, (T,)."""
         last = self.image_scale + (1 - self.image_scale) * step / steps
         return jnp.where(self.ramp, jnp.linspace(1.0, last, frames), self.image_scale)
 
 
 def classifier_free(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """v = v_null + scale (v_text - v_null) (Ho and Salimans 2022). Scale 1 is the conditional velocity, 0 the other."""
+    """v = v_null + scale (v_text - v_null) (Ho and Salimans 2022): the conditional velocity at scale 1."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def by_image(known: jax.Array, unknown: jax.Array, scales_T: jax.Array) -> jax.Array:
-    """What frames that are given add to a guided velocity: (scale - 1) times what knowing them changes, (B, T, ...)."""
+    """The image guidance term added to a guided velocity: (scale - 1) (v_i0 - v_00), (B, T, ...)."""
     return path.per_sample(scales_T - 1, known[0]) * (known - unknown)
 
 
 def rescaled(v: jax.Array, conditional: jax.Array, rescale: float | jax.Array) -> jax.Array:
-    """Brings a share of v to the spread of the conditional velocity over each sample, against overexposure.
+    """Rescales a fraction of v to the conditional standard deviation of each sample, against overexposure.
 
     Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
     """
@@ -94,13 +95,14 @@ def projected(
 ) -> tuple[jax.Array, jax.Array]:
     """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), in the predicted data.
 
-    The difference D_text - D_null of the predictions D = x - t v, plus `momentum` times the running sum of the earlier
-    ones, cut to at most `norm_threshold` in norm over a sample, goes on without its part along D_text (`eta` times it).
+    The update is the difference D_text - D_null of the predictions D = x - t v plus `momentum` times the running sum of
+    the earlier differences. Its norm over a sample is clipped to `norm_threshold`, and its component parallel to D_text
+    is scaled by `eta`.
 
     Args:
       conditional, unconditional, x: (B, ...).
-      t_B: (B,) times.
-      before: (B, ...) the running sum; start it at zero.
+      t_B: (B,) timesteps.
+      before: (B, ...) the running sum; initialise it with zeros.
 
     Returns:
       The guided velocity, and the running sum.

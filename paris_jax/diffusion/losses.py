@@ -1,4 +1,4 @@
-"""What the networks minimise, per sample: nothing here looks at a sample's neighbours in the batch."""
+"""Training losses per sample: each is independent of the other samples of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,6 @@ def cross_entropy(logits_BK: jax.Array, cluster_B: jax.Array) -> jax.Array:
 
 
 def by_time_bin(values_B: jax.Array, t_B: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
-    """Sums and counts of a per-sample value in equal bins of time: two arrays (bins,)."""
+    """Sums and counts of a per-sample value in equal bins of the timestep: two arrays (bins,) float32."""
     member = jax.nn.one_hot(jnp.clip((t_B * bins).astype(jnp.int32), 0, bins - 1), bins)
     return values_B @ member, member.sum(0)

@@ -1,12 +1,12 @@
-"""What a network may predict, and how every prediction becomes the velocity of the linear path.
+"""Prediction types of a network, and their conversion to the velocity of the linear path.
 
 A noise-predicting network (DDPM; Ho et al. 2020, Nichol and Dhariwal 2021) was trained on the cosine path
 
     x_s = cos(pi s / 2) x_0 + sin(pi s / 2) e        e^(x_s, s)        s in [0, 1], s = 0 data, s = 1 noise
 
 A point of the linear path, divided by its norm's factor sqrt((1 - t)^2 + t^2), is the point of that path with the same
-ratio of data to noise: tan(pi s / 2) = t / (1 - t). There the network is asked, and its answer is merged as a velocity
-(Heterogeneous experts, arXiv 2603.06741):
+ratio of data to noise: tan(pi s / 2) = t / (1 - t). The network predicts there, and its prediction is merged as a
+velocity (Heterogeneous experts, arXiv 2603.06741):
 
     x_0^ = clip((x_s - sin e^) / max(cos, 0.01), -20, 20)        v = e^ - x_0^
 """
@@ -18,24 +18,24 @@ import jax.numpy as jnp
 
 from paris_jax.diffusion import path
 
-# Names, and what the manifest of a part says of each.
+# Names, and their description in the manifest of an exported network.
 PREDICTIONS = {
     "velocity": "velocity v = e - x_0",
     "noise": "noise e at x_s = cos(pi s / 2) x_0 + sin(pi s / 2) e",
 }
-SMALLEST_SHARE = 0.01  # of data in a point, that a prediction is divided by
-LARGEST_DATA = 20.0  # in units of the data's spread
+SMALLEST_SHARE = 0.01  # lower bound of the data coefficient, by which a prediction is divided
+LARGEST_DATA = 20.0  # clipping bound of the predicted data, in its standard deviations
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B, ...), t (B,)) -> prediction (B, ...)
 
 
 def cosine(x_0: jax.Array, noise: jax.Array, s_B: jax.Array) -> jax.Array:
-    """The point x_s of the cosine path at time s in [0, 1]."""
+    """The noised sample x_s of the cosine path at timestep s in [0, 1]."""
     angle = path.per_sample(s_B, x_0) * (jnp.pi / 2)
     return jnp.cos(angle) * x_0 + jnp.sin(angle) * noise
 
 
 def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
-    """The velocity of the linear path at (x_t, t), from a network that predicts noise on the cosine path."""
+    """The velocity of the linear path at (x_t, t) from a network that predicts noise on the cosine path."""
     norm = jnp.sqrt(jnp.square(1 - t_B) + jnp.square(t_B))
     share, angle = (1 - t_B) / norm, jnp.arctan2(t_B, 1 - t_B)
     x_s = x_t / path.per_sample(norm, x_t)
@@ -46,5 +46,5 @@ def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> j
 
 
 def velocity(prediction_type: str, network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
-    """The velocity at (x_t, t) of a network of one of `PREDICTIONS`."""
+    """The velocity at (x_t, t) from a network with a prediction type of `PREDICTIONS`."""
     return network(x_t, t_B) if prediction_type == "velocity" else velocity_from_noise(network, x_t, t_B)

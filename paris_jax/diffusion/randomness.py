@@ -1,4 +1,4 @@
-"""Random draws that belong to a sample, not to a batch.
+"""Random draws per sample, independent of the batch.
 
 Every draw is a function of (seed, step, global sample index) alone, so it does not change with the number of devices or
 hosts, nor with the other samples of the batch.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def key_of(seed: int | jax.Array) -> jax.Array:
-    """The key of a seed of up to 64 bits; `jax.random.key` takes 32."""
+    """The key of a seed of up to 64 bits (`jax.random.key` takes 32)."""
     if isinstance(seed, int) and seed >= 2**32:
         return jax.random.wrap_key_data(jnp.array([seed >> 32, seed % 2**32], jnp.uint32))
     return jax.random.key(seed)

@@ -1,7 +1,7 @@
-"""From noise (t = 1) to data (t = 0): solvers of x' = v(x, t), and one of the stochastic equation with the same law.
+"""Solvers of x' = v(x, t) from noise (t = 1) to data (t = 0), and of the stochastic equation with the same marginals.
 
-A solver is a function of one step, to walk a grid of times with. What it must remember of the step before is its
-`past`; what the field must remember (the momentum of guidance) is its `memory`. Neither is looked at by the other.
+A solver is a function of one step. It carries its own `history` of the last step (multistep methods), and passes on
+`guidance_state`, which only the velocity field reads and writes (the momentum of projected guidance).
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from paris_jax.diffusion import path
 
-# Field(x, t, step, memory) -> (v, memory, trace): `t` a scalar, `step` its index, `trace` anything to record.
+# Field(x, t, step, guidance_state) -> (v, guidance_state, trace): `t` a scalar, `step` its index, `trace` any record.
 Field = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """One step of a grid, all scalars: its number, where it begins and ends, and where the one before began."""
+    """One step between two timesteps, all scalars: its index, its start and end, and the start of the step before."""
 
     index: jax.Array
     t: jax.Array
@@ -27,70 +27,79 @@ class Interval:
     t_before: jax.Array
 
 
-Noise = Callable[[jax.Array], jax.Array]  # fresh standard normal noise like x, by the step's number
-# Step(look, x, interval, past, memory, noise) -> (x, past, memory); `look` is the field without its trace.
-Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-Step = Callable[[Look, jax.Array, Interval, jax.Array, Any, Noise], tuple[jax.Array, jax.Array, Any]]
+Noise = Callable[[jax.Array], jax.Array]  # fresh standard normal noise like x, for the index of a step
+# Step(velocity_of, x, interval, history, guidance_state, noise) -> (x, history, guidance_state), where `velocity_of` is
+# the field without its trace.
+VelocityField = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Step = Callable[[VelocityField, jax.Array, Interval, jax.Array, Any, Noise], tuple[jax.Array, jax.Array, Any]]
 
 
-def euler(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def euler(
+    velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise
+):
     """First order: x <- x + (t_next - t) v(x, t)."""
-    v, memory = look(x, at.t, at.index, memory)
-    return x + (at.t_next - at.t) * v, past, memory
+    v, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
+    return x + (at.t_next - at.t) * v, history, guidance_state
 
 
-def heun(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
-    """Second order (explicit trapezoid): both slopes are evaluated afresh, guidance included.
+def heun(velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise):
+    """Second order (explicit trapezoid): two evaluations of the guided velocity.
 
-    The memory is that of the first: it moves once a step, as with every solver.
+    The guidance state is that of the first evaluation: it is updated once a step, as with every solver.
     """
-    first, memory = look(x, at.t, at.index, memory)
-    second, _ = look(x + (at.t_next - at.t) * first, at.t_next, at.index, memory)
-    return x + (at.t_next - at.t) * 0.5 * (first + second), past, memory
+    first, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
+    second, _ = velocity_of(x + (at.t_next - at.t) * first, at.t_next, at.index, guidance_state)
+    return x + (at.t_next - at.t) * 0.5 * (first + second), history, guidance_state
 
 
-def adams_bashforth(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
-    """Second order from one evaluation: the line through this slope and the last one, on a grid of any spacing.
+def adams_bashforth(
+    velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise
+):
+    """Second order from one evaluation: the line through this velocity and the last one, for steps of any size.
 
     x <- x + h ((1 + r/2) v_n - (r/2) v_{n-1}),  r = h_n / h_{n-1}; the first step is Euler's.
     """
-    v, memory = look(x, at.t, at.index, memory)
+    v, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
     h, h_before = at.t_next - at.t, at.t - at.t_before
     half = jnp.where(at.index > 0, 0.5 * h / jnp.where(at.index > 0, h_before, 1.0), 0.0)
-    return x + h * ((1 + half) * v - half * past), v, memory
+    return x + h * ((1 + half) * v - half * history), v, guidance_state
 
 
-def dpm_solver(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def dpm_solver(
+    velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise
+):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) on the linear path.
 
     Second order in l = log((1 - t) / t) for the predicted data D = x - t v, from one evaluation:
     x <- (t_next / t) x + (1 - t_next / t) (D_n + h_n / (2 h_{n-1}) (D_n - D_{n-1})),  h the steps of l.
     The first two steps and the last, where a step of l is infinite, are of first order.
     """
-    v, memory = look(x, at.t, at.index, memory)
+    v, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
     data, ratio = path.data_from_velocity(x, v, at.t), at.t_next / at.t
     h, h_before = _log_snr(at.t_next) - _log_snr(at.t), _log_snr(at.t) - _log_snr(at.t_before)
     inner = (at.index > 0) & (at.t_next > 0)
     half = jnp.where(inner, 0.5 * jnp.where(inner, h, 1.0) / jnp.where(inner, h_before, 1.0), 0.0)
-    return ratio * x + (1 - ratio) * (data + half * (data - past)), data, memory
+    return ratio * x + (1 - ratio) * (data + half * (data - history)), data, guidance_state
 
 
 def _log_snr(t: jax.Array) -> jax.Array:
     return jnp.log1p(-t) - jnp.log(t)
 
 
-def ancestral(look: Look, x: jax.Array, at: Interval, past: jax.Array, memory: Any, noise: Noise):
+def ancestral(
+    velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise
+):
     """The stochastic sampler with the flow's marginals: part of the noise is replaced by fresh noise at every step.
 
     x <- (1 - t') D + t' (r e + sqrt(1 - r^2) z),  r = (1 - t) t' / ((1 - t') t)
     with the predicted data D and noise e: a draw from the posterior of x_t' given x_t and D (DDIM with eta = 1, Song et
     al. 2020, arXiv 2010.02502, equation 16), written for the linear path.
     """
-    v, memory = look(x, at.t, at.index, memory)
+    v, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
     data, e, t_next = path.data_from_velocity(x, v, at.t), x + (1 - at.t) * v, at.t_next
-    kept = (1 - at.t) * t_next / ((1 - t_next) * at.t)
-    fresh = jnp.sqrt(jnp.maximum(1 - kept**2, 0.0))
-    return (1 - t_next) * data + t_next * (kept * e + fresh * noise(at.index)), past, memory
+    remaining = (1 - at.t) * t_next / ((1 - t_next) * at.t)
+    fresh = jnp.sqrt(jnp.maximum(1 - remaining**2, 0.0))
+    return (1 - t_next) * data + t_next * (remaining * e + fresh * noise(at.index)), history, guidance_state
 
 
 SOLVERS: dict[str, Step] = {
@@ -100,61 +109,61 @@ SOLVERS: dict[str, Step] = {
     "dpm++2m": dpm_solver,
     "ancestral": ancestral,
 }
-EVALUATIONS = {"euler": 1, "heun": 2, "ab2": 1, "dpm++2m": 1, "ancestral": 1}  # a step
+EVALUATIONS = {"euler": 1, "heun": 2, "ab2": 1, "dpm++2m": 1, "ancestral": 1}  # per step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a solver stands.
+    """The state of a solver between two steps.
 
     Attributes:
-      x: the point.
-      past: what the next step needs of this one.
-      memory: what the field remembers.
-      data: as the last step predicted them (at first zeros).
-      traces: of the field at every step and evaluation, stacked on two leading axes (S, EVALUATIONS); zeros for the
-        steps to come.
+      x: the noised samples.
+      history: the array a multistep method needs from the last step, like x.
+      guidance_state: carried by the velocity field, any pytree.
+      data: x_0 as predicted at the last step, like x; zeros before the first.
+      traces: of the field at every step and evaluation, stacked on two leading axes (S, EVALUATIONS); zeros for
+        later steps.
     """
 
     x: jax.Array
-    past: jax.Array
-    memory: Any
+    history: jax.Array
+    guidance_state: Any
     data: jax.Array
     traces: Any
 
 
-def begin(x: jax.Array, memory: Any, traces: Any) -> State:
-    """Before the first step."""
-    return State(x, jnp.zeros_like(x), memory, jnp.zeros_like(x), traces)
+def begin(x: jax.Array, guidance_state: Any, traces: Any) -> State:
+    """The state before the first step."""
+    return State(x, jnp.zeros_like(x), guidance_state, jnp.zeros_like(x), traces)
 
 
 def integrate(
     field: Field,
     state: State,
-    times: jax.Array,
+    timesteps: jax.Array,
     first: jax.Array | int,
     last: jax.Array | int,
     solver: str,
     noise: Noise,
 ) -> State:
-    """Takes the steps from `first` up to `last` of the grid `times` (S + 1 points from 1 to 0), in one loop."""
+    """Takes steps `first` to `last` - 1 of `timesteps` (S + 1 values from 1 to 0), in one loop."""
     step_of = SOLVERS[solver]
 
     def step(index: jax.Array, state: State) -> State:
         predicted, traces_of_step = [], []
 
-        def look(x: jax.Array, t: jax.Array, step: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-            v, memory, trace = field(x, t, step, memory)
+        def velocity_of(x: jax.Array, t: jax.Array, step: jax.Array, guidance_state: Any) -> tuple[jax.Array, Any]:
+            v, guidance_state, trace = field(x, t, step, guidance_state)
             predicted.append(path.data_from_velocity(x, v, t))
             traces_of_step.append(trace)
-            return v, memory
+            return v, guidance_state
 
-        at = Interval(index, times[index], times[index + 1], times[jnp.maximum(index - 1, 0)])
-        x, past, memory = step_of(look, state.x, at, state.past, state.memory, noise)
+        at = Interval(index, timesteps[index], timesteps[index + 1], timesteps[jnp.maximum(index - 1, 0)])
+        x, history, guidance_state = step_of(velocity_of, state.x, at, state.history, state.guidance_state, noise)
         traces = jax.tree.map(
             lambda all_steps, *each: all_steps.at[index].set(jnp.stack(each)), state.traces, *traces_of_step
         )
-        return State(x, past, memory, predicted[0], traces)
+        return State(x, history, guidance_state, predicted[0], traces)
 
     return jax.lax.fori_loop(first, last, step, state)

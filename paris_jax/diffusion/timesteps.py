@@ -1,4 +1,4 @@
-"""Which times are trained on and walked through."""
+"""Timesteps: the training distribution, the sampling schedule and the shift of both."""
 
 import math
 
@@ -7,24 +7,24 @@ import jax.numpy as jnp
 
 
 def shift(t: jax.Array, factor: float) -> jax.Array:
-    """Moves times towards noise, t <- a t / (1 + (a - 1) t); 1 leaves them (Esser et al. 2024, section 5.3.2)."""
+    """Shifts timesteps towards noise, t <- a t / (1 + (a - 1) t) (Esser et al. 2024, section 5.3.2); 1 is no shift."""
     return factor * t / (1 + (factor - 1) * t)
 
 
 def open_sora_shift(tokens_per_frame: int, latent_frames: int) -> float:
     """Open-Sora 2.0's shift: a line from 1 at 256 tokens a frame to 3 at 4096, times sqrt(latent frames).
 
-    The line is not extended below 1, so that small latents are not pushed towards data.
+    The line is clipped at 1, so that small latents are not shifted towards data.
     """
     line = 1 + (tokens_per_frame - 256) * (3 - 1) / (4096 - 256)
     return max(line, 1.0) * math.sqrt(latent_frames)
 
 
 def logit_normal(normal_B: jax.Array, mean: float, std: float, factor: float) -> jax.Array:
-    """Training times from standard normal draws: sigmoid(mean + std n), shifted. Returns (B,) in (0, 1)."""
+    """Training timesteps from standard normal draws: sigmoid(mean + std n), shifted. Returns (B,) in (0, 1)."""
     return shift(jax.nn.sigmoid(mean + std * normal_B), factor)
 
 
 def timestep_schedule(num_steps: int, factor: float) -> jax.Array:
-    """Sampling times from 1 to 0: num_steps + 1 evenly spaced points, shifted. Returns (num_steps + 1,) float32."""
+    """Sampling timesteps from 1 to 0: num_steps + 1 evenly spaced points, shifted. Returns (num_steps + 1,) float32."""
     return shift(jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32), factor)

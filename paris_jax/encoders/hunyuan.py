@@ -36,7 +36,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
     A file alone (Open-Sora 2.0's hunyuan_vae.safetensors) has the published norms.
 
     Raises:
-      UserError: tensors that are missing, extra or misshapen, by name; what is not finite is refused when it is read.
+      UserError: names missing, extra or misshapen tensors; non-finite values raise it when they are read.
     """
     found = described(folder) if epath.Path(folder).is_dir() else {}
     reader = Reader(Tensors(folder))
@@ -103,7 +103,7 @@ def _half(reader: Reader, root: str, way: str, inputs: int) -> Params:
 
 
 def convolve(weights: Params, x: jax.Array, stride: Sequence[int] = (1, 1, 1)) -> jax.Array:
-    """A convolution that sees no later frame: edges are repeated, in time before the first frame only."""
+    """Causal 3D convolution: pads by repeating edges, in time before the first frame only."""
     size = weights["weight"].shape[0]
     if size > 1:
         side = (size // 2, size // 2)
@@ -114,7 +114,7 @@ def convolve(weights: Params, x: jax.Array, stride: Sequence[int] = (1, 1, 1)) -
 
 
 def group_norm(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
-    """GroupNorm over each group's channels, frames and places, in float32, eps 1e-6."""
+    """GroupNorm over the channels, frames, rows and columns of each group, in float32, eps 1e-6."""
     wide = x.astype(jnp.float32).reshape(*x.shape[:-1], vae.groups, -1)
     axes = (1, 2, 3, 5)
     wide = wide - wide.mean(axes, keepdims=True)
@@ -129,7 +129,7 @@ def _block(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
 
 
 def _attend(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
-    """One head over all places of this frame and the ones before; frame by frame, so that logits stay small."""
+    """Causal one-head attention over this and all earlier frames, frame by frame to bound the size of the logits."""
     B, T, H, W, C = x.shape
     flat = group_norm(vae, weights["norm"], x).reshape(B, T, H * W, C)
     q, k, v = (dense(weights[name], flat) for name in ("q", "k", "v"))

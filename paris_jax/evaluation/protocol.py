@@ -305,7 +305,7 @@ class EvaluationRun:
             "routing": f"{sampling.routing}{detail}",
             "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
             f"noise and times from (seed {settings.seed}, clip id)",
-            "Frechet distance": f"{self.count} videos an model, {self.count} other held-out clips; "
+            "Frechet distance": f"{self.count} videos per model, {self.count} other held-out clips; "
             f"{card['features']} features of the shapes classifier; not FVD",
             "classifier": f"trained on {card['training_clips']:,} shapes; reads all attributes of "
             f"{card['accuracy']['all']:.1%} of fresh clips right ({card['command']})",

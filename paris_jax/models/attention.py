@@ -1,4 +1,4 @@
-"""One attention for every block, dispatched to the fastest kernel at hand; and who attends to whom in a video.
+"""Attention for every block: dispatch to the fastest kernel, and attention patterns over a video.
 
 Padding is at the end of the keys and given as lengths, which cuDNN's flash attention takes (a dense mask it does not).
 """
@@ -16,11 +16,11 @@ from paris_jax.models.sharding_rules import axes_that_divide, constrain
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["xla", "cudnn", "pallas"]
-BLOCKS = (512, 256, 128)  # tokens that the TPU's kernel takes at once
+BLOCKS = (512, 256, 128)  # block sizes of the TPU kernel, in tokens
 
 
 def pattern(name: str, frames: int, positions: int) -> Callable[..., jax.Array]:
-    """Who attends to whom, one of PATTERNS, in a video of so many frames and positions a frame, and what follows it."""
+    """An attention pattern of PATTERNS over T frames of P positions each, followed by text tokens."""
     return {"joint": attend, "factorised": functools.partial(factorised, frames=frames, positions=positions)}[name]
 
 
@@ -43,7 +43,7 @@ def factorised(
     (B, S, H, D), N = q_BNHD.shape, frames * positions
 
     def by_frame(x_BSHD: jax.Array) -> jax.Array:
-        """Each frame with the text behind it, (B * T, P + L, H, D)."""
+        """Each frame followed by the text, (B * T, P + L, H, D)."""
         video = x_BSHD[:, :N].reshape(B, frames, positions, H, D)
         text = jnp.broadcast_to(x_BSHD[:, None, N:], (B, frames, S - N, H, D))
         return jnp.concatenate([video, text], axis=2).reshape(B * frames, positions + S - N, H, D)
@@ -65,7 +65,7 @@ def attend(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
 
     Where queries are the tokens that are attended to, what those beyond `length` get is not defined.
     """
-    # Heads are independent: a device that holds some of the tokens gives them away for all tokens of some heads.
+    # Heads are independent: an all-to-all exchanges a shard of the tokens for all tokens of a shard of the heads.
     q_BNHD, k_BSHD, v_BSHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BSHD, v_BSHD))
     kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], k_BSHD.shape[1])
     if kernel == "pallas":
@@ -89,14 +89,14 @@ def _lengths(x_BNHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
 
 
 def _platform() -> str:
-    """Of the mesh that is compiled for, which may not be here; without one, of this process."""
+    """The platform of the mesh compiled for, which may be absent here; without a mesh, of this process."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 @functools.cache
 def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Kernel:
-    """Chooses a kernel, and logs the choice once, with the reason where it is not the fast one."""
+    """Chooses a kernel and logs the choice once, with the reason for any fallback."""
     choice: Kernel = "xla"
     if keys <= head_width:
         reason = f"the weights of {keys} keys take no more memory than a query"
@@ -118,7 +118,7 @@ def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Ker
 
 
 def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array):
-    """A kernel that XLA cannot split, called by each device of the mesh on its own samples and heads."""
+    """Calls a kernel that XLA cannot shard on each device of the mesh, for its own samples and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q_BNHD, k_BSHD, v_BSHD, length_B)
@@ -138,7 +138,7 @@ def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
     block_q, block_k = (next(b for b in BLOCKS if n % b == 0) for n in (queries, keys))
     names = [name for name in kernel.BlockSizes.__dataclass_fields__ if name != "block_b"]
     sizes = kernel.BlockSizes(block_b=1, **{n: block_q if n.startswith("block_q") else block_k for n in names})
-    # Keys that are padding are a segment of their own, which nobody looks at.
+    # Padding keys form a segment of their own, to which no query attends.
     is_padding = (jnp.arange(keys) >= length_B[:, None]).astype(jnp.int32)
 
     def by_head(x: jax.Array, padded: int) -> jax.Array:
@@ -157,7 +157,7 @@ def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
 
 @jax.custom_vjp
 def _plain(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
-    """Attention in products that XLA compiles anywhere, with the backward pass of flash attention.
+    """Attention in plain matrix products for any platform, with the backward pass of flash attention.
 
     Differentiated by itself, softmax would go over all pairs of tokens three times more.
     """
@@ -170,19 +170,19 @@ def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
     if length_B is not None:
         counts_BS = jnp.arange(k_BSHD.shape[1]) < length_B[:, None]
         scores_BHNS = jnp.where(counts_BS[:, None, None], scores_BHNS, jnp.finfo(jnp.float32).min)
-    weights_BHNS = jnp.exp(scores_BHNS - scores_BHNS.max(-1, keepdims=True))  # softmax, but for the sums
+    weights_BHNS = jnp.exp(scores_BHNS - scores_BHNS.max(-1, keepdims=True))  # unnormalised softmax
     sums_BNH1 = weights_BHNS.sum(-1).transpose(0, 2, 1)[..., None]
     weights_BHNS = weights_BHNS.astype(v_BSHD.dtype)
-    # Heads first, as they stand in the weights: for one sample, XLA would otherwise turn the weights around.
+    # Heads first, the layout of the weights: for one sample, XLA would otherwise transpose the weights.
     v_BHSD = v_BSHD.transpose(0, 2, 1, 3)
     summed_BHND = jnp.einsum("BHNS,BHSD->BHND", weights_BHNS, v_BHSD, preferred_element_type=jnp.float32)
     attended_BNHD = (summed_BHND.transpose(0, 2, 1, 3) / sums_BNH1).astype(v_BSHD.dtype)
     return attended_BNHD, (q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD)
 
 
-def _plain_backward(kept, gradient_BNHD):
-    """Dao et al. 2022, appendix B.4: the sum over keys in softmax's gradient is one over features, of out * d out."""
-    q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD = kept
+def _plain_backward(saved, gradient_BNHD):
+    """Dao et al. 2022, appendix B.4: softmax's sum over keys equals the sum over features of out * d_out."""
+    q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD = saved
     dtype, scale = v_BSHD.dtype, q_BNHD.shape[-1] ** -0.5
     gradient_BNHD = gradient_BNHD / sums_BNH1
     means_BHN1 = (gradient_BNHD * attended_BNHD).sum(-1).transpose(0, 2, 1)[..., None]

@@ -1,4 +1,4 @@
-"""The pieces both networks are built from: embedders, modulation, normalised attention heads, stacked blocks."""
+"""Layers shared by the DiT and the router: embedders, modulation, normalised attention heads, stacked blocks."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,13 +15,13 @@ TIME_FEATURES = 256
 
 
 def linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, zero: bool = False) -> nnx.Linear:
-    """An affine map with float32 parameters computing in `dtype`; `zero` starts it at nothing."""
+    """A linear layer with float32 parameters that computes in `dtype`; `zero` initialises it with zeros."""
     kernel = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
     return nnx.Linear(inputs, outputs, kernel_init=kernel, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without scale or shift (they come from the modulation), in float32, eps 1e-6."""
+    """LayerNorm without scale or shift (the modulation supplies them), in float32, eps 1e-6."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
@@ -33,7 +33,7 @@ def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
 
 
 class Embedder(nnx.Module):
-    """Linear, SiLU, linear: time features or the pooled text to the conditioning vector."""
+    """Linear, SiLU, linear: from timestep features or the pooled text embedding to the conditioning vector."""
 
     def __init__(self, inputs: int, hidden: int, dtype: Any, rngs: nnx.Rngs):
         self.inner = linear(inputs, hidden, dtype, rngs)
@@ -44,7 +44,7 @@ class Embedder(nnx.Module):
 
 
 class Conditioning(nnx.Module):
-    """The vector that modulates every block: embedded time plus embedded pooled text, (B, D)."""
+    """The conditioning vector of every block: embedded timestep plus embedded pooled text, (B, D)."""
 
     def __init__(self, pooled_width: int, hidden: int, dtype: Any, rngs: nnx.Rngs):
         self.time = Embedder(TIME_FEATURES, hidden, dtype, rngs)
@@ -58,7 +58,7 @@ class Conditioning(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """Conditioning vector to `count` vectors of shift, scale or gate; starts at zero, so blocks start as identity."""
+    """Maps the conditioning vector to `count` shifts, scales or gates; zero-initialised: blocks start as identity."""
 
     def __init__(self, hidden: int, count: int, dtype: Any, rngs: nnx.Rngs):
         self.out = linear(hidden, count * hidden, dtype, rngs, zero=True)
@@ -80,18 +80,18 @@ class HeadNorm(nnx.Module):
 
 
 def to_heads(projection: nnx.Linear, x: jax.Array) -> jax.Array:
-    """What is then split into heads, under the name that recomputation knows.
+    """Projects tokens to fused heads, under the checkpoint name that rematerialisation uses.
 
-    The barrier keeps the split out of the product: for it, a TPU would have every such matrix of a stack turned
-    around, in a copy of them all (21 GiB for three experts of 11.89B parameters).
+    The barrier keeps XLA from fusing the split into the product, for which a TPU would transpose every such matrix of a
+    stack into a copy (21 GiB for three experts of 11.89B parameters).
     """
     return jax.lax.optimization_barrier(checkpoint_name(projection(x), "projected"))
 
 
 def split_heads(fused_BNX: jax.Array, heads: int, head_width: int) -> list[jax.Array]:
-    """(B, N, H * (3 * D + M)) to queries, keys, values, each (B, N, H, D), and what else each head has, (B, N, H, M).
+    """(B, N, H * (3 * D + M)) to queries, keys, values, each (B, N, H, D), and MLP features of each head, (B, N, H, M).
 
-    Heads come first in the fused features, so that a device that owns some of the heads owns all that belongs to them.
+    Heads come first in the fused features, so that a shard of the heads holds all features of its heads.
     """
     by_head = fused_BNX.reshape(*fused_BNX.shape[:2], heads, -1)
     return jnp.split(by_head, [head_width, 2 * head_width, 3 * head_width], axis=-1)
@@ -102,7 +102,7 @@ def join_heads(x_BNHD: jax.Array) -> jax.Array:
 
 
 class Sizes(Protocol):
-    """What a block needs to know of its network's config."""
+    """The fields of a network's config that its blocks use."""
 
     @property
     def hidden(self) -> int: ...
@@ -140,19 +140,19 @@ class Stream(nnx.Module):
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` blocks as one, every parameter with a leading layer axis, each with its own initial values."""
+    """Stacks `count` blocks: every parameter has a leading layer axis, and each layer its own initial values."""
     # Without the metadata, optimizer moments would be sharded over the layer axis.
     build = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None})
     return build(rngs.split(count))
 
 
-# What the backward pass finds again, of the names given in the blocks; the rest it computes anew.
+# Named values that are saved for the backward pass; the rest is recomputed.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": None,  # everything is kept
-    "named": _policies.save_only_these_names("projected", "attended"),  # what matrix products and attention made
-    "full": _policies.nothing_saveable,  # what goes into each block
-    "offload": _policies.save_and_offload_only_these_names(  # the same, kept in the host's memory
+    "none": None,  # saves everything
+    "named": _policies.save_only_these_names("projected", "attended"),  # outputs of matrix products and attention
+    "full": _policies.nothing_saveable,  # only the inputs of each block
+    "offload": _policies.save_and_offload_only_these_names(  # as "full", with the inputs in host memory
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input"],
         offload_src="device",
@@ -161,7 +161,7 @@ REMAT = {
 }
 
 
-UNROLLED = 2  # blocks that are written out instead of scanned
+UNROLLED = 2  # stacks of up to this many blocks are unrolled instead of scanned
 
 
 def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
@@ -190,14 +190,14 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member
             carry = tuple(checkpoint_name(x, "block_input") for x in carry)
         return run(carry, layer), None
 
-    if remat != "none":  # in a loop, XLA cannot find that it computes something twice, and need not be kept from it
+    if remat != "none":  # XLA does not merge recomputation across a loop, so prevent_cse is not needed
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
     depth = jax.tree.leaves(layers)[0].shape[0]
     return jax.lax.scan(body, carry, layers, unroll=depth if depth <= UNROLLED and remat == "none" else 1)[0]
 
 
 def _scan_member(run: Callable[[Any, Any], Any], stack: Any, member: jax.Array, carry: Any) -> Any:
-    """The blocks of one network of a stack in turn; from the host, each is fetched while the one before it runs."""
+    """Runs the blocks of one network of a stack; offloaded blocks are fetched while the one before runs."""
     depth = stacks.depth(stack)
     numbers = jnp.arange(depth)
     if not stacks.on_host(stack):

@@ -53,7 +53,7 @@ class DiTConfig:
     theta: float = 1e4
     remat: str = "none"  # what the backward pass computes again: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
-    cond_frames: bool = False  # whether there is an input for frames that are given: image to video
+    cond_frames: bool = False  # whether the network has an input for conditioning frames (image-to-video)
     prediction_type: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
     attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
 
@@ -79,18 +79,18 @@ def unpack(tokens_BNX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def cond_projection(channels: int, hidden: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """What reads frames that are given: their mask and their latent, packed (Open-Sora 2.0); starts at nothing."""
+    """Projects the packed mask and latent of conditioning frames (Open-Sora 2.0); zero-initialised."""
     return linear((channels + 1) * PATCH * PATCH, hidden, dtype, rngs, zero=True)
 
 
-def embed_video(video_in: nnx.Linear, cond_in: nnx.Linear | None, x_BTHWC: jax.Array, kept: jax.Array | None):
-    """Video tokens (B, N, D) of a noised latent and, where the network has an input for them, of frames to keep."""
+def embed_video(video_in: nnx.Linear, cond_in: nnx.Linear | None, x_BTHWC: jax.Array, cond: jax.Array | None):
+    """Video tokens (B, N, D) of a noised latent and, where the network has the input, of conditioning frames."""
     video = video_in(pack(x_BTHWC).astype(video_in.dtype))
     if cond_in is None:
         return video
-    if kept is None:  # nothing is kept: text to video
-        kept = jnp.zeros((*x_BTHWC.shape[:-1], x_BTHWC.shape[-1] + 1), x_BTHWC.dtype)
-    return video + cond_in(pack(kept).astype(cond_in.dtype))
+    if cond is None:  # text-to-video: no conditioning frames
+        cond = jnp.zeros((*x_BTHWC.shape[:-1], x_BTHWC.shape[-1] + 1), x_BTHWC.dtype)
+    return video + cond_in(pack(cond).astype(cond_in.dtype))
 
 
 class DoubleBlock(nnx.Module):

@@ -15,13 +15,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them: a whole chip on all of these."""
+    """One device as JAX counts devices: a whole chip on all of these."""
 
-    name: str  # as in names of slices: "v5p"
-    kind: str  # what `device_kind` begins with
+    name: str  # as in topology names: "v5p"
+    kind: str  # prefix of `device_kind`
     peak: float  # dense bfloat16, FLOP/s
     memory: float  # bytes
-    bandwidth: float  # of that memory, bytes/s
+    bandwidth: float  # memory bandwidth, bytes/s
 
 
 CHIPS = (
@@ -38,7 +38,7 @@ CHIPS = (
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The chip a device is, or None for one that is not listed (CPUs)."""
+    """The chip of a device, or None for a device that is not listed (CPUs)."""
     matches = [chip for chip in CHIPS if device.device_kind.startswith(chip.kind)]
     return max(matches, key=lambda chip: len(chip.kind), default=None)
 

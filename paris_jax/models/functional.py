@@ -27,7 +27,7 @@ def _module(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Fresh float32 parameters."""
+    """Initial float32 parameters."""
     return nnx.to_pure_dict(nnx.state(_module(config, nnx.Rngs(key)), nnx.Param))
 
 
@@ -37,7 +37,7 @@ def _structure(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def abstract(config: Config) -> Params:
-    """Shapes and dtypes of the parameters, without making them."""
+    """Shapes and dtypes of the parameters, without allocating them."""
     return nnx.to_pure_dict(_structure(config)[1])
 
 
@@ -56,7 +56,7 @@ def apply(config: Config, params: Params, *inputs: jax.Array | None, **named: ja
 
 
 def apply_member(config: Config, stacks: Params, member: jax.Array, *inputs: jax.Array | None) -> jax.Array:
-    """The output of one of several networks of a kind, whose parameters stand stacked on a leading axis.
+    """The output of one of several networks of a kind, with parameters stacked on a leading axis.
 
     `member`, a () int32, may differ from call to call. The blocks are read layer by layer where they lie, the few
     parameters outside of them are copied: beside a pass that is next to nothing, in time and in memory.
@@ -71,7 +71,7 @@ def count(config: Config) -> int:
 
 
 def to_names(params: Params) -> dict[str, Any]:
-    """Flat `a.b.c` names to leaves: how parameters are called in files."""
+    """Flat `a.b.c` names to leaves: the names of parameters in files."""
     return flatten_dict(params, sep=".")
 
 

@@ -1,4 +1,4 @@
-"""Where a token is and when: three-axis rotary positions (t, h, w), and sinusoids of the diffusion time."""
+"""Three-axis rotary position embeddings (t, h, w), and sinusoidal embeddings of the timestep."""
 
 import math
 
@@ -27,7 +27,7 @@ def rotary_table(positions_N3: np.ndarray, axes: tuple[int, int, int], theta: fl
 
 
 def rotate(x_BNHD: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
-    """Turns neighbouring feature pairs (2i, 2i + 1) of each head by the table's angles, in float32."""
+    """Rotates neighbouring feature pairs (2i, 2i + 1) of each head by the table's angles, in float32."""
     pairs = x_BNHD.astype(jnp.float32).reshape(*x_BNHD.shape[:-1], -1, 2)
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
     first, second = pairs[..., 0], pairs[..., 1]

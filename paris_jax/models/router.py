@@ -1,4 +1,4 @@
-"""The router: a DiT encoder with a CLS token that tells from which cluster a noised latent came.
+"""The router: a DiT encoder with a CLS token that classifies the cluster of a noised latent.
 
 Paris 2.0: a DiT-B-size network on the noisy latent, AdaLN from time and pooled text, trained as a classifier
 p(cluster | x_t, t, text). Its softmax is the weight of each expert (Decentralized Diffusion Models, arXiv 2501.05450).
@@ -34,8 +34,8 @@ class RouterConfig:
     theta: float = 1e4
     remat: str = "none"
     dtype: str = "float32"
-    cond_frames: bool = False  # whether there is an input for frames that are given
-    attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
+    cond_frames: bool = False  # whether the network has an input for conditioning frames
+    attention: str = "joint"  # attention pattern: a name in `attention.PATTERNS`
 
 
 class RouterBlock(Stream):
@@ -49,7 +49,7 @@ class RouterBlock(Stream):
 
 
 class Router(nnx.Module):
-    """log p(cluster | x_t, t, text, frames that are given) up to a constant."""
+    """log p(cluster | x_t, t, text, conditioning frames) up to a constant."""
 
     def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden
@@ -65,7 +65,7 @@ class Router(nnx.Module):
     def __call__(
         self, x_BTHWC: jax.Array, t_B: jax.Array, pooled_BP: jax.Array, cond_BTHWX: jax.Array | None = None
     ) -> jax.Array:
-        """Logits over the clusters, (B, K) float32, of noised latents at times t in [0, 1].
+        """Logits over the clusters, (B, K) float32, of noised latents at timesteps t in [0, 1].
 
         `cond_BTHWX` holds frames that are given, as in `SpatiotemporalDiT`.
         """
@@ -87,6 +87,6 @@ def _build(config: RouterConfig, rngs: nnx.Rngs) -> RouterBlock:
 
 @functools.lru_cache(maxsize=64)
 def _rope(frames: int, rows: int, columns: int, axes: tuple[int, int, int], theta: float):
-    """Rotary tables: the video's tokens by place and time, then the CLS token at position zero."""
+    """Rotary tables: the video tokens by frame, row and column, then the CLS token at position zero."""
     ids = np.concatenate([positions.video_positions(frames, rows, columns), np.zeros((1, 3), np.float32)])
     return positions.rotary_table(ids, axes, theta)

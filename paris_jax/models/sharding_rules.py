@@ -1,9 +1,9 @@
-"""How arrays are split over a slice: the one table from their axes to the axes of the mesh.
+"""Sharding rules: one table from the axes of arrays to the axes of the mesh.
 
 The mesh of a job is (data, fsdp, tensor, sequence). `data` and `fsdp` split the batch, `fsdp` and `sequence` the stored
 parameters (Rajbhandari et al. 2020), `tensor` the heads and hidden features (Shoeybi et al. 2019), and `sequence` the
 tokens of long videos between attentions, inside which it splits heads too (Jacobs et al. 2023). XLA's partitioner
-inserts the communication. Optimizer moments and EMA lie where their parameter lies.
+inserts the communication. Optimizer moments and EMA have the sharding of their parameter.
 """
 
 import math
@@ -13,16 +13,16 @@ import jax
 from jax.sharding import PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-# An axis of an array, and the axes of the mesh that split it. Unnamed axes are whole everywhere.
+# Array axis -> mesh axes that shard it. Axes not listed are replicated.
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("sequence",),
-    "heads": ("tensor",),  # features that are laid out head by head, and hidden features
-    "attending": ("tensor", "sequence"),  # the heads inside attention, where every token is seen
-    "width": ("fsdp", "sequence"),  # of parameters; activations keep their width whole
+    "heads": ("tensor",),  # features laid out head by head, and hidden features
+    "attending": ("tensor", "sequence"),  # heads inside attention, where all tokens are on each device
+    "width": ("fsdp", "sequence"),  # of parameters; the width of activations is replicated
 }
-# The end of a parameter's name, and the names of its last axes. A stack's layers are never told apart, and what is not
-# listed (norms, biases added to whole activations) is whole everywhere.
+# Suffix of a parameter's name -> names of its last axes. The layer axis of a stack is never sharded; parameters not
+# listed (norms, biases of replicated activations) are replicated.
 PARAMETER_RULES: dict[str, tuple[str | None, ...]] = {
     "modulation.out.kernel": ("width", "heads"),
     "modulation.out.bias": ("heads",),
@@ -41,7 +41,7 @@ PARAMETER_RULES: dict[str, tuple[str | None, ...]] = {
     "text_in.kernel": (None, "width"),
     "final_modulation.out.kernel": ("width", None),
     "velocity_out.kernel": ("width", None),
-    # Of published encoders, whose matrices are (outputs, inputs).
+    # Published encoders, whose matrices are (outputs, inputs).
     "attention.q.weight": ("heads", "width"),
     "attention.k.weight": ("heads", "width"),
     "attention.v.weight": ("heads", "width"),
@@ -51,11 +51,11 @@ PARAMETER_RULES: dict[str, tuple[str | None, ...]] = {
     "mlp.out.weight": ("width", "heads"),
     "tokens": (None, "width"),
 }
-SMALLEST_SPLIT = 2**14  # elements; below it, splitting costs more than it saves
+SMALLEST_SPLIT = 2**14  # elements; sharding a smaller array costs more than it saves
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Where a parameter lies on a mesh of these sizes, by its name (`a.b.c`, as in files)."""
+    """The PartitionSpec of a parameter on a mesh of these sizes, by its name (`a.b.c`, as in files)."""
     ends = [end for end in PARAMETER_RULES if name == end or name.endswith("." + end)]
     if not ends or math.prod(shape) < SMALLEST_SPLIT:
         return PartitionSpec()

@@ -1,4 +1,4 @@
-"""Several networks side by side: how the layers of one of them are read where they lie.
+"""Stacked networks: reading the layers of one network in place, from device or host memory.
 
 A stack holds the blocks of every network, (members, layers, ...). Its matrices may be 8-bit integers with a scale for
 each output; and it may lie in the host's memory, from where a layer at a time comes to the device, the next one while
@@ -27,10 +27,10 @@ class Int8:
 
     @classmethod
     def of(cls, matrices: np.ndarray) -> "Int8":
-        """Rounds to the nearest of 255 steps, the largest of each output's weights being the last one."""
+        """Rounds to the nearest of 255 steps, the last being the largest weight of each output."""
         values = np.empty(matrices.shape, np.int8)
         scale = np.empty((*matrices.shape[:-2], 1, matrices.shape[-1]), np.float32)
-        for each in np.ndindex(matrices.shape[:-2]):  # one at a time: in float32 all would take twice their memory
+        for each in np.ndindex(matrices.shape[:-2]):  # one at a time: all in float32 would double the memory
             matrix = matrices[each].astype(np.float32)
             largest = np.abs(matrix).max(-2, keepdims=True) / 127
             scale[each] = np.where(largest > 0, largest, 1)
@@ -56,7 +56,7 @@ def words(values: np.ndarray) -> np.ndarray:
 
 
 def _bytes(words: jax.Array) -> jax.Array:
-    """What `words` were made of: int32 (rows, outputs) as int8 (4 rows, outputs)."""
+    """The inverse of `words`: int32 (rows, outputs) as int8 (4 rows, outputs)."""
     count, outputs = words.shape
     blocks = words.reshape(-1, _rows(count), outputs)
     quarters = [((blocks << left) >> 24).astype(jnp.int8) for left in (24, 16, 8, 0)]
@@ -64,14 +64,14 @@ def _bytes(words: jax.Array) -> jax.Array:
 
 
 def _rows(words: int) -> int:
-    """How many rows of words are unpacked one below another."""
+    """The number of consecutive rows that are unpacked together."""
     return math.gcd(words, 32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OnHost:
-    """An array in the host's memory, with one leading axis for the layers of all members, (members * layers, ...).
+    """An array in host memory, with one leading axis for the layers of all members, (members * layers, ...).
 
     A TPU copies from there what is cut along one axis only.
     """
@@ -83,18 +83,18 @@ def _is_int8(leaf: Any) -> bool:
     return isinstance(leaf, Int8)
 
 
-def _away(leaf: Any) -> bool:
+def _is_on_host(leaf: Any) -> bool:
     return isinstance(leaf, OnHost)
 
 
 def on_host(stack: Any) -> bool:
-    """Whether something of a stack lies in the host's memory."""
-    return any(map(_away, jax.tree.leaves(stack, is_leaf=_away)))
+    """Whether any array of a stack is in host memory."""
+    return any(map(_is_on_host, jax.tree.leaves(stack, is_leaf=_is_on_host)))
 
 
 def depth(stack: Any) -> int:
-    """How many layers its networks have."""
-    return next(leaf.shape[1] for leaf in jax.tree.leaves(stack, is_leaf=_away) if not _away(leaf))
+    """The number of layers of each network of a stack."""
+    return next(leaf.shape[1] for leaf in jax.tree.leaves(stack, is_leaf=_is_on_host) if not _is_on_host(leaf))
 
 
 def fetch(stack: Any, member: jax.Array, layer: jax.Array) -> Any:
@@ -102,15 +102,15 @@ def fetch(stack: Any, member: jax.Array, layer: jax.Array) -> Any:
     layers = depth(stack)
 
     def of(leaf: Any) -> jax.Array:
-        if _away(leaf):
+        if _is_on_host(leaf):
             piece = jax.lax.dynamic_index_in_dim(leaf.layers, member * layers + layer, keepdims=False)
             return jax.device_put(piece, jax.memory.Space.Device)
         start, size = (member, layer, *(0,) * (leaf.ndim - 2)), (1, 1, *leaf.shape[2:])
         return jax.lax.dynamic_slice(leaf, start, size).reshape(leaf.shape[2:])
 
-    return jax.tree.map(of, stack, is_leaf=_away)
+    return jax.tree.map(of, stack, is_leaf=_is_on_host)
 
 
 def widened(layer: Any) -> Any:
-    """A layer as its block takes it: matrices of floats."""
+    """A layer with its matrices dequantised to floats, as a block takes it."""
     return jax.tree.map(lambda leaf: leaf.matrix() if _is_int8(leaf) else leaf, layer, is_leaf=_is_int8)

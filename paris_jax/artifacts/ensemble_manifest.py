@@ -1,4 +1,4 @@
-"""The ensemble's manifest: which parts were admitted, and that they belong together."""
+"""The ensemble manifest: the validated networks, and their compatibility."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ BUNDLED_FOLDER = epath.Path(__file__).parent / "bundled"
 
 @dataclasses.dataclass(frozen=True)
 class ExportedEnsemble:
-    """Admitted experts by cluster, and the router (None where one expert needs none)."""
+    """Validated experts by cluster, and the router (None where one expert needs none)."""
 
     experts: dict[int, ExportedNetwork]
     router: ExportedNetwork | None
@@ -26,7 +26,7 @@ class ExportedEnsemble:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What every part agrees on, from any of them."""
+        """The manifest entries that all networks share, from any of them."""
         return next(iter(self.experts.values())).manifest
 
 
@@ -47,7 +47,7 @@ def resolve(path: epath.PathLike) -> epath.Path:
 
 
 def check_together(experts: dict[int, ExportedNetwork], router: ExportedNetwork | None) -> None:
-    """Refuses parts of another latent space, text encoder, partition or role, by name and field."""
+    """Raises UserError for networks of another latent space, text encoder, partition or role, by name and field."""
     first = next(iter(experts.values()))
     everyone = [*experts.values(), *([router] if router else [])]
     for part in everyone:
@@ -84,7 +84,7 @@ def write(
     config_hash: str,
     **content: Any,
 ) -> None:
-    """Writes the ensemble's manifest, naming each part by its path from there and by the hash of its manifest."""
+    """Writes the ensemble's manifest, naming each network by its relative path and the hash of its manifest."""
     check_together(experts, router)
 
     def entry(part: ExportedNetwork) -> dict[str, str]:
@@ -107,7 +107,7 @@ def write(
 
 
 def read(path: epath.PathLike) -> ExportedEnsemble:
-    """Reads an ensemble and every part it names, checked as at admission; a part on its own is an ensemble of one."""
+    """Reads and validates an ensemble and all its networks; an exported network alone is an ensemble of one."""
     folder = resolve(path)
     if not manifest.exists(folder):
         raise UserError(
@@ -138,10 +138,10 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
 
 
 def _network_folder(folder: epath.Path, entry: dict[str, str]) -> epath.Path:
-    """Where a part lies that an ensemble's manifest names."""
+    """The path of a network that an ensemble manifest names."""
     path = entry["path"] if "://" in entry["path"] else os.fspath(folder / entry["path"])
     scheme, mark, rest = path.rpartition("://")
-    return epath.Path(scheme + mark + os.path.normpath(rest))  # a bucket knows no ".."
+    return epath.Path(scheme + mark + os.path.normpath(rest))  # object stores do not resolve ".."
 
 
 def expert_manifests(folder: epath.Path) -> dict[int, dict[str, Any]]:

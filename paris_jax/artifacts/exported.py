@@ -1,4 +1,4 @@
-"""A part: one trained network as files that travel, and its admission.
+"""Exported networks: one trained network as files, and their validation.
 
     part/model.safetensors     parameters under their `a.b.c` names
     part/manifest.json         what it is, what it was trained on and with, sizes and hashes
@@ -31,7 +31,7 @@ NETWORK_KINDS = {"dit": DiTConfig, "router": RouterConfig}
 
 @dataclasses.dataclass(frozen=True)
 class ExportedNetwork:
-    """An admitted network: its config, its parameters (numpy) and its manifest."""
+    """A validated network: its config, its parameters (numpy) and its manifest."""
 
     folder: epath.Path
     config: functional.Config
@@ -47,7 +47,7 @@ def write(
     dtype: str,
     **content: Any,
 ) -> None:
-    """Writes a part; `content` is what its readers need besides the network: role, cluster, latent, codec, text."""
+    """Writes an exported network; `content` has the other manifest entries: role, cluster, latent, codec, text."""
     flat = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in functional.to_names(params).items()}
     manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
     kind = "router" if isinstance(config, RouterConfig) else "dit"
@@ -68,7 +68,7 @@ def write(
 
 
 def read(folder: epath.PathLike) -> ExportedNetwork:
-    """Reads a part, checking every file and every array.
+    """Reads an exported network, validating every file and every array.
 
     Raises:
       UserError: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another
@@ -86,7 +86,7 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)
-    # What only enters products stays as it is stored: of a large network that is nearly everything.
+    # Matrices keep their stored dtype: they are nearly all of a large network.
     params = functional.from_names({n: a if n.endswith("kernel") else a.astype(np.float32) for n, a in arrays.items()})
     return ExportedNetwork(folder, config, params, found)
 
@@ -105,7 +105,7 @@ def network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
     try:
         config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in described.items()})
         functional.abstract(config)
-    except Exception as error:  # whatever impossible sizes make the network say
+    except Exception as error:  # impossible sizes fail in many ways
         reason = first_line(error)[:200]
         raise UserError(
             f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again"

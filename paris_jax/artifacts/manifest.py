@@ -1,4 +1,4 @@
-"""Manifests: what a stage promises about its files. Written last, so a folder without one is not done."""
+"""Manifests: schema, sizes and hashes of the files of a folder. Written last: a folder without one is unfinished."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from paris_jax.errors import UserError
 
 SCHEMA = "paris_jax/1"
 FILE_NAME = "manifest.json"
-# What readers of each kind rely on.
+# Required entries of each kind.
 _LATENT_SPACE = ("latent", "codec", "text", "text_length", "fps", "clips")
 REQUIRED = {
     "data": _LATENT_SPACE,
@@ -37,7 +37,7 @@ REQUIRED = {
     "ensemble": ("experts", "router", "sampling", "clusters"),
     "evaluation": ("evaluation_hash",),
 }
-# The one convention of the project (DESIGN: Mathematics). A part whose network predicts something else says so.
+# The convention of the project (docs/design.md). Another prediction type is declared in the manifest.
 CONVENTIONS = {
     "time": "t in [0, 1], t = 0 data, t = 1 noise",
     "path": "x_t = (1 - t) x_0 + t e",
@@ -99,7 +99,7 @@ def read_json(
 
 
 def write(folder: epath.PathLike, kind: str, files: Iterable[str], config_hash: str, **content: Any) -> dict[str, Any]:
-    """Writes `folder/manifest.json`, the mark that the folder is complete.
+    """Writes `folder/manifest.json`, which marks the folder as complete.
 
     Args:
       folder: the finished folder.
@@ -130,7 +130,7 @@ def exists(folder: epath.PathLike) -> bool:
 
 
 def read_kind(folder: epath.PathLike) -> str:
-    """What kind of folder a manifest describes; "" where there is none, or it is no manifest."""
+    """The kind of folder that a manifest describes; "" without a readable manifest."""
     path = epath.Path(folder) / FILE_NAME
     found = read_json(path) if path.exists() else {}
     return found.get("kind", "") if isinstance(found, dict) else ""
@@ -159,7 +159,7 @@ def read(folder: epath.PathLike, kind: str, verify: bool = False) -> dict[str, A
 
 
 def check_file(path: epath.Path, promise: dict[str, Any], contents: bool) -> None:
-    """Refuses a promised file that is missing, of another size or, with `contents`, of another hash."""
+    """Raises UserError for a listed file that is missing, of another size or, with `contents`, of another hash."""
     remedy = "copy it again from its origin, or run the stage that makes it again"
     if not path.exists():
         raise UserError(f"{path} is missing though its manifest promises it; {remedy}")

@@ -1,4 +1,4 @@
-"""`paris-jax export --ensemble`: an ensemble as one folder that can be carried, or put on a hub as it is.
+"""`paris-jax export --ensemble`: an ensemble as one self-contained folder, ready for a hub.
 
 The manifest of a run's ensemble only names its parts, which lie with the run. Here they are copied beside it, byte for
 byte, so that every hash still holds, with a card that says what they are and how to use them.
@@ -54,7 +54,7 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
 
 
 def _copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
-    """The part in another folder, its files checked there."""
+    """The network copied to another folder, its files verified there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*part.manifest["files"], manifest.FILE_NAME):
@@ -69,7 +69,7 @@ def _copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
 
 
 def card(found: ExportedEnsemble) -> str:
-    """What a stranger wants to know of an ensemble, as the page that hubs show."""
+    """The model card of an ensemble, as hubs show it."""
     shared, sampling = found.shared, SamplingSettings(**found.sampling)
     T, H, W, C = shared["latent"]["shape"]
     used = {"full": "all experts", "top_k": f"top {sampling.top_k} of the experts"}.get(sampling.routing, "a threshold")

@@ -1,4 +1,4 @@
-"""Names inside a run folder: the only place that knows its paths, and what makes a folder belong to a config.
+"""The run folder: all its paths, and the check that it belongs to a config.
 
 RUN/config.json                    the resolved config and its hash
 RUN/data/                          all clips as latents
@@ -73,11 +73,11 @@ class RunFolder:
         return self.role(role) / "metrics.jsonl"
 
     def log(self, role: Role) -> epath.Path:
-        """What a role's process said, where a launcher started it."""
+        """The log of a role's process, if a launcher started it."""
         return self.role(role) / "train.log"
 
     def sweep(self, role: Role) -> epath.Path:
-        """Short trainings of a role that compare settings."""
+        """The sweeps of a role."""
         return self.path / "sweeps" / role.name.replace(" ", "-")
 
     def export(self, role: Role) -> epath.Path:

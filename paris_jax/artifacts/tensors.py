@@ -1,4 +1,4 @@
-"""Safetensors files, read and written tensor by tensor, so that no network ever lies in memory whole.
+"""Safetensors files, read and written tensor by tensor, so that no whole network has to fit in memory.
 
 Nothing is unpickled: files of other kinds are refused.
 """
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # name -> (shape, dtype
 
 
 class Tensors:
-    """Tensors of one or several safetensors files by name; only what is asked for is read.
+    """Tensors of one or several safetensors files by name; read lazily.
 
     Attributes:
       shapes: name -> (shape, dtype) of every tensor; of one that is not of floats, and cannot be read, what it says.
@@ -103,7 +103,7 @@ def _opened(path: epath.Path) -> Any:
 
 
 def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a safetensors file of these tensors, whole or not at all.
+    """Writes a safetensors file of these tensors, atomically.
 
     Args:
       shapes: what the file will hold, in order.

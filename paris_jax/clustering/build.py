@@ -1,4 +1,4 @@
-"""`paris-jax cluster`: the clips to K clusters, one data folder each, with the held-out clips set apart first."""
+"""`paris-jax cluster`: splits off the held-out clips, then partitions the rest into K cluster folders."""
 
 import dataclasses
 import logging
@@ -58,7 +58,7 @@ def cluster(experiment: Experiment, run: RunFolder) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """What clustering needs of the N clips of a data folder, in the order of their ids, so that no other order matters.
+    """Inputs of clustering for the N clips of a data folder, sorted by id: the result depends on no other order.
 
     numbers: of their records in the folder. features: (N, F) float32.
     """
@@ -72,7 +72,7 @@ class Clips:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What clustering found: labels (N,) int32 and heldout (N,) bool of all clips, and the report as JSON data."""
+    """Result of clustering: labels (N,) int32 and heldout (N,) bool of all clips, and the report as JSON data."""
 
     partition: clusters.Clustering
     labels: np.ndarray
@@ -93,7 +93,7 @@ def choose_heldout(experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
 
 
 def check_enough(experiment: Experiment, num_clips: int) -> None:
-    """Refuses more clusters than the clips could fill with a batch each."""
+    """Raises UserError for more clusters than the clips can fill with one batch each."""
     settings, batch = experiment.clustering, experiment.training.global_batch_size
     allowed = num_clips // batch
     if settings.num_clusters > allowed:

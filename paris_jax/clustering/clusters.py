@@ -8,13 +8,13 @@ import safetensors.numpy
 
 from paris_jax.clustering import kmeans
 
-# A feature that varies less than this over the clips tells nothing, and would only be noise blown up.
+# A feature that varies less than this over the clips carries no information; standardising it would amplify noise.
 SMALLEST_SPREAD = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Clustering:
-    """How a clip finds its cluster: the cluster of the nearest fine centroid.
+    """The clustering: assigns a clip to the cluster of its nearest fine centroid.
 
     mean, spread: (F,) float32, standardise features. fine: (J, F) float32, centroids of the k-means; merge: (J,) int32,
     the cluster of each. centroids: (K, F) float32, mean of each cluster's clips, for the report. With one stage J = K

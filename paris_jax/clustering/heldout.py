@@ -1,4 +1,4 @@
-"""Which clips are set apart for evaluation: decided by each clip's id, before anything is learned from the clips."""
+"""The held-out split: a hash of the clip id decides it, before anything is learned from the clips."""
 
 import hashlib
 from collections.abc import Sequence

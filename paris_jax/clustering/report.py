@@ -1,4 +1,4 @@
-"""What the clusters are: sizes, how well apart, what their clips show. As JSON data and as a table for people."""
+"""The clustering report: sizes, separation and typical clips of the clusters, as JSON data and as a table."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -103,7 +103,7 @@ def _examples(captions: Sequence[str], own: np.ndarray, rows: np.ndarray) -> lis
 
 
 def print_report(described: dict[str, Any], console: Console) -> None:
-    """Prints what `report` found as a table."""
+    """Prints a report as a table."""
     worlds = "world" in described["purity"]
     table = Table(title=f"{described['clips']} clips in {len(described['clusters'])} clusters")
     for heading in ("cluster", "clips", "held out", "margin"):

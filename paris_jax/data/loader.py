@@ -1,4 +1,4 @@
-"""The input of training: shuffled batches of a data folder, the same on any number of processes, resumable exactly."""
+"""The Grain loader: shuffled batches of a data folder, equal on any number of processes, exactly resumable."""
 
 import dataclasses
 import logging
@@ -16,13 +16,13 @@ from paris_jax.encoders.codecs import LatentScale
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-READ_AHEAD = 3  # batches ready before they are asked for
-THREADS = 2  # that read them
+READ_AHEAD = 3  # prefetched batches
+THREADS = 2  # threads that read records
 
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Makes one batch of (place in the stream, record) pairs.
+    """Stacks (global sample index, record) pairs to one batch.
 
     Attributes:
       scale: mean and spread that latents are normalised with.
@@ -107,7 +107,7 @@ def clip_ids(folders: epath.PathLike | Sequence[epath.PathLike], batch: int, see
 
 
 def _found(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[dict[str, Any], epath.PathLike]]:
-    """Manifests and folders; the order of clips must not depend on the order in which folders are named."""
+    """Manifests and folders, sorted: the order of clips must not depend on the order of the folders."""
     paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     found = [(read_manifest(path), path) for path in paths]
     return sorted(found, key=lambda pair: (pair[0].get("cluster") or 0, str(pair[1])))
@@ -122,7 +122,7 @@ def _with_place(place: int, record: Record) -> tuple[int, Record]:
 
 
 def check_batches(found: Sequence[tuple[dict[str, Any], Any]], batch: int, process_count: int) -> None:
-    """Refuses folders that cannot fill a batch or do not belong together."""
+    """Raises UserError for folders that cannot fill a batch or do not belong together."""
     if batch % process_count:
         raise UserError(
             f"training.global_batch_size={batch}: must be a multiple of the {process_count} processes of this job"

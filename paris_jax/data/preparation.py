@@ -28,9 +28,9 @@ from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 STEM = "data"
-PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that work on accelerators, where there are some
-BATCH = 16  # clips that the encoders see at once; other batches may round otherwise
-UNIT = {"mean": [0.0], "spread": [1.0]}  # of latents that are scaled as their published networks expect them
+PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that run on accelerators where there are any
+BATCH = 16  # clips per encoder batch; another batch size may round differently
+UNIT = {"mean": [0.0], "spread": [1.0]}  # statistics of latents that already have the scale of their published networks
 
 
 def prepare(
@@ -40,7 +40,7 @@ def prepare(
     shard_size: int = records.SHARD_SIZE,
     clips: Source | None = None,
 ) -> None:
-    """Encodes every clip of the experiment into RUN/data; goes on at the first shard that is missing.
+    """Encodes every clip of the experiment into RUN/data; resumes at the first missing shard.
 
     The files are the same, byte for byte, however often it was interrupted and on however many processes.
 
@@ -100,7 +100,7 @@ def prepare(
 
 
 class Speed(ProgressColumn):
-    """Clips a second, of the last half minute."""
+    """Clips per second over the last half minute."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.3g} clips/s" if task.speed else "", style="progress.data.speed")
@@ -109,7 +109,7 @@ class Speed(ProgressColumn):
 def describe_encoders(
     experiment: Experiment, vocabulary: Iterable[str], store: EncoderStore | None = None
 ) -> dict[str, Any]:
-    """What the manifest says of codec, text encoder and features; refuses one that cannot be run here."""
+    """Manifest entries of codec, text encoder and features; raises UserError for one that cannot run here."""
     return {
         "codec": codecs.codec(**dataclasses.asdict(experiment.codec), store=store).describe(),
         "text": text_encoder(experiment, vocabulary, store).describe(),
@@ -118,14 +118,14 @@ def describe_encoders(
 
 
 def weights_of(described: dict[str, Any]) -> dict[str, Any]:
-    """Hashes of the weights of described encoders; None for those that have none."""
+    """Hashes of the weights of described encoders; None for encoders without weights."""
     fields = {"codec": "sha256", "text": "weights", "features": "sha256"}
     return {name: described[name].get(field) for name, field in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard to write: independent of all others, and known to be done by the mark that is written after it."""
+    """One shard to write, independent of all others; a marker file written after it says that it is complete."""
 
     experiment: Experiment
     clips: Source
@@ -149,7 +149,7 @@ class Shard:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the shard is made of: a mark of anything else does not count."""
+        """The provenance of the shard: a marker with any other provenance is ignored."""
         made_of = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
         return {**made_of, "source": self.clips.describe(), "indices": [*self.indices]}
 
@@ -158,7 +158,7 @@ class Shard:
 
 
 class Tally:
-    """What the manifest says of all clips, gathered while they pass."""
+    """Statistics of all clips for the manifest, accumulated clip by clip."""
 
     def __init__(self):
         self.clips = 0
@@ -199,7 +199,7 @@ class Tally:
         if shared:
             mean, square = mean.mean(keepdims=True), square.mean(keepdims=True)
         spread = np.sqrt(np.maximum(square - mean**2, 1e-8))
-        # Six digits are plenty, and the same on machines that add in another order.
+        # Six digits suffice, and are equal on machines that sum in another order.
         digits = {"mean": mean, "spread": spread}
         return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
 
@@ -224,7 +224,7 @@ def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | 
     store = store or EncoderStore()
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     describe = features.features(**dataclasses.asdict(experiment.features), store=store)
-    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat, some encoders are slow
+    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat
     clips = iter(clips)
     while batch := list(itertools.islice(clips, BATCH)):
         words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words], store)
@@ -238,7 +238,7 @@ def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | 
 def _encode_captions(
     experiment: Experiment, clips: Sequence[Clip], store: EncoderStore
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tokens and pooled vector of each caption, as they are stored; a refusal names its clip."""
+    """Tokens and pooled embedding of each caption, as stored; a UserError names the clip."""
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if not captions:
         return {}
@@ -256,7 +256,7 @@ def _encode_captions(
 
 
 def _stored(encoding: TextEncoding, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pooled vector as they are stored."""
+    """Tokens and pooled embedding as stored."""
     return encoding.tokens.astype(dtype), encoding.pooled.astype(dtype)
 
 

@@ -26,15 +26,15 @@ from paris_jax.errors import UserError
 
 RECORD_FOLDER_KINDS = ("data", "cluster", "heldout")
 ENDING = ".array_record"
-NULL = "null.safetensors"  # the encoding of no text, where it is not zeros
+NULL = "null.safetensors"  # the null text embedding, where it is not zeros
 SHARD_SIZE = 512  # records
-# What a manifest of records must say, so that a job can run from its folder alone.
+# Required entries of a manifest of records: with them a job runs from its folder alone.
 CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One clip as training sees it.
+    """One clip of the latent cache.
 
     Attributes:
       id: the clip's, unique and the same on every machine.
@@ -61,7 +61,7 @@ ARRAYS = ("latent", "tokens", "pooled", "feature")
 
 
 def encode_record(record: Record) -> bytes:
-    """Returns the record as safetensors bytes: equal records give equal bytes."""
+    """Encodes a record as safetensors bytes; equal records give equal bytes."""
     arrays = {name: np.ascontiguousarray(getattr(record, name)) for name in ARRAYS}
     facts = {name: getattr(record, name) for name in ("id", "caption", "attributes", "cluster")}
     # One metadata entry only: safetensors keeps several in no fixed order.
@@ -69,7 +69,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Reads what `encode_record` wrote."""
+    """Decodes the bytes of `encode_record`."""
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["record"])
     arrays: dict[str, Any] = loads(data)
@@ -81,7 +81,7 @@ def shard_name(stem: str, number: int, count: int) -> str:
 
 
 def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
-    """Writes a whole shard under another name, then renames it: a shard that exists is complete.
+    """Writes a shard under a partial name, then renames it: a shard that exists is complete.
 
     Raises:
       UserError: the disk is full or cannot be written.
@@ -93,7 +93,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
         try:
             with _refusing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # Groups of one, because records are read in any order.
+                # Groups of one record, because training reads them in random order.
                 writer = ArrayRecordWriter(str(local), "group_size:1")
             with contextlib.closing(_Closing(writer, path)):
                 for record in records:
@@ -124,7 +124,7 @@ class _Closing:
 
 @contextlib.contextmanager
 def _refusing(path: epath.Path) -> Iterator[None]:
-    """Tells a failed write as a refusal. ArrayRecord reports it as RuntimeError or ValueError."""
+    """Raises UserError for a failed write, which ArrayRecord reports as RuntimeError or ValueError."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -135,7 +135,7 @@ def _refusing(path: epath.Path) -> Iterator[None]:
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
-    """Reads the manifest of a folder of records, of any of KINDS, and checks that its shards are all there."""
+    """Reads the manifest of a folder of records, of any of KINDS, and checks that no shard is missing."""
     path = epath.Path(folder) / manifest.FILE_NAME
     kind = manifest.read_json(path).get("kind") if path.exists() else RECORD_FOLDER_KINDS[0]
     if kind not in RECORD_FOLDER_KINDS:
@@ -149,7 +149,7 @@ def data_contract(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class Records(Sequence[Record]):
-    """The records of one or several folders, one after the other; picklable, and read only when asked for."""
+    """The concatenated records of one or several folders, read lazily; picklable."""
 
     def __init__(self, folders: epath.PathLike | Sequence[epath.PathLike]):
         folders = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
@@ -208,7 +208,7 @@ def copy_records(
 
 
 def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -> list[str]:
-    """Writes the encoding of no text, tokens (L, Dt) and pooled (Dp,), if it is not one token of zeros.
+    """Writes the null text embedding, tokens (L, Dt) and pooled (Dp,), unless it is one token of zeros.
 
     Returns:
       The file's name, if there is one.
@@ -221,7 +221,7 @@ def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -
 
 
 def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
-    """What `write_null` wrote, as tokens and pooled; {} where it wrote nothing."""
+    """The null text embedding of `write_null` as tokens and pooled; {} if there is no file."""
     path = epath.Path(folder) / NULL
     return loads(path.read_bytes()) if NULL in read_manifest(folder)["files"] else {}
 
@@ -236,7 +236,7 @@ def _shards(folder: epath.Path) -> list[str]:
     cache.mkdir(parents=True, exist_ok=True)
     for name in names:
         if not (cache / name).exists():
-            partial = cache / f".{name}.{os.getpid()}.partial"  # other roles on this machine may copy it, too
+            partial = cache / f".{name}.{os.getpid()}.partial"  # other jobs on this machine may copy it, too
             (folder / name).copy(partial, overwrite=True)
             partial.replace(cache / name)
     return [str(cache / name) for name in names]

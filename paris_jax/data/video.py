@@ -1,4 +1,4 @@
-"""Video files in and out, through PyAV: reading real footage, writing what people and browsers can play."""
+"""Decodes and encodes video files with PyAV, and pictures and contact sheets with Pillow."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ FORMATS = (*CODECS, "gif", "png")
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """What a video file holds.
+    """Metadata of a video file.
 
     Attributes:
       times: when each frame appears, (N,) float64 seconds from the start, ascending.
@@ -43,7 +43,7 @@ class Footage:
 
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
-    """Opens a video and turns every failure to read it into a refusal that names the file."""
+    """Opens a video; any failure to read it raises a UserError that names the file."""
     remedy = "replace or remove the file, then run the same command again"
     try:
         with av.open(str(path)) as container:
@@ -55,7 +55,7 @@ def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
 
 
 def probe(path: epath.PathLike) -> Footage:
-    """Reads times and sizes without decoding. Refuses a file that is not a readable video."""
+    """Reads duration and size without decoding; raises UserError for a file that is not a readable video."""
     with _opened(path) as container:
         stream = container.streams.video[0]
         base = stream.time_base
@@ -121,7 +121,7 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def at_rate(path: epath.PathLike, fps: float) -> Iterator[np.ndarray]:
-    """Yields the frame (H, W, 3) uint8 that is on show at each 1 / fps seconds of a video."""
+    """Resamples a video: yields the frame (H, W, 3) uint8 displayed at each multiple of 1 / fps seconds."""
     shown, instant, duration = None, 0, probe(path).duration
     for seconds, image in decode(path):
         while shown is not None and instant / fps < seconds - 1e-6:
@@ -134,7 +134,7 @@ def at_rate(path: epath.PathLike, fps: float) -> Iterator[np.ndarray]:
 
 
 def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-    """Returns the size of the same shape as rows x columns that just covers height x width."""
+    """The smallest size with the aspect ratio of rows x columns that covers height x width."""
     scale = max(height / rows, width / columns)
     return max(height, round(rows * scale)), max(width, round(columns * scale))
 
@@ -183,7 +183,7 @@ def video_bytes(video: np.ndarray, fps: float, format: str = "mp4", scale: int |
 
 
 def _gif(frames: list[av.VideoFrame], fps: float) -> bytes:
-    """Encodes a looping GIF in the palette of its own colours. GIF keeps time in hundredths of a second."""
+    """Encodes a looping GIF with an adaptive palette. GIF stores durations in hundredths of a second."""
     base = Fraction(1, 100)
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frames[0].width, height=frames[0].height, format=frames[0].format, time_base=base)
@@ -225,12 +225,12 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 
 def write_png(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes (H, W, 3) uint8 as PNG, whole or not at all."""
+    """Writes (H, W, 3) uint8 as PNG, atomically."""
     manifest.write_atomically(path, png_bytes(image))
 
 
 def write_video(path: epath.PathLike, video: np.ndarray, fps: float, scale: int | None = None) -> None:
-    """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, whole or not at all."""
+    """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, atomically."""
     ending = epath.Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
         raise UserError(f"{path} ends in {ending!r}; videos are written as {', '.join('.' + f for f in FORMATS)}")

@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193), from S to g: what an image shows, without a word."""
+"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193), from S to g: image features from self-supervised training."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Clip to the vector that is clustered: a frozen descriptor of look and motion, which nothing has to be trained for."""
+"""Features for clustering: a fixed descriptor of appearance and motion, without trained weights."""
 
 import dataclasses
 from typing import Any, get_args

@@ -57,7 +57,7 @@ class MiniLM:
         return [self._encode(text) for text in texts]
 
     def null(self) -> TextEncoding:
-        """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
+        """The null text embedding, for dropout and guidance: one token of zeros, pooled zeros."""
         return TextEncoding(np.zeros((1, WIDTH), np.float32), np.zeros(WIDTH, np.float32))
 
     def unknown_words(self, text: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where published encoders lie and work: on every device of this machine, whatever their number.
+"""Placement of published encoders: sharded over all devices of this machine.
 
 Their weights are split by the table that splits the experts in training (`models/axes.py`), so that each device holds
 its share; a batch is split by its rows.
@@ -16,7 +16,7 @@ from paris_jax.weights.reading import Later
 
 
 def dtype() -> str:
-    """What encoders compute in: bfloat16, but on CPUs float32."""
+    """The dtype encoders compute in: bfloat16, on CPUs float32."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

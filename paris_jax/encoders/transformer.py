@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What the blocks of one encoder are.
+    """Sizes and variants of the blocks of one encoder.
 
     Attributes:
       heads: of attention.

@@ -69,7 +69,7 @@ class Words:
         return [self._encode(text) for text in texts]
 
     def null(self) -> TextEncoding:
-        """The encoding of no text, for dropout and guidance: one token of zeros, pooled zeros."""
+        """The null text embedding, for dropout and guidance: one token of zeros, pooled zeros."""
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
     def unknown_words(self, text: str) -> dict[str, str]:
@@ -118,7 +118,7 @@ def positions(length: int, width: int) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, stored: Any) -> np.ndarray:
-    """Rounds to what a 16-bit dtype holds, as float32: what is sampled with is what was stored and trained on."""
+    """Rounds to a 16-bit dtype, returned as float32: sampling uses the values that were stored and trained on."""
     return x.astype(stored).astype(np.float32)
 
 

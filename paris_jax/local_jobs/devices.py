@@ -1,4 +1,4 @@
-"""The devices of this machine, cut into groups: one for each role that trains at the same time; and its memory."""
+"""Splits the devices of this machine into groups, one for each role that trains at the same time."""
 
 import ctypes
 import dataclasses
@@ -35,7 +35,7 @@ class Devices:
         return [dataclasses.replace(self, numbers=self.numbers[i * size : (i + 1) * size]) for i in range(count)]
 
     def environment(self) -> dict[str, str]:
-        """What makes a process see these devices only."""
+        """Environment variables that restrict a process to these devices."""
         if self.kind == "gpu":
             return {"CUDA_VISIBLE_DEVICES": ",".join(self.numbers)}
         if self.kind == "tpu":
@@ -52,7 +52,7 @@ class Devices:
             os.sched_setaffinity(0, [int(n) for n in self.numbers])
 
     def __str__(self) -> str:
-        """As a person would type it in front of a command."""
+        """The devices as a shell prefix of a command."""
         words = [f"{name}={value}" for name, value in self.environment().items()]
         pinned = ["taskset", "-c", ",".join(self.numbers)] if self.kind == "cpu" and self.numbers else []
         return " ".join([*words, *pinned])

@@ -37,13 +37,13 @@ class LocalJob:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A job that ended badly, and its exit code (negative: the signal that killed it)."""
+    """A failed job, and its exit code (negative: the signal that killed it)."""
 
     job: LocalJob
     code: int
 
     def __str__(self) -> str:
-        """What the job said last, or how it ended."""
+        """The last error of the job, or its exit code."""
         if self.code < 0:
             hint = "; often there is not enough memory" if self.code == -9 else ""
             return f"{self.job.name} was killed by signal {-self.code}{hint}"
@@ -52,7 +52,7 @@ class Failure:
 
 
 class Launcher:
-    """Starts jobs, starts the preempted ones again, and stops all when one fails or on request."""
+    """Starts jobs, restarts preempted ones, and stops all when one fails or on request."""
 
     def __init__(self, program: Sequence[str], report: Callable[[str], None]):
         """`program` precedes a job's arguments; `report` is called with messages, from any thread."""
@@ -93,7 +93,7 @@ class Launcher:
             self.report(f"stopping; saving first: {', '.join(asked)}")
 
     def run(self, job: LocalJob, devices: Devices) -> None:
-        """Runs a job to its end, as often as it is preempted; what went wrong is in `failure` or `stopped_by`."""
+        """Runs a job to its end, restarting it when preempted; sets `failure` or `stopped_by` on failure."""
         while True:
             with self._lock:
                 if self.stopping:

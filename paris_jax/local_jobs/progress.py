@@ -1,4 +1,4 @@
-"""How far every role is, read from what each writes: bars on a terminal, elsewhere a line now and then."""
+"""Progress of all roles, read from their metrics: bars on a terminal, periodic lines elsewhere."""
 
 import time
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class RoleBars:
         return int(line["step"]) if line else 0
 
     def _look(self, role: Role) -> tuple[int, str]:
-        """The role's newest step, and what is to be said about it."""
+        """The role's newest step, and its status text."""
         name = role.name
         if name not in self._launcher.began:
             return self._old[name], "waiting"

@@ -33,7 +33,7 @@ PROGRAM = (sys.executable, "-m", "paris_jax.cli")
 
 @dataclasses.dataclass(frozen=True)
 class JobGroups:
-    """What is left to do: the stages before the roles, the roles, the stages after them; and what is done already."""
+    """The remaining work: stages before the roles, the roles, stages after them; and the completed stages."""
 
     before: list[LocalJob]
     roles: dict[Role, LocalJob]  # the longest first, so that none is left to run alone at the end
@@ -44,7 +44,7 @@ class JobGroups:
 def quickstart(
     experiment: Experiment, run: RunFolder, config: Sequence[str] = (), devices: str = "auto", dry_run: bool = False
 ) -> None:
-    """Runs prepare, cluster, train (every role), assemble, sample and evaluate; goes on where it was stopped.
+    """Runs prepare, cluster, train (every role), assemble, sample and evaluate; resumes where it stopped.
 
     Args:
       config: the flags that give a command this experiment; none where RUN/config.json holds it.
@@ -161,7 +161,7 @@ def _train(
 
 
 def _check(launcher: Launcher) -> None:
-    """Raises what ended a launcher early."""
+    """Raises the failure that ended a launcher early."""
     failure = launcher.failure
     if failure and (failure.job.log or failure.code < 0):
         log = f" (its log: {failure.job.log})" if failure.job.log else ""

@@ -1,4 +1,4 @@
-"""`paris-jax plan`: does it fit on a slice that is not here, what does a step cost, how long does the run take."""
+"""`paris-jax plan`: memory, time per step and duration of a run on a topology that is not attached."""
 
 import dataclasses
 import logging
@@ -22,9 +22,9 @@ from paris_jax.training.sharding import in_gib
 from paris_jax.training.step import ShardedStep
 
 logger = logging.getLogger(__name__)
-MARGIN = 0.98  # of the memory, that the first guess of a batch may fill
-TRIES = 6  # compilations, at most, to find what makes it fit
-# Shapes that can be had, smallest first.
+MARGIN = 0.98  # fraction of the memory that the first guess of a batch size may fill
+TRIES = 6  # maximum number of compilations to find a configuration that fits
+# Available topologies, smallest first.
 OFFERED = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -36,12 +36,12 @@ OFFERED = {
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A job on a slice, compiled."""
+    """A job compiled for a topology."""
 
     job: Job
     slice: Topology
     footprint: Footprint
-    seconds: float  # that compiling took
+    seconds: float  # compile time
 
     @property
     def flops(self) -> float:
@@ -159,7 +159,7 @@ def _time(experiment: Experiment, planned: dict[str, Planned], mfu: float, price
 
 
 def _brief(number: float) -> str:
-    """Three digits that count: 0.00147, 12.3, 42,972."""
+    """Formats with three significant digits: 0.00147, 12.3, 42,972."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -169,7 +169,7 @@ def _notes(experiment: Experiment, mfu: float) -> Iterator[str]:
 
 
 def _look_further(found: Planned, devices: list) -> Iterator[str]:
-    """The largest batch and the smallest slice that fit, or the first change that makes it fit; each compiled."""
+    """The largest batch and the smallest topology that fit, or the first change that makes it fit; each compiled."""
     if not found.footprint.fits:
         yield from _remedies(found, devices)
         return
@@ -268,7 +268,7 @@ def _next_remedy(tried: Planned) -> Job | None:
     if split and split.settings.fsdp > settings.fsdp:
         return split
     if job.config.remat in ("none", "named"):
-        return _with(job, remat="full")  # how much that saves is seen when it is tried
+        return _with(job, remat="full")  # compiling it shows how much it saves
     rows = _rows(tried)
     batch = int(0.6 * max(0.0, memory - arguments) / temporaries * settings.global_batch_size)
     batch = min(batch, settings.global_batch_size // 2) // rows * rows

@@ -63,7 +63,7 @@ class Topology:
         how = {"chip_config_name": "megacore"} if self.generation == "v4" else {}
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **how)
-        except Exception as error:  # libtpu is missing, or does not know the shape
+        except Exception as error:  # libtpu is missing, or does not know the topology
             reason = first_line(error)[:200]
             raise UserError(
                 f"--target={self} cannot be described here ({reason}); install libtpu with pip install -e '.[tpu]', "
@@ -74,10 +74,10 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """Bytes that a compiled step needs of each device, and how much there is."""
+    """Bytes per device that a compiled step needs, and the memory of the device."""
 
-    arguments: float  # state and batch, which stay
-    temporaries: float  # activations, gradients, gathered parameters, which come and go
+    arguments: float  # state and batch, resident
+    temporaries: float  # activations, gradients, gathered parameters
     peak: float
     memory: float | None
 

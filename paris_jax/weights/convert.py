@@ -16,13 +16,13 @@ from paris_jax.weights.layouts import LAYOUTS, pieces
 
 WEIGHTS, KIND = "model.safetensors", "weights"
 OURS = "paris_jax"  # as a layout: our own exports
-FRESH = ("cond_in.",)  # what may be missing: it starts at nothing, so the network is the same without it
+FRESH = ("cond_in.",)  # may be missing: zero-initialised, so the network is the same without it
 Advance = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What becomes of a source: our arrays that are read, those that start at nothing, its tensors without a use."""
+    """The mapping of a source: arrays to read, zero-initialised arrays, unused tensors."""
 
     layout: str
     read: list[str]
@@ -207,5 +207,5 @@ def export_network(tensors: Tensors, config: DiTConfig, layout: str, path: epath
 
 
 def count(config: DiTConfig, layout: str) -> int:
-    """How many pieces a network is read or written in."""
+    """The number of pieces in which a network is read or written."""
     return sum(1 for _ in pieces(config, LAYOUTS[layout]))

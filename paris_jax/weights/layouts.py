@@ -1,4 +1,4 @@
-"""How others call the tensors of a spatiotemporal DiT, and in which order they keep their features.
+"""Layouts of published DiTs: the names of their tensors, and the order of their features.
 
 Ours joins queries, keys, values (and the hidden features of a single-stream block) head by head, in one matrix, so that
 a device that owns a head owns all that belongs to it; and stacks the blocks. Theirs come part by part:

@@ -18,7 +18,7 @@ from paris_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Later:
-    """An array whose shape is known, and whose values are read when they are wanted: `read(dtype)`."""
+    """A lazily read array of known shape: `read(dtype)` returns its values."""
 
     shape: tuple[int, ...]
     read: Callable[[Any], np.ndarray]
@@ -39,7 +39,7 @@ class Later:
 
 
 class Reader:
-    """Takes tensors from files, notes what it took, and says at the end what does not fit."""
+    """Takes tensors from files, notes what it took, and reports all mismatches at the end."""
 
     def __init__(self, tensors: Tensors):
         self._tensors, self._taken, self._problems = tensors, set(), []

@@ -1,4 +1,4 @@
-"""A clip: what every source of video yields, whatever it was before."""
+"""A clip: the item that every source of video yields."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which clips an experiment is made of."""
+"""Sources of clips, by the name in the `data` section of a config."""
 
 from typing import Any, Protocol
 

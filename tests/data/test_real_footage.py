@@ -60,7 +60,6 @@ def configured(footage):
     return Experiment.from_config(config)
 
 
-@pytest.mark.exhaustive
 def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     experiment, run = configured(footage), RunFolder(tmp_path / "run")
     shutil.copytree(prepared.path, run.path)
@@ -78,7 +77,6 @@ def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     assert "people riding bikes" in report or "rabbit" in report or "a man talking" in report
 
 
-@pytest.mark.exhaustive
 def test_the_latents_are_the_footage(footage, prepared):
     """A clip decoded from the cache is the clip that the source cut, exactly."""
     records = {record.id: record for record in read_records(prepared.data)}

@@ -134,7 +134,6 @@ def test_other_weights_are_refused_by_name(codec, tmp_path):
         codecs.from_description(described)
 
 
-@pytest.mark.exhaustive
 def test_videos_go_through_it_from_clips_to_samples(tmp_path):
     """Every stage in its latents, and from there a video from an image and one of another length."""
     config = micro_config()

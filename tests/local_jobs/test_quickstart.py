@@ -77,7 +77,7 @@ def test_stopped_in_the_middle_every_role_saves_and_it_says_what_to_do(quick):
     assert "router" in left and "monolith" in left
 
 
-def test_the_same_command_resumed_to_the_end(quick):
+def test_the_same_command_resumes_and_completes(quick):
     it, _, (code, out, err) = quick
     assert code == 0, err
     assert "prepare: done already" in out and "cluster: done already" in out

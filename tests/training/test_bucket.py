@@ -80,7 +80,6 @@ print("all done")
 """
 
 
-@pytest.mark.exhaustive
 def test_every_stage_but_training_works_on_a_bucket(micro, trained, finished, tmp_path):
     pytest.importorskip("fsspec", reason="comes with the extra tpu, and with Orbax")
     from paris_jax.evaluation.protocol import evaluate

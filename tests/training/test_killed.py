@@ -151,7 +151,6 @@ class TestEvaluate:
         assert json.loads(contents(run.evaluation)["results.json"]) == results
         assert not left_unfinished(run.evaluation)
 
-    @pytest.mark.exhaustive
     def test_killed_twice(self, micro, finished, results):
         # Files in their order: two of samples, two of losses, the router's hits, four of frames that are given (two
         # kinds, two arms), results, report, manifest.

@@ -437,7 +437,7 @@ def test_a_horizon_may_be_a_share_of_training(width, power):
     assert np.sqrt((weights * (places - mean) ** 2).sum()) == pytest.approx(width, rel=0.01)
 
 
-def test_a_full_disk_is_refused_and_training_resumed_once_there_is_room(micro, run, trained):
+def test_a_full_disk_is_refused_and_training_resumes_once_there_is_room(micro, run, trained):
     """No file may grow beyond 40 kB, as on a disk that fills while a checkpoint is written."""
     arguments = command(run, micro, "--role=expert", "--cluster=0")
     limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 40; exec \"$@\"", "bash", *arguments]

@@ -56,7 +56,7 @@ class Strength:
         low = jnp.asarray((step >= STEADY) & (step % 2 == 1))
         return within & ~(low & self.text_oscillates), within & ~(low & self.image_oscillates)
 
-    def image_scales(self, step: jax.Array | int, steps: int, frames: int) -> jax.Array:
+    def image_scales(self, step: jax.Array | int, steps: jax.Array | int, frames: int) -> jax.Array:
         """The image guidance scale of each latent frame, (T,)."""
         last = self.image_scale + (1 - self.image_scale) * step / steps
         return jnp.where(self.ramp, jnp.linspace(1.0, last, frames), self.image_scale)

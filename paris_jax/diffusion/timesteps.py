@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+CAPACITY_STEPS = 64  # compiled samplers hold a multiple of it, so that another number of steps does not recompile
+
 
 def shift(t: jax.Array, factor: float) -> jax.Array:
     """Shifts timesteps towards noise, t <- a t / (1 + (a - 1) t) (Esser et al. 2024, section 5.3.2); 1 is no shift."""
@@ -28,3 +30,18 @@ def logit_normal(normal_B: jax.Array, mean: float, std: float, factor: float) ->
 def timestep_schedule(num_steps: int, factor: float) -> jax.Array:
     """Sampling timesteps from 1 to 0: num_steps + 1 evenly spaced points, shifted. Returns (num_steps + 1,) float32."""
     return shift(jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32), factor)
+
+
+def capacity(num_steps: int) -> int:
+    """Steps that the arrays of a compiled sampler hold: `num_steps` rounded up."""
+    return -(-num_steps // CAPACITY_STEPS) * CAPACITY_STEPS
+
+
+def padded(values: jax.Array, size: int) -> jax.Array:
+    """Values of each step or timestep, padded with zeros to (size,). A schedule stays one: it ends at its first 0."""
+    return jnp.pad(values, (0, size - values.shape[0]))
+
+
+def num_steps(timesteps: jax.Array) -> jax.Array:
+    """The number of steps of a schedule, padded or not, () int32: the index of its first 0."""
+    return jnp.argmin(timesteps).astype(jnp.int32)

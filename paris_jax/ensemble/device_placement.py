@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from paris_jax.artifacts import ensemble_manifest
 from paris_jax.config import checks
-from paris_jax.diffusion import solvers
+from paris_jax.diffusion import solvers, timesteps
 from paris_jax.ensemble import progress, sparse_velocity
 from paris_jax.errors import UserError, nearest
 from paris_jax.models import functional, sharding_rules, stacks
@@ -189,11 +189,18 @@ class PlacedEnsemble:
         inputs: tuple[Any, ...],
         watcher: progress.Watcher,
     ) -> solvers.State:
-        """The solver state after all steps; `inputs` are those of `take_steps`, from `keys_B2` on."""
+        """The solver state after all steps; `inputs` are those of `take_steps`, from `keys_B2` on.
+
+        Traces of the state hold `timesteps.capacity(S)` steps, zeros after the last.
+        """
         self.check(noise.shape[1:])
-        steps = inputs[1].shape[0] - 1
+        keys_B2, schedule, condition, fixed_expert_S = inputs
+        steps = schedule.shape[0] - 1
+        capacity = timesteps.capacity(steps)  # one compiled program for every number of steps up to it
+        schedule = timesteps.padded(schedule, capacity + 1)
+        inputs = keys_B2, schedule, condition, timesteps.padded(fixed_expert_S, capacity)
         with self._mesh_context():
-            state, inputs = replicate((sparse_velocity.initial_state(config, noise, steps), inputs), self.mesh)
+            state, inputs = replicate((sparse_velocity.initial_state(config, noise, capacity), inputs), self.mesh)
         if self.mesh is None:  # committed as later states are: one compiled program for all steps
             (device,) = self.params.clusters.devices()
             state = jax.device_put(state, device)

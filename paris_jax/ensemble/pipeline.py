@@ -197,7 +197,7 @@ class Ensemble:
         z, trace, stopped = self._draw_finite(draw, resolved)
 
         def decoded(done: int) -> Samples:
-            return Samples(self.decode(z), prompts, self.fps, np.asarray(trace.weight[:done]), self.clusters)
+            return Samples(self.decode(z), prompts, self.fps, trace.weight[:done], self.clusters)
 
         if stopped:
             stopped.samples = decoded(stopped.done) if stopped.done else None

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from paris_jax.diffusion import guidance, path, predictions, randomness, solvers
+from paris_jax.diffusion import guidance, path, predictions, randomness, solvers, timesteps
 from paris_jax.ensemble.conditioning import Condition, EncodedText
 from paris_jax.ensemble.routing import Routing, router_logits
 from paris_jax.models import functional, stacks
@@ -249,7 +249,7 @@ def ensemble_velocity(
 
 
 def initial_state(config: SamplerConfig, noise: jax.Array, steps: int) -> solvers.State:
-    """The solver state before the first of `steps` steps, from noise (B, T, H, W, C)."""
+    """The solver state before the first step, from noise (B, T, H, W, C), with room for the traces of `steps` steps."""
     lead, B, E = (steps, solvers.EVALUATIONS[config.solver]), noise.shape[0], len(config.slots)
     traces = Trace(jnp.zeros((*lead, B, E), jnp.float32), jnp.zeros((*lead, E), jnp.int32))
     return solvers.begin(noise, _guidance_state(config, noise), traces)
@@ -263,7 +263,7 @@ def take_steps(
     first: jax.Array | int,
     last: jax.Array | int,
     keys_B2: jax.Array,
-    timesteps: jax.Array,
+    schedule: jax.Array,
     condition: Condition,
     fixed_expert_S: jax.Array,
 ) -> solvers.State:
@@ -272,7 +272,7 @@ def take_steps(
     Args:
       state: from `initial_state`, or from earlier steps.
       keys_B2: (B, 2) uint32, key data of each sample, for the noise of a stochastic solver.
-      timesteps: (S + 1,) from 1 to 0.
+      schedule: (S + 1,) timesteps from 1 to 0, which may be padded with zeros (`timesteps.padded`).
       condition: conditioning of the samples, and the strength of guidance.
       fixed_expert_S: (S,) int32, the expert of each step for the rule "fixed".
 
@@ -281,7 +281,7 @@ def take_steps(
     """
 
     def field(x: jax.Array, t: jax.Array, step: jax.Array, guidance_state: Any) -> tuple[jax.Array, Any, Trace]:
-        t_B, steps = jnp.full(x.shape[:1], t), timesteps.shape[0] - 1
+        t_B, steps = jnp.full(x.shape[:1], t), timesteps.num_steps(schedule)
         return _guided_velocity(config, params, x, t_B, condition, fixed_expert_S[step], guidance_state, step, steps)
 
     def fresh(step: jax.Array) -> jax.Array:
@@ -289,7 +289,7 @@ def take_steps(
         return randomness.normal(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), state.x.shape[1:])
 
     # Every process reads the whole state.
-    return _replicated(solvers.integrate(field, state, timesteps, first, last, config.solver, fresh))
+    return _replicated(solvers.integrate(field, state, schedule, first, last, config.solver, fresh))
 
 
 def trace_of(state: solvers.State) -> Trace:

@@ -282,3 +282,12 @@ def test_what_the_second_look_of_a_step_tells_is_not_lost():
     field = lambda x, t, step, memory: (x, memory, t)  # noqa: E731
     _, told = solve(field, jnp.ones((1, 1)), jnp.array([1.0, 0.4, 0.0]), "heun")
     np.testing.assert_allclose(told, [[1.0, 0.4], [0.4, 0.0]])
+
+
+def test_a_padded_schedule_keeps_its_number_of_steps():
+    for steps in (1, 5, timesteps.CAPACITY_STEPS, timesteps.CAPACITY_STEPS + 1):
+        schedule = timesteps.timestep_schedule(steps, 2.0)
+        padded = timesteps.padded(schedule, timesteps.capacity(steps) + 1)
+        assert timesteps.capacity(steps) % timesteps.CAPACITY_STEPS == 0
+        np.testing.assert_array_equal(padded[: steps + 1], schedule)
+        assert int(timesteps.num_steps(schedule)) == int(timesteps.num_steps(padded)) == steps

@@ -22,6 +22,4 @@ expert = Role("expert", 0)
 train(experiment, run, expert)  # reads cluster 0 only; resumes where it was stopped
 
 network = exported.read(run.export(expert))
-print(
-    f"{expert.name}: {network.manifest['parameters']} parameters, trained {network.manifest['training']['steps']} steps"
-)
+print(f"{expert.name}: {network.manifest.parameters} parameters, trained {network.manifest.training.steps} steps")

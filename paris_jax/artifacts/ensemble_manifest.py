@@ -4,11 +4,17 @@ import dataclasses
 import os
 from typing import Any
 
+import msgspec
 from etils import epath
 
-from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts import exported, manifest, safe_files
 from paris_jax.artifacts.exported import ExportedNetwork
+from paris_jax.artifacts.run_folder import find_run_folder
+from paris_jax.artifacts.schemas import EnsembleManifest, NetworkEntry, NetworkManifest
+from paris_jax.config.sampling import SamplingSettings
 from paris_jax.errors import UserError
+from paris_jax.models.dit import DiTConfig
+from paris_jax.models.router import RouterConfig
 
 # Fields that all networks of an ensemble share: latent space, text encoder and clusters. Prediction types may differ.
 SHARED = ("latent", "codec", "text", "text_length", "conventions", "clusters", "fps", "timestep_shift", "partition")
@@ -22,11 +28,11 @@ class ExportedEnsemble:
 
     experts: dict[int, ExportedNetwork]
     router: ExportedNetwork | None
-    sampling: dict[str, Any]
+    sampling: SamplingSettings
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """The manifest entries that all networks share, from any of them."""
+    def shared(self) -> NetworkManifest:
+        """The manifest of any of the networks, for the entries that all of them share."""
         return next(iter(self.experts.values())).manifest
 
 
@@ -59,28 +65,26 @@ def check_together(experts: dict[int, ExportedNetwork], router: ExportedNetwork 
                     "assemble parts that were trained on one partition"
                 )
     for cluster, part in experts.items():
-        if part.manifest["role"] != "monolith" and part.manifest["cluster"] != cluster:
-            raise UserError(
-                f"{part.folder} is the expert of cluster {part.manifest['cluster']}, not of cluster {cluster}"
-            )
-        if part.manifest["network"]["kind"] != "dit":
-            raise UserError(f"{part.folder} is a {part.manifest['network']['kind']}, not an expert")
+        if part.manifest.role != "monolith" and part.manifest.cluster != cluster:
+            raise UserError(f"{part.folder} is the expert of cluster {part.manifest.cluster}, not of cluster {cluster}")
+        if part.manifest.role == "router" or not isinstance(part.config, DiTConfig):
+            raise UserError(f"{part.folder} is a router, not an expert")
     if router is None and len(experts) > 1:
         raise UserError("An ensemble of several experts needs a router; train it with 'paris-jax train --role=router'")
-    if router and router.manifest["network"]["kind"] != "router":
+    if router and (router.manifest.role != "router" or not isinstance(router.config, RouterConfig)):
         raise UserError(f"{router.folder} is not a router")
 
 
 def _shared(part: ExportedNetwork, field: str) -> Any:
-    value: Any = part.manifest.get(field)
-    return {k: v for k, v in value.items() if k != "prediction"} if field == "conventions" else value
+    value = getattr(part.manifest, field)
+    return msgspec.structs.replace(value, prediction="") if field == "conventions" else value
 
 
 def write(
     folder: epath.Path,
     experts: dict[int, ExportedNetwork],
     router: ExportedNetwork,
-    sampling: dict[str, Any],
+    sampling: SamplingSettings,
     config_hash: str,
     **content: Any,
 ) -> None:
@@ -95,13 +99,13 @@ def write(
 
     manifest.write(
         folder,
-        "ensemble",
+        EnsembleManifest,
         [],
         config_hash,
         experts={str(k): entry(part) for k, part in sorted(experts.items())},
         router=entry(router),
-        sampling=sampling,
-        clusters=router.manifest["clusters"],
+        sampling=dataclasses.asdict(sampling),
+        clusters=router.manifest.clusters,
         **content,
     )
 
@@ -116,43 +120,57 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
         )
     kind = manifest.read_kind(folder)
     if kind == "network":
-        return read_single(folder, manifest.read(folder, "network").get("sampling", {}))
+        return read_single(folder)
     if kind == "weights":
         raise UserError(
             f"{folder} holds a network's weights and not how it is used; train with it (training.init_from), or import "
             "Open-Sora's again with --config=configs/paris2.py:opensora2"
         )
-    found = manifest.read(folder, "ensemble")
+    found = manifest.read(folder, EnsembleManifest)
+    sampling = _sampling(found.sampling, folder)
 
-    def part(entry: dict[str, str]) -> ExportedNetwork:
+    def part(entry: NetworkEntry) -> ExportedNetwork:
         where = _network_folder(folder, entry)
-        admitted = exported.read(where)
-        if manifest.hash_file(where / manifest.FILE_NAME) != entry["manifest_sha256"]:
-            raise UserError(f"{where} is not the part that was admitted to {folder}; run 'paris-jax assemble' again")
-        return admitted
+        network = exported.read(where)
+        if manifest.hash_file(where / manifest.FILE_NAME) != entry.manifest_sha256:
+            raise UserError(f"{where} is not the network that {folder} names; run 'paris-jax assemble' again")
+        return network
 
-    experts = {int(k): part(entry) for k, entry in found["experts"].items()}
-    router = part(found["router"])
+    experts = {int(k): part(entry) for k, entry in found.experts.items()}
+    router = part(found.router)
     check_together(experts, router)
-    return ExportedEnsemble(experts, router, found["sampling"])
+    return ExportedEnsemble(experts, router, sampling)
 
 
-def _network_folder(folder: epath.Path, entry: dict[str, str]) -> epath.Path:
-    """The path of a network that an ensemble manifest names."""
-    path = entry["path"] if "://" in entry["path"] else os.fspath(folder / entry["path"])
-    scheme, mark, rest = path.rpartition("://")
-    return epath.Path(scheme + mark + os.path.normpath(rest))  # object stores do not resolve ".."
+def _network_folder(folder: epath.Path, entry: NetworkEntry) -> epath.Path:
+    """The folder of a network that an ensemble manifest names: below its own, or in the run folder that holds both."""
+    run = find_run_folder(folder / manifest.FILE_NAME)
+    own_run = run is not None and run.ensemble == folder
+    return safe_files.inside(folder, entry.path, within=folder.parent if own_run else None)
 
 
-def expert_manifests(folder: epath.Path) -> dict[int, dict[str, Any]]:
+def _sampling(values: dict[str, Any], folder: epath.Path) -> SamplingSettings:
+    """The sampling settings of a manifest, checked."""
+    try:
+        return SamplingSettings.from_dict(values)
+    except ValueError as error:
+        raise UserError(f"{folder / manifest.FILE_NAME}: sampling: {error}; {manifest.REMEDY}") from None
+
+
+def expert_manifests(folder: epath.Path) -> dict[int, NetworkManifest]:
     """The manifest of each expert that an ensemble names, by its cluster."""
-    entries = manifest.read(folder, "ensemble")["experts"]
-    return {int(k): manifest.read(_network_folder(folder, entry), "network") for k, entry in sorted(entries.items())}
+    entries = manifest.read(folder, EnsembleManifest).experts
+    return {
+        int(k): manifest.read(_network_folder(folder, entry), NetworkManifest) for k, entry in sorted(entries.items())
+    }
 
 
-def read_single(folder: epath.PathLike, sampling: dict[str, Any]) -> ExportedEnsemble:
-    """One trained network on its own, such as the monolith, used through the same sampler."""
+def read_single(folder: epath.PathLike, sampling: SamplingSettings | None = None) -> ExportedEnsemble:
+    """One trained network on its own, such as the monolith, used through the same sampler.
+
+    `sampling` are its sampling settings, by default those that it was exported with.
+    """
     part = exported.read(folder)
-    experts = {part.manifest["cluster"] or 0: part}
+    experts = {part.manifest.cluster or 0: part}
     check_together(experts, None)
-    return ExportedEnsemble(experts, None, sampling)
+    return ExportedEnsemble(experts, None, sampling or _sampling(part.manifest.sampling, part.folder))

@@ -11,12 +11,14 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import manifest, safe_files
+from paris_jax.artifacts.schemas import NetworkManifest, RouterDescription, WeightsManifest
 from paris_jax.artifacts.tensors import loads
 from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.errors import UserError, first_line
@@ -26,7 +28,7 @@ from paris_jax.models.router import RouterConfig
 
 WEIGHTS = "model.safetensors"
 DTYPES = ("float32", "bfloat16")
-NETWORK_KINDS = {"dit": DiTConfig, "router": RouterConfig}
+HEADER_BYTES = 16 << 20  # of a safetensors file, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ExportedNetwork:
     folder: epath.Path
     config: functional.Config
     params: functional.Params
-    manifest: dict[str, Any]
+    manifest: NetworkManifest
 
 
 def write(
@@ -57,7 +59,7 @@ def write(
     del network["remat"]  # of training only
     manifest.write(
         folder,
-        "network",
+        NetworkManifest,
         [WEIGHTS],
         config_hash,
         network=network,
@@ -76,13 +78,19 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
         or not finite, by name.
     """
     folder = epath.Path(folder)
-    found = manifest.read(folder, "network", verify=True)
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found["files"]})
+    found = manifest.read(folder, NetworkManifest)
+    if found.files.keys() != {WEIGHTS}:
+        raise UserError(f"{folder}: its manifest must name {WEIGHTS} and no other file; copy it again")
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, WEIGHTS})
     if extra:
-        raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not promise; remove what is extra")
+        raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove what is extra")
     config = network(found, folder)
+    largest = functional.count(config) * 4 + HEADER_BYTES
+    if found.files[WEIGHTS].bytes > largest:
+        raise UserError(f"{folder / WEIGHTS} is larger than its network, {largest:,} bytes at most; copy it again")
+    manifest.check_file(folder / WEIGHTS, found.files[WEIGHTS], contents=True)
     try:
-        arrays = loads((folder / WEIGHTS).read_bytes())
+        arrays = loads(safe_files.read_bytes(folder / WEIGHTS, largest))
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)
@@ -91,27 +99,42 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
     return ExportedNetwork(folder, config, params, found)
 
 
-def network(found: dict[str, Any], folder: epath.Path) -> functional.Config:
-    """The network that a manifest describes; refuses one that cannot be."""
-    described = dict(found["network"])
-    kind = NETWORK_KINDS.get(described.pop("kind", "dit" if found["kind"] == "weights" else None))
-    if kind is None:
-        raise UserError(f"{folder} is a network of an unknown kind; this version knows {', '.join(NETWORK_KINDS)}")
-    unknown = sorted(described.keys() - {f.name for f in dataclasses.fields(kind)})
-    if unknown:
-        raise UserError(
-            f"{folder}: the network has fields this version does not know ({', '.join(unknown)}); update paris_jax"
-        )
+def copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
+    """The network copied to another folder, its files verified there.
+
+    Raises:
+      UserError: a full disk, or a folder that cannot be written.
+    """
     try:
-        config = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in described.items()})
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, manifest.FILE_NAME):
+            (part.folder / name).copy(folder / name, overwrite=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"Cannot copy {part.folder} to {folder} ({reason}); free some space or choose another folder"
+        ) from error
+    manifest.read(folder, NetworkManifest, verify=True)
+    return dataclasses.replace(part, folder=folder)
+
+
+def network(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> functional.Config:
+    """The config of the network that a manifest describes.
+
+    Raises:
+      UserError: sizes that do not fit together, or a prediction type that this version does not know.
+    """
+    kind = RouterConfig if isinstance(found.network, RouterDescription) else DiTConfig
+    try:
+        config = kind(**msgspec.structs.asdict(found.network))
         functional.abstract(config)
     except Exception as error:  # impossible sizes fail in many ways
         reason = first_line(error)[:200]
         raise UserError(
             f"{folder}: its manifest describes a network that cannot be ({reason}); copy it again"
         ) from error
-    if isinstance(config, DiTConfig) and found["kind"] == "network":
-        said = found["conventions"]["prediction"]
+    if isinstance(config, DiTConfig) and isinstance(found, NetworkManifest):
+        said = found.conventions.prediction
         if said != PREDICTIONS.get(config.prediction_type):
             raise UserError(
                 f"{folder} predicts {said!r} by a network for {config.prediction_type!r}; this version knows "

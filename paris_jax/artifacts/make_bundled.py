@@ -13,6 +13,7 @@ from etils import epath
 from paris_jax.artifacts import ensemble_manifest, exported, manifest
 from paris_jax.artifacts.exported import ExportedNetwork
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import EnsembleManifest
 from paris_jax.errors import UserError
 
 # What a shipped part keeps of the manifest it was trained with.
@@ -26,9 +27,8 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
     def ship(part: ExportedNetwork, name: str) -> ExportedNetwork:
-        content = {field: part.manifest[field] for field in KEPT}
-        config_hash = part.manifest["config_hash"]
-        exported.write(folder / name, part.config, part.params, config_hash, "bfloat16", **content)
+        content = {field: getattr(part.manifest, field) for field in KEPT}
+        exported.write(folder / name, part.config, part.params, part.manifest.config_hash, "bfloat16", **content)
         return exported.read(folder / name)
 
     experts = {k: ship(part, f"experts/{k}") for k, part in found.experts.items()}
@@ -36,8 +36,7 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
         raise UserError(f"{run.ensemble} has no router")
     router = ship(found.router, "router")
     ship(monolith, "monolith")
-    config_hash = monolith.manifest["config_hash"]
-    ensemble_manifest.write(folder, experts, router, found.sampling, config_hash, provenance=made)
+    ensemble_manifest.write(folder, experts, router, found.sampling, monolith.manifest.config_hash, provenance=made)
 
 
 def provenance(config: dict[str, Any], sampling: dict[str, Any], revision: str) -> dict[str, Any]:
@@ -69,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", required=True, help="revision of this project that trained it")
     flags = parser.parse_args(arguments)
     run = RunFolder(flags.workdir)
-    sampling = manifest.read(run.ensemble, "ensemble")["sampling"]
-    made = provenance(run.stored_config()["config"], sampling, flags.revision)
+    sampling = manifest.read(run.ensemble, EnsembleManifest).sampling
+    made = provenance(run.stored_config().config, sampling, flags.revision)
     folder = ensemble_manifest.BUNDLED_FOLDER / flags.name
     make(run, folder, made)
     print(f"{ensemble_manifest.BUNDLED_PREFIX}{flags.name} is in {folder}")

@@ -7,42 +7,34 @@ import json
 import platform
 import secrets
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import msgspec
 from etils import epath
 
+from paris_jax.artifacts import safe_files
+from paris_jax.artifacts.schemas import FileEntry, Manifest
 from paris_jax.errors import UserError
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Manifest)
 
 SCHEMA = "paris_jax/1"
 FILE_NAME = "manifest.json"
-# Required entries of each kind.
-_LATENT_SPACE = ("latent", "codec", "text", "text_length", "fps", "clips")
-REQUIRED = {
-    "data": _LATENT_SPACE,
-    "cluster": _LATENT_SPACE,
-    "network": (
-        "conventions",
-        "network",
-        "role",
-        "cluster",
-        "clusters",
-        "latent",
-        "codec",
-        "text",
-        "text_length",
-        "fps",
-        "timestep_shift",
-    ),
-    "weights": ("network", "source", "report"),
-    "ensemble": ("experts", "router", "sampling", "clusters"),
-    "evaluation": ("evaluation_hash",),
-}
+REMEDY = "copy the folder again from its origin, or make it again"
 # The convention of the project (docs/design.md). Another prediction type is declared in the manifest.
 CONVENTIONS = {
     "time": "t in [0, 1], t = 0 data, t = 1 noise",
     "path": "x_t = (1 - t) x_0 + t e",
     "prediction": "velocity v = e - x_0",
 }
+
+
+class _Header(msgspec.Struct):
+    """The entries that decide how the others are read."""
+
+    schema: Any = None
+    kind: str = ""
 
 
 def hash_file(path: epath.PathLike) -> str:
@@ -88,83 +80,129 @@ def write_json(path: epath.PathLike, value: Any, shared: bool = False) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", shared)
 
 
+@overload
+def read_json(path: epath.PathLike) -> Any: ...
+@overload
+def read_json(path: epath.PathLike, schema: type[T], remedy: str = ...) -> T: ...
 def read_json(
-    path: epath.PathLike, remedy: str = "restore it from a copy, or delete it and run its stage again"
+    path: epath.PathLike,
+    schema: Any = Any,
+    remedy: str = "restore it from a copy, or delete it and run its stage again",
 ) -> Any:
-    path = epath.Path(path)
+    """The contents of a JSON file as `schema` has them: a structure of `artifacts.schemas`, or a type.
+
+    Raises:
+      UserError: a file that is not regular, too large or not JSON, or has a field of another type or range.
+      FileNotFoundError: no file.
+    """
+    return decode(safe_files.read_bytes(path), path, schema, remedy)
+
+
+def decode(data: bytes | str, path: object, schema: type[T], remedy: str) -> T:
+    """JSON as `schema` has it; `path` names its file in errors."""
     try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return msgspec.json.decode(data, type=schema)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {_described(error)}; {remedy}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); {remedy}") from error
 
 
-def write(folder: epath.PathLike, kind: str, files: Iterable[str], config_hash: str, **content: Any) -> dict[str, Any]:
+def convert(value: Any, path: object, schema: type[T], remedy: str) -> T:
+    """Data that was read as JSON, as `schema` has it; `path` names its file in errors."""
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {_described(error)}; {remedy}") from error
+
+
+def _described(error: msgspec.ValidationError) -> str:
+    """The field of a validation error, and what it must be."""
+    reason, _, where = str(error).partition(" - at ")
+    field = where.replace("`key` in ", "a name in ").replace("`", "").replace("$.", "").replace("$", "")
+    return f"{field or 'its contents'}: {reason[0].lower()}{reason[1:]}"
+
+
+def write(folder: epath.PathLike, schema: type[M], files: Iterable[str], config_hash: str, **content: Any) -> M:
     """Writes `folder/manifest.json`, which marks the folder as complete.
 
     Args:
       folder: the finished folder.
-      kind: what it holds ("data", "cluster", "network", "ensemble", ...).
-      files: names, relative to the folder, of the files that are promised.
-      config_hash: hash of the config that made them.
-      **content: JSON data that readers of this kind need.
+      schema: what it holds, by kind (`artifacts.schemas`).
+      files: names of its files, relative to the folder.
+      config_hash: hash of the config that made them; "" where none did.
+      **content: the other entries of the schema.
     """
     folder = epath.Path(folder)
-    promised = {
+    entries = {
         name: {"bytes": (folder / name).stat().length, "sha256": hash_file(folder / name)} for name in sorted(files)
     }
-    manifest = {
+    value = {
         "schema": SCHEMA,
-        "kind": kind,
+        "kind": kind(schema),
         "config_hash": config_hash,
         "versions": versions(),
         "conventions": CONVENTIONS,
-        **content,
-        "files": promised,
+        **msgspec.to_builtins(content),
+        "files": entries,
     }
-    write_json(folder / FILE_NAME, manifest)
-    return manifest
+    written = msgspec.convert(value, schema)
+    write_json(folder / FILE_NAME, value)
+    return written
 
 
 def exists(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / FILE_NAME).exists()
 
 
+def kind(schema: type[Manifest]) -> str:
+    """The kind of folder that a schema describes, as its manifest names it."""
+    return str(schema.__struct_config__.tag)
+
+
 def read_kind(folder: epath.PathLike) -> str:
     """The kind of folder that a manifest describes; "" without a readable manifest."""
     path = epath.Path(folder) / FILE_NAME
-    found = read_json(path) if path.exists() else {}
-    return found.get("kind", "") if isinstance(found, dict) else ""
+    return read_json(path, _Header).kind if path.exists() else ""
 
 
-def read(folder: epath.PathLike, kind: str, verify: bool = False) -> dict[str, Any]:
-    """Reads a manifest and checks its schema and kind; with `verify`, sizes and hashes of every promised file too."""
+def read(folder: epath.PathLike, schema: type[M], verify: bool = False) -> M:
+    """Reads the manifest of a finished folder.
+
+    Args:
+      folder: of the manifest and its files.
+      schema: what it must hold, by kind (`artifacts.schemas`).
+      verify: check the hashes of all files, too, and not only their sizes.
+
+    Raises:
+      UserError: no manifest, another kind or version, a field outside its range, or a file that is missing or altered.
+    """
     folder = epath.Path(folder)
-    path = folder / FILE_NAME
+    path, expected = folder / FILE_NAME, kind(schema)
     if not path.exists():
         raise UserError(
-            f"{path} does not exist, so the {kind} there is not finished; run the stage that makes it first"
+            f"{path} does not exist, so the {expected} there is not finished; run the stage that makes it first"
         )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
-    if manifest.get("kind") != kind:
-        raise UserError(f"{path} describes a {manifest.get('kind')!r}, where a {kind!r} is expected")
-    absent = [name for name in ("files", "config_hash", *REQUIRED.get(kind, ())) if name not in manifest]
-    if absent:
-        raise UserError(f"{path} lacks {', '.join(absent)}; copy the {kind} again from its origin, or make it again")
-    for name, promise in manifest["files"].items():
-        check_file(folder / name, promise, contents=verify)
-    return manifest
+    data = safe_files.read_bytes(path)
+    header = decode(data, path, _Header, REMEDY)
+    if header.schema != SCHEMA:
+        raise UserError(f"{path} has schema {header.schema!r}; this version reads {SCHEMA!r}")
+    if header.kind != expected:
+        raise UserError(f"{path} describes a {header.kind!r}, where a {expected!r} is expected")
+    found = decode(data, path, schema, REMEDY)
+    for name, entry in found.files.items():
+        check_file(safe_files.inside(folder, name), entry, contents=verify)
+    return found
 
 
-def check_file(path: epath.Path, promise: dict[str, Any], contents: bool) -> None:
-    """Raises UserError for a listed file that is missing, of another size or, with `contents`, of another hash."""
+def check_file(path: epath.Path, entry: FileEntry, contents: bool) -> None:
+    """Raises UserError for a file that is missing, of another size or, with `contents`, of another hash."""
     remedy = "copy it again from its origin, or run the stage that makes it again"
-    if not path.exists():
-        raise UserError(f"{path} is missing though its manifest promises it; {remedy}")
-    size = path.stat().length
-    if size != promise["bytes"]:
-        raise UserError(f"{path} has {size} bytes where its manifest promises {promise['bytes']}; {remedy}")
-    if contents and hash_file(path) != promise["sha256"]:
+    try:
+        size = safe_files.check_regular(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing though its manifest promises it; {remedy}") from None
+    if size != entry.bytes:
+        raise UserError(f"{path} has {size} bytes where its manifest promises {entry.bytes}; {remedy}")
+    if contents and hash_file(path) != entry.sha256:
         raise UserError(f"{path} was altered: its sha256 is not the one in its manifest; {remedy}")

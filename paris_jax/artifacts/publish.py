@@ -4,17 +4,17 @@ The manifest of a run's ensemble only names its parts, which lie with the run. H
 byte, so that every hash still holds, with a card that says what they are and how to use them.
 """
 
-import dataclasses
 import logging
 
 from etils import epath
 from rich.progress import track
 
-from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas
 from paris_jax.artifacts.ensemble_manifest import ExportedEnsemble
 from paris_jax.artifacts.exported import ExportedNetwork
-from paris_jax.config.sampling import SamplingSettings
+from paris_jax.artifacts.schemas import EnsembleManifest
 from paris_jax.errors import UserError
+from paris_jax.models import functional
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -44,34 +44,19 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     if others:
         raise UserError(f"{folder} holds {', '.join(others[:3])}, which is no part of this; choose another --out")
     pieces = {f"experts/{k}": part for k, part in found.experts.items()} | {"router": found.router}
-    original = manifest.read(source, "ensemble")
-    copied = {name: _copy(part, folder / name) for name, part in track(pieces.items(), "writing")}
+    original = manifest.read(source, EnsembleManifest)
+    copied = {name: exported.copy(part, folder / name) for name, part in track(pieces.items(), "writing")}
     manifest.write_atomically(folder / CARD, card(found))
-    provenance = {"provenance": original["provenance"]} if "provenance" in original else {}
+    provenance = {"provenance": original.provenance} if original.provenance else {}
     experts = {k: copied[f"experts/{k}"] for k in found.experts}
-    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, original["config_hash"], **provenance)
+    ensemble_manifest.write(folder, experts, copied["router"], found.sampling, original.config_hash, **provenance)
     logger.info("%s holds %d experts and the router; say in %s under which licence", folder, len(experts), CARD)
-
-
-def _copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
-    """The network copied to another folder, its files verified there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*part.manifest["files"], manifest.FILE_NAME):
-            (part.folder / name).copy(folder / name, overwrite=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"Cannot copy {part.folder} to {folder} ({reason}); free some space or choose another --out"
-        ) from error
-    manifest.read(folder, "network", verify=True)
-    return dataclasses.replace(part, folder=folder)
 
 
 def card(found: ExportedEnsemble) -> str:
     """The model card of an ensemble, as hubs show it."""
-    shared, sampling = found.shared, SamplingSettings(**found.sampling)
-    T, H, W, C = shared["latent"]["shape"]
+    shared, sampling = found.shared, found.sampling
+    T, H, W, C = shared.latent.shape
     used = {"full": "all experts", "top_k": f"top {sampling.top_k} of the experts"}.get(sampling.routing, "a threshold")
     rows = [
         ("network", "parameters", "prediction_type", "trained for"),
@@ -93,8 +78,8 @@ them at every denoising step.
 
 {table}
 
-- latents: {T} x {H} x {W} x {C}, of the codec `{shared["codec"]["name"]}`; {shared["fps"]:g} frames a second
-- text: `{shared["text"]["name"]}`, up to {shared["text_length"]} tokens
+- latents: {T} x {H} x {W} x {C}, of the codec `{schemas.name_of(shared.codec)}`; {shared.fps:g} frames per second
+- text: `{schemas.name_of(shared.text)}`, up to {shared.text_length} tokens
 - sampled by default in {sampling.num_inference_steps} steps of {sampling.solver}, guidance scale
   {sampling.guidance_scale:g}, {used}
 
@@ -103,6 +88,7 @@ Every file's size and hash stand in the manifests and are checked when it is loa
 
 
 def _facts(part: ExportedNetwork) -> tuple[str, str, str]:
-    steps, batch = (part.manifest["training"].get(name, "?") for name in ("steps", "global_batch_size"))
+    training = part.manifest.training
+    trained = f"{training.steps} steps of {training.global_batch_size} clips" if training else "imported weights"
     prediction_type = getattr(part.config, "prediction_type", "cluster")
-    return f"{part.manifest['parameters'] / 1e6:.2f}M", prediction_type, f"{steps} steps of {batch} clips"
+    return f"{functional.count(part.config) / 1e6:.2f}M", prediction_type, trained

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import StoredConfig
 from paris_jax.errors import UserError
 
 ROLES = ("expert", "monolith", "router")  # of roles
@@ -116,14 +117,14 @@ class RunFolder:
 
         A config without any files beside it, as after a refused first command, is replaced.
         """
-        if not self.config.exists() or (self.stored_config()["hash"] != config_hash and self._holds_only_a_config()):
+        if not self.config.exists() or (self.stored_config().hash != config_hash and self._holds_only_a_config()):
             # The processes of a job come here together.
             value = {"schema": manifest.SCHEMA, "hash": config_hash, "config": config}
             manifest.write_json(self.config, value, shared=True)
             return
         found = self.stored_config()
-        if found["hash"] != config_hash:
-            changed = sorted(_differences(found["config"], config))
+        if found.hash != config_hash:
+            changed = sorted(_differences(found.config, config))
             raise UserError(
                 f"{self.path} was made with another config (different: {', '.join(changed)}); "
                 "use a new --workdir, or give the config that this one was made with"
@@ -132,16 +133,17 @@ class RunFolder:
     def _holds_only_a_config(self) -> bool:
         return not any(_holds_files(path) for path in self.path.iterdir() if path.name != self.config.name)
 
-    def stored_config(self) -> dict[str, Any]:
-        """Returns {"hash", "config"} of config.json, or refuses where there is none."""
+    def stored_config(self) -> StoredConfig:
+        """The contents of config.json.
+
+        Raises:
+          UserError: no file, or one that is not a config.
+        """
         if not self.config.exists():
             raise UserError(
                 f"{self.config} does not exist; start with 'paris-jax prepare --config=... --workdir={self.path}'"
             )
-        stored = manifest.read_json(self.config)
-        if not isinstance(stored, dict) or not {"hash", "config"} <= stored.keys():
-            raise UserError(f"{self.config} is not a paris_jax config; restore it from a copy, or use a new --workdir")
-        return stored
+        return manifest.read_json(self.config, StoredConfig, "restore it from a copy, or use a new --workdir")
 
 
 def find_run_folder(path: epath.PathLike) -> RunFolder | None:

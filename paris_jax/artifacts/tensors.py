@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import manifest, safe_files
+from paris_jax.artifacts.schemas import TensorsIndex
 from paris_jax.errors import UserError, first_line
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
@@ -84,11 +85,10 @@ def _found(path: epath.Path) -> list[epath.Path]:
             raise UserError(f"{path} holds no {ENDING} file; name the folder that the weights were downloaded to")
         return [file for p in inside for file in _found(p)]
     if path.name.endswith(INDEX):
-        found = manifest.read_json(path, "download it again")
-        listed = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(listed, dict) or not listed:
-            raise UserError(f"{path} is not the index of a network: it has no weight_map; download it again")
-        return [file for name in sorted(set(listed.values())) for file in _found(path.parent / name)]
+        names = set(manifest.read_json(path, TensorsIndex, "download it again").weight_map.values())
+        if outside := sorted(name for name in names if not safe_files.is_plain(name) or "/" in name):
+            raise UserError(f"{path} names {outside[0][:100]!r}: must be a file beside it; download it again")
+        return [file for name in sorted(names) for file in _found(path.parent / name)]
     if not path.name.endswith(ENDING):
         raise UserError(f"{path} is not a {ENDING} file, the only kind that is read; look for one at its publisher's")
     return [path]

@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, Manifest, PartitionManifest
 from paris_jax.clustering import clusters, report
 from paris_jax.clustering.heldout import is_heldout
 from paris_jax.config import hashing
@@ -34,24 +35,24 @@ def cluster(experiment: Experiment, run: RunFolder) -> None:
     """
     run.claim(experiment.to_dict(), experiment.hash)
     if manifest.exists(run.partition):
-        found = manifest.read(run.partition, "partition")
+        found = manifest.read(run.partition, PartitionManifest)
         _check_config(run.partition, found, experiment)
-        logger.info("%d clips are clustered already: %s (%s)", sum(found["sizes"]), found["sizes"], run.partition)
+        logger.info("%d clips are clustered already: %s (%s)", sum(found.sizes), list(found.sizes), run.partition)
         return
     if not manifest.exists(run.data):
         raise UserError(f"{run.data} is not there yet; run 'paris-jax prepare --config=... --workdir={run}' first")
-    data = manifest.read(run.data, "data")
+    data = manifest.read(run.data, DataManifest)
     _check_config(run.data, data, experiment)
 
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        clips = _read(run.data, _bar(progress, "reading clips", data["clips"]))
+        clips = _read(run.data, _bar(progress, "reading clips", data.clips))
         heldout = choose_heldout(experiment, clips.ids)
         check_enough(experiment, int(np.sum(~heldout)))
         rounds = experiment.clustering.restarts * (2 if experiment.clustering.fine_clusters else 1)
         partition, labels = fit(experiment, clips, heldout, _bar(progress, "k-means", rounds))
         check_sizes(experiment, np.bincount(labels[~heldout], minlength=experiment.clustering.num_clusters).tolist())
         result = Result(partition, labels, heldout, _describe(partition, clips, labels, heldout))
-        _write(experiment, run, data, clips, result, _bar(progress, "writing", data["clips"]))
+        _write(experiment, run, data, clips, result, _bar(progress, "writing", data.clips))
     report.print_report(result.described, Console())
     logger.info("%d clips are clustered: %s", len(clips.ids), run.partition)
 
@@ -145,8 +146,8 @@ def fit(
     return partition, labels
 
 
-def _check_config(folder: epath.Path, found: dict[str, Any], experiment: Experiment) -> None:
-    if found["config_hash"] != experiment.data_hash:
+def _check_config(folder: epath.Path, found: Manifest, experiment: Experiment) -> None:
+    if found.config_hash != experiment.data_hash:
         raise UserError(f"{folder} was made with another config; use a new --workdir, or the config it was made with")
 
 
@@ -187,7 +188,7 @@ def _describe(partition: clusters.Clustering, clips: Clips, labels: np.ndarray, 
 def _write(
     experiment: Experiment,
     run: RunFolder,
-    data: dict[str, Any],
+    data: DataManifest,
     clips: Clips,
     result: Result,
     done: Callable[..., None],
@@ -207,12 +208,12 @@ def _write(
     folders = []
     if heldout.any():
         sizes = [c["heldout"] for c in described["clusters"]]
-        folders.append((run.heldout, "heldout", np.flatnonzero(heldout), {"sizes": sizes}))
+        folders.append((run.heldout, HeldoutManifest, np.flatnonzero(heldout), {"sizes": sizes}))
     for k in range(experiment.clustering.num_clusters):
-        folders.append((run.cluster(k), "cluster", np.flatnonzero(~heldout & (labels == k)), {"cluster": k}))
+        folders.append((run.cluster(k), ClusterManifest, np.flatnonzero(~heldout & (labels == k)), {"cluster": k}))
     null = records.read_null(run.data)
-    for folder, kind, indices, content in folders:
-        if not (manifest.exists(folder) and manifest.read(folder, kind)["partition"] == identity):
+    for folder, schema, indices, content in folders:
+        if not (manifest.exists(folder) and manifest.read(folder, schema).partition == identity):
             if folder.exists():
                 folder.rmtree()
             shards = records.copy_records(
@@ -222,12 +223,12 @@ def _write(
                 shards += records.write_null(folder, **null)
             content |= records.data_contract(data)
             content |= {"clips": len(indices), "partition": identity}
-            manifest.write(folder, kind, shards, experiment.data_hash, **content)
+            manifest.write(folder, schema, shards, experiment.data_hash, **content)
         done(len(indices))
 
     manifest.write(
         run.partition,
-        "partition",
+        PartitionManifest,
         [CENTROIDS, ASSIGNMENT, REPORT, *(f"{f.relative_to(run.partition)}/{manifest.FILE_NAME}" for f, *_ in folders)],
         experiment.data_hash,
         clusters=experiment.clustering.num_clusters,

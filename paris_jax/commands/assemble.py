@@ -1,6 +1,5 @@
 """`paris-jax assemble`: checks every expert and the router, and admits them to RUN/ensemble."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -25,7 +24,7 @@ def assemble(
 
     Args:
       allow_missing: admit the experts that are there; at least one, and the router, must be.
-      elsewhere: of clusters, the export folder of an expert to take instead of this run's: one of another size or
+      elsewhere: of clusters, the export folder of an expert to copy instead of this run's: one of another size or
         objective, say, trained by another team, on the same clusters.
     """
     run.claim(experiment.to_dict(), experiment.hash)
@@ -46,11 +45,12 @@ def assemble(
     experts = {k: exported.read(folder) for k, folder in folders.items() if k not in absent}
     router = exported.read(run.export(Role("router")))
     for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
-        if part.manifest["config_hash"] != experiment.hash:
+        if part.manifest.config_hash != experiment.hash:
             raise UserError(f"{part.folder} was trained with another config than {run.config}; train it again here")
     _check_kinds(experiment, experts, {k: part for k, part in experts.items() if k not in elsewhere})
     before = _text(run)
-    ensemble_manifest.write(run.ensemble, experts, router, dataclasses.asdict(experiment.sampling), experiment.hash)
+    experts = {k: _own_copy(part, run, k) if k in elsewhere else part for k, part in experts.items()}
+    ensemble_manifest.write(run.ensemble, experts, router, experiment.sampling, experiment.hash)
     missing = f", without expert {', '.join(map(str, absent))}" if absent else ""
     from_elsewhere = f", {len(elsewhere)} of them from elsewhere" if elsewhere else ""
     holds = "holds" if _text(run) != before else "was assembled already and holds"
@@ -62,17 +62,26 @@ def _check_kinds(
 ) -> None:
     """Refuses an expert that cannot be given frames in a run that gives some, and own ones of different beginnings."""
     for part in experts.values():
-        if experiment.masks.kinds and not part.manifest["network"].get("cond_frames"):
+        if experiment.masks.kinds and not part.config.cond_frames:
             raise UserError(
                 f"{part.folder} was trained without config.masks and cannot be given frames, as this run does"
             )
-    starts = {k: part.manifest["training"].get("init_from") for k, part in own.items()}
+    starts = {k: part.manifest.training and part.manifest.training.init_from for k, part in own.items()}
     if len({hashing.canonical_json(start) for start in starts.values()}) > 1:
         raise UserError(
             f"The experts {', '.join(map(str, starts))} did not start from the same weights (training.init_from); "
             "train "
             "them again from the same"
         )
+
+
+def _own_copy(part: exported.ExportedNetwork, run: RunFolder, cluster: int) -> exported.ExportedNetwork:
+    """A copy of an expert from elsewhere in RUN/ensemble: an ensemble names no folder outside of its run folder."""
+    folder = run.ensemble / "experts" / str(cluster)
+    name = manifest.FILE_NAME
+    if manifest.exists(folder) and (folder / name).read_bytes() == (part.folder / name).read_bytes():
+        return exported.read(folder)
+    return exported.copy(part, folder)
 
 
 def _text(run: RunFolder) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import network
 from paris_jax.config.experiment import Experiment
@@ -116,12 +117,7 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None
     codec, (width, pooled) = dataclasses.asdict(experiment.codec), text_encoders.widths_of(experiment)
-    described = {
-        "name": settings.name,
-        "max_tokens": settings.max_tokens,
-        "pad_to_max_tokens": settings.pad_to_max_tokens,
-    }
-    described |= {"width": width, "pooled_width": pooled, "weights": {}}
+    described = T5ClipDescription(settings.max_tokens, width, pooled, {}, settings.pad_to_max_tokens)
     if settings.t5 and settings.clip:
         described = text_encoder(experiment, ()).describe()
     shape = codecs.latent_shape(experiment)

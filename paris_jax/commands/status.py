@@ -13,7 +13,7 @@ from paris_jax.training import metrics
 
 def status(run: RunFolder) -> list[tuple[str, str, str]]:
     """Prints the state of every step and the next command; returns (step, state, its command) for each."""
-    experiment = Experiment.from_config(run.stored_config()["config"])
+    experiment = Experiment.from_config(run.stored_config().config)
     clusters = experiment.clustering.num_clusters
     workdir = shlex.quote(f"--workdir={run}")
     rows = [

@@ -35,7 +35,7 @@ class Call:
         if self["config"]:
             config = load(self["config"])
         elif run and run.config.exists():
-            config = run.stored_config()["config"]
+            config = run.stored_config().config
         else:
             where = f", and {run} has none yet" if run else ""
             raise UserError(f"--config is missing{where}; name a config file, such as {EXAMPLE}")

@@ -9,6 +9,7 @@ import jax
 
 from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.loader import clip_ids
 from paris_jax.data.records import read_null
@@ -43,7 +44,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     run.claim(experiment.to_dict(), experiment.hash)
     export = run.export(role)
     if manifest.exists(export):
-        manifest.read(export, "network")
+        manifest.read(export, NetworkManifest)
         logger.info("%s is trained already (%s)", role.name, export)
         return
     folders = cluster_folders(experiment, run, role)
@@ -51,7 +52,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     job = dataclasses.replace(make_job(experiment, run, role, data[0]), null=read_null(folders[0]))
     settings = job.settings
     start = initial_weights_hashes(run, role, job)
-    logger.info("%s: %s", role.name, describe(job, sum(d["clips"] for d in data)))
+    logger.info("%s: %s", role.name, describe(job, sum(d.clips for d in data)))
 
     def ids(number: int) -> list[str]:
         return clip_ids(folders, settings.global_batch_size, settings.seed, number)
@@ -78,15 +79,15 @@ def _export(
         role=role.kind,
         cluster=role.cluster,
         clusters=experiment.clustering.num_clusters,
-        timestep_shift=timestep_shift(experiment, data[0]["latent"]["shape"]),
+        timestep_shift=timestep_shift(experiment, data[0].latent.shape),
         sampling=dataclasses.asdict(experiment.sampling),
         training={
             "steps": job.steps,
             "global_batch_size": job.settings.global_batch_size,
-            "clips": sum(d["clips"] for d in data),
+            "clips": sum(d.clips for d in data),
             "flops_per_sample": job.flops_per_sample,
             "seed": job.settings.seed,
             "init_from": start,
         },
-        **{name: data[0][name] for name in CARRIED},
+        **{name: getattr(data[0], name) for name in CARRIED},
     )

@@ -1,8 +1,10 @@
 """Sampling parameters. Each is declared once, here: flags, checks, the config section and docs/config.md follow."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import msgspec
 
 from paris_jax.config import fields
 from paris_jax.config.checks import Problems
@@ -21,7 +23,7 @@ Fit = Literal["crop", "letterbox"]
 class SamplingSettings:
     """Solver, guidance and routing: the section `sampling` of a config, stored in an ensemble's manifest."""
 
-    num_inference_steps: int = setting(50, "solver steps", at_least=1)
+    num_inference_steps: int = setting(50, "solver steps", at_least=1, at_most=10_000)
     solver: str = setting("euler", "heun evaluates twice a step; ancestral is stochastic", choices=Solver)
     guidance_scale: float = setting(7.5, "classifier-free guidance; 1 disables it", at_least=0)
     guidance_method: str = setting("classifier_free", "projected: adaptive projected guidance", choices=GuidanceMethod)
@@ -43,7 +45,7 @@ class SamplingSettings:
     )
     image_guidance_ramp: bool = setting(False, "guidance by conditioning frames grows along the frames")
     routing: str = setting("top_k", "rule that selects the experts", choices=RoutingRule)
-    top_k: int = setting(1, "top_k: experts per step", at_least=1)
+    top_k: int = setting(1, "top_k: experts per step", at_least=1, at_most=1024)
     threshold: float = setting(
         0.9, "threshold: smallest set of experts with this routing weight", at_least=0.0, at_most=1.0
     )
@@ -62,6 +64,20 @@ class SamplingSettings:
     def __post_init__(self):
         # JSON and config files have lists.
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingSettings":
+        """The settings of a manifest.
+
+        Raises:
+          ValueError: an unknown field, or a value of another type or outside its range.
+        """
+        for name in values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"{name} is a field that this version does not know")
+        settings = msgspec.convert(values, cls)
+        for problem in settings.problems():
+            raise ValueError(problem)
+        return settings
 
     def problems(self) -> Problems:
         yield from fields.problems_of(self)

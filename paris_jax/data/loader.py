@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from etils import epath
 
+from paris_jax.artifacts.schemas import ClusterManifest, RecordsManifest
 from paris_jax.data.records import Record, Records, read_manifest, read_records
 from paris_jax.encoders.codecs import LatentScale
 from paris_jax.errors import UserError
@@ -85,7 +86,7 @@ def training_batches(
     found = _found(folders)
     check_batches(found, batch, process_count)
     shared = found[0][0]
-    collate = Collate(LatentScale.from_manifest(shared["latent"]), text_length or shared["text_length"])
+    collate = Collate(LatentScale.from_manifest(shared.latent), text_length or shared.text_length)
     rows = (
         _stream(found, seed)
         .map_with_index(_with_place)
@@ -93,7 +94,7 @@ def training_batches(
     )
     mine = rows[process_index::process_count]
     width = read_records(found[0][1])[0].tokens.shape[-1]
-    numbers = math.prod(shared["latent"]["shape"]) + collate.text_length * width
+    numbers = math.prod(shared.latent.shape) + collate.text_length * width
     each = 4 * numbers * batch // process_count  # float32
     logger.info("the data keep up to %d batches ready, about %.0f MB", read_ahead, read_ahead * each / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
@@ -106,14 +107,14 @@ def clip_ids(folders: epath.PathLike | Sequence[epath.PathLike], batch: int, see
     return [stream[number * batch + row].id for row in range(batch)]
 
 
-def _found(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[dict[str, Any], epath.PathLike]]:
+def _found(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[RecordsManifest, epath.PathLike]]:
     """Manifests and folders, sorted: the order of clips must not depend on the order of the folders."""
     paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     found = [(read_manifest(path), path) for path in paths]
-    return sorted(found, key=lambda pair: (pair[0].get("cluster") or 0, str(pair[1])))
+    return sorted(found, key=lambda pair: (getattr(pair[0], "cluster", 0), str(pair[1])))
 
 
-def _stream(found: Sequence[tuple[dict[str, Any], epath.PathLike]], seed: int) -> Any:
+def _stream(found: Sequence[tuple[RecordsManifest, epath.PathLike]], seed: int) -> Any:
     return grain.MapDataset.source(Records([path for _, path in found])).seed(seed).shuffle().repeat()
 
 
@@ -121,7 +122,7 @@ def _with_place(place: int, record: Record) -> tuple[int, Record]:
     return place, record
 
 
-def check_batches(found: Sequence[tuple[dict[str, Any], Any]], batch: int, process_count: int) -> None:
+def check_batches(found: Sequence[tuple[RecordsManifest, Any]], batch: int, process_count: int) -> None:
     """Raises UserError for folders that cannot fill a batch or do not belong together."""
     if batch % process_count:
         raise UserError(
@@ -129,14 +130,16 @@ def check_batches(found: Sequence[tuple[dict[str, Any], Any]], batch: int, proce
         )
     for other, path in found[1:]:
         for name in ("latent", "codec", "text", "text_length"):
-            if other[name] != found[0][0][name]:
+            if getattr(other, name) != getattr(found[0][0], name):
                 raise UserError(
                     f"{path} and {found[0][1]} differ in {name}; cluster again, so that all come from one data set"
                 )
-    clips = sum(other["clips"] for other, _ in found)
+    clips = sum(other.clips for other, _ in found)
     if clips < batch:
         first, path = found[0]
-        what = f"Cluster {first['cluster']} ({path})" if len(found) == 1 and "cluster" in first else f"{path}"
+        what = (
+            f"Cluster {first.cluster} ({path})" if isinstance(first, ClusterManifest) and len(found) == 1 else f"{path}"
+        )
         raise UserError(
             f"{what} has {clips} clips, fewer than one batch of {batch}; lower training.global_batch_size, add clips, "
             "or use fewer clusters (clustering.num_clusters)"

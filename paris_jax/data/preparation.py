@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
 from paris_jax.data.records import Record
@@ -56,7 +57,7 @@ def prepare(
         another config.
     """
     store = EncoderStore()
-    encoders = weights_of(describe_encoders(experiment, (), store))
+    encoders = weights_of(**describe_encoders(experiment, (), store))
     names = experiment.codec.name, experiment.text.name, experiment.features.name
     if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
         raise UserError(
@@ -64,14 +65,14 @@ def prepare(
         )
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
-        found = manifest.read(run.data, "data")
-        if found["config_hash"] != experiment.data_hash:
+        found = manifest.read(run.data, DataManifest)
+        if found.config_hash != experiment.data_hash:
             raise UserError(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
-        if weights_of(found) != encoders:
+        if weights_of(found.codec, found.text, found.features) != encoders:
             raise UserError(
                 f"{run.data} was made with other weights of its encoders; name those, or use a new --workdir"
             )
-        logger.info("%d clips are prepared already (%s)", found["clips"], run.data)
+        logger.info("%d clips are prepared already (%s)", found.clips, run.data)
         return
     clips = clips if clips is not None else source(experiment.data)
     if not len(clips):
@@ -117,10 +118,10 @@ def describe_encoders(
     }
 
 
-def weights_of(described: dict[str, Any]) -> dict[str, Any]:
+def weights_of(codec: CodecDescription, text: TextDescription, features: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes of the weights of described encoders; None for encoders without weights."""
-    fields = {"codec": "sha256", "text": "weights", "features": "sha256"}
-    return {name: described[name].get(field) for name, field in fields.items()}
+    hashes = getattr(codec, "sha256", None), getattr(text, "weights", None), features.get("sha256")
+    return dict(zip(("codec", "text", "features"), hashes, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,11 @@ class Shard:
         return {**made_of, "source": self.clips.describe(), "indices": [*self.indices]}
 
     def is_done(self) -> bool:
-        return self.path.exists() and self.mark.exists() and manifest.read_json(self.mark)["origin"] == self.origin
+        return (
+            self.path.exists()
+            and self.mark.exists()
+            and manifest.read_json(self.mark, ShardMarker).origin == self.origin
+        )
 
 
 class Tally:
@@ -183,15 +188,15 @@ class Tally:
         sums = {"sum": self.sum.tolist(), "squares": self.squares.tolist()}
         return vars(self) | sums | {"words": sorted(self.words), "shape": list(self.shape)}
 
-    def merge(self, other: dict[str, Any]) -> None:
-        """Adds the `to_json()` of another tally."""
-        self.clips += other["clips"]
-        self.text_length = max(self.text_length, other["text_length"])
-        self.words.update(other["words"])
-        self.numbers += other["numbers"]
-        self.sum = self.sum + np.asarray(other["sum"])
-        self.squares = self.squares + np.asarray(other["squares"])
-        self.shape = tuple(other["shape"])
+    def merge(self, other: ShardStatistics) -> None:
+        """Adds the tally of a shard, as `to_json` wrote it."""
+        self.clips += other.clips
+        self.text_length = max(self.text_length, other.text_length)
+        self.words.update(other.words)
+        self.numbers += other.numbers
+        self.sum = self.sum + np.asarray(other.sum)
+        self.squares = self.squares + np.asarray(other.squares)
+        self.shape = other.shape
 
     def latent(self, shared: bool) -> dict[str, Any]:
         """Shape, and mean and spread by channel (or one for all, `shared`), of the latents."""
@@ -277,13 +282,13 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     """Writes the manifest of all shards, then removes their marks."""
     total = Tally()
     for job in jobs:
-        total.merge(manifest.read_json(job.mark)["tally"])
+        total.merge(manifest.read_json(job.mark, ShardMarker).tally)
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     encoder = text_encoder(experiment, total.words, store)
     none = _stored(encoder.null(), encoder.stored)
     manifest.write(
         run.data,
-        "data",
+        DataManifest,
         [*(job.path.name for job in jobs), *records.write_null(run.data, *none)],
         experiment.data_hash,
         **describe_encoders(experiment, sorted(total.words), store),

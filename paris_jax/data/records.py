@@ -20,11 +20,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, RecordsManifest
 from paris_jax.artifacts.tensors import loads
 from paris_jax.config import hashing
 from paris_jax.errors import UserError
 
-RECORD_FOLDER_KINDS = ("data", "cluster", "heldout")
 ENDING = ".array_record"
 NULL = "null.safetensors"  # the null text embedding, where it is not zeros
 SHARD_SIZE = 512  # records
@@ -134,18 +134,19 @@ def _refusing(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
-    """Reads the manifest of a folder of records, of any of KINDS, and checks that no shard is missing."""
-    path = epath.Path(folder) / manifest.FILE_NAME
-    kind = manifest.read_json(path).get("kind") if path.exists() else RECORD_FOLDER_KINDS[0]
-    if kind not in RECORD_FOLDER_KINDS:
-        raise UserError(f"{path} describes a {kind!r}, where one of {', '.join(RECORD_FOLDER_KINDS)} is expected")
-    return manifest.read(folder, kind)
+def read_manifest(folder: epath.PathLike) -> RecordsManifest:
+    """Reads the manifest of a folder of records, of any kind, and checks that no shard is missing."""
+    schemas = {manifest.kind(schema): schema for schema in (DataManifest, ClusterManifest, HeldoutManifest)}
+    kind = manifest.read_kind(folder)
+    if kind and kind not in schemas:
+        path = epath.Path(folder) / manifest.FILE_NAME
+        raise UserError(f"{path} describes a {kind!r}, where one of {', '.join(schemas)} is expected")
+    return manifest.read(folder, schemas.get(kind, DataManifest))
 
 
-def data_contract(found: dict[str, Any]) -> dict[str, Any]:
+def data_contract(found: RecordsManifest) -> dict[str, Any]:
     """Returns the entries of a manifest of records that every copy of some of its records must carry."""
-    return {name: found[name] for name in CONTRACT}
+    return {name: getattr(found, name) for name in CONTRACT}
 
 
 class Records(Sequence[Record]):
@@ -223,12 +224,12 @@ def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -
 def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
     """The null text embedding of `write_null` as tokens and pooled; {} if there is no file."""
     path = epath.Path(folder) / NULL
-    return loads(path.read_bytes()) if NULL in read_manifest(folder)["files"] else {}
+    return loads(path.read_bytes()) if NULL in read_manifest(folder).files else {}
 
 
 def _shards(folder: epath.Path) -> list[str]:
     """Returns local paths of a folder's shards; those on a bucket are copied to this machine once."""
-    names = sorted(name for name in read_manifest(folder)["files"] if name.endswith(ENDING))
+    names = sorted(name for name in read_manifest(folder).files if name.endswith(ENDING))
     if _is_local(folder):
         return [str(folder / name) for name in names]
     digest = hashlib.sha256(str(folder).encode() + (folder / manifest.FILE_NAME).read_bytes()).hexdigest()

@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from etils import epath
+from msgspec import Meta, Struct
 
+from paris_jax.artifacts.schemas import Size
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, dense, norm, normalise, patches, run
 from paris_jax.errors import UserError
-from paris_jax.weights.reading import Reader, described, stacked
+from paris_jax.weights.reading import Reader, read_config, stacked
 
 COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # means and spreads it expects
 
@@ -24,18 +28,35 @@ class Clip:
     end: int  # the token that ends a text; 2 in old files, where it is the largest one
 
 
+class TowerSizes(Struct):
+    """Fields of one of CLIP's encoders in its config.json; by default those of the published ones."""
+
+    hidden_size: Size | None = None
+    hidden_act: str = "quick_gelu"
+    num_attention_heads: Size | None = None
+    layer_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-5
+    eos_token_id: Annotated[int, Meta(ge=0, lt=1 << 31)] = 2
+
+
+class ClipSizes(TowerSizes):
+    """CLIP's config.json: of both encoders, or, without `text_config`, of the text's alone."""
+
+    text_config: TowerSizes | None = None
+    vision_config: TowerSizes = msgspec.field(default_factory=TowerSizes)
+
+
 def read(folder: epath.PathLike) -> tuple[Clip, Params]:
     """CLIP from a folder as published by Hugging Face: both encoders, or the text's alone (as beside FLUX.1-dev)."""
-    found = described(folder)
+    described = read_config(folder, ClipSizes)
     reader, params, blocks = Reader(Tensors(folder)), {}, {}
-    given = {"text": found.get("text_config", found), "vision": found.get("vision_config", {})}
+    by_kind: dict[str, TowerSizes] = {"text": described.text_config or described, "vision": described.vision_config}
     for kind, first in (("text", "token"), ("vision", "patch")):
         # A text encoder on its own is published with and without this beginning.
         there = [f"{kind}_model.", ""]
         there = [root for root in there if reader.has(f"{root}embeddings.{first}_embedding.weight")]
         if not there:
             continue
-        root, sizes = there[0], given[kind]
+        root, sizes = there[0], by_kind[kind]
         D = (reader.shape(f"{root}embeddings.position_embedding.weight") or (0, 1))[1]
         F = (reader.shape(f"{root}encoder.layers.0.mlp.fc1.weight") or (4 * D,))[0]
         layers = range(max(reader.count(f"{root}encoder.layers."), 1))
@@ -52,15 +73,14 @@ def read(folder: epath.PathLike) -> tuple[Clip, Params]:
         projection = f"{'text' if kind == 'text' else 'visual'}_projection.weight"
         if reader.has(projection):
             params[kind]["projection"] = {"weight": reader.take(projection)}
-        activation = {"quick_gelu": "quick_gelu", "gelu": "gelu"}.get(sizes.get("hidden_act", "quick_gelu"))
+        activation = {"quick_gelu": "quick_gelu", "gelu": "gelu"}.get(sizes.hidden_act)
         if activation is None:
-            raise UserError(f"{folder}: hidden_act is {sizes['hidden_act']!r}; CLIP's is 'quick_gelu' or 'gelu'")
-        heads = sizes.get("num_attention_heads", D // 64)
-        blocks[kind] = Blocks(heads, activation, sizes.get("layer_norm_eps", 1e-5))
+            raise UserError(f"{folder}: hidden_act is {sizes.hidden_act!r}; CLIP's is 'quick_gelu' or 'gelu'")
+        blocks[kind] = Blocks(sizes.num_attention_heads or D // 64, activation, sizes.layer_norm_eps)
     if not params:
         raise UserError(f"{folder} holds no encoder of CLIP; name the folder that its weights were downloaded to")
     reader.done(("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
-    return Clip(blocks.get("text"), blocks.get("vision"), given["text"].get("eos_token_id", 2)), params
+    return Clip(blocks.get("text"), blocks.get("vision"), by_kind["text"].eos_token_id), params
 
 
 def _layer(reader: Reader, name: str, D: int, F: int) -> Params:

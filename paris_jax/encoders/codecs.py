@@ -7,16 +7,18 @@ import dataclasses
 import os
 from typing import Any, ClassVar, get_args
 
+import msgspec
 import numpy as np
 from etils import epath
 
+from paris_jax.artifacts.schemas import CodecDescription, HunyuanDescription, Latent, PixelsDescription
 from paris_jax.config import checks
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import CodecName
 from paris_jax.encoders import hunyuan, placement
 from paris_jax.encoders.published import EncoderStore, store_field
 from paris_jax.errors import UserError
-from paris_jax.weights.reading import described
+from paris_jax.weights.reading import read_config
 
 TILING = hunyuan.Tiling()
 
@@ -64,8 +66,8 @@ class Pixels:
         """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
         return mask_T.repeat(self.time, axis=-1)
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": "pixels", "time": self.time, "height": self.height, "width": self.width}
+    def describe(self) -> PixelsDescription:
+        return PixelsDescription(self.time, self.height, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class HunyuanVideo:
     def channels(self) -> int:
         """Of the latent: 16, or what the weights' config.json says."""
         folder = self.weights and epath.Path(self.weights).is_dir()
-        return described(self.weights, "latent_channels")["latent_channels"] if folder else 16
+        return read_config(self.weights, hunyuan.VAESizes).latent_channels if folder else 16
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Returns (T, H, W, C), T = 1 + (frames - 1) / 4; refuses sizes that the blocks do not divide."""
@@ -122,9 +124,8 @@ class HunyuanVideo:
         """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
         return np.concatenate([mask_T[..., :1], mask_T[..., 1:].repeat(self.time, axis=-1)], axis=-1)
 
-    def describe(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("time", "height", "width")}
-        return {"name": "hunyuan", **sizes, "sha256": self.sha256}
+    def describe(self) -> HunyuanDescription:
+        return HunyuanDescription(self.time, self.height, self.width, self.sha256)
 
 
 def _floats(x: np.ndarray) -> np.ndarray:
@@ -173,10 +174,11 @@ def latent_shape(experiment: Experiment) -> tuple[int, int, int, int]:
     return sizes(**dataclasses.asdict(experiment.codec)).latent_shape(data.num_frames, data.height, data.width)
 
 
-def from_description(description: dict[str, Any], folder: str = "", store: EncoderStore | None = None) -> Codec:
+def from_description(description: CodecDescription, folder: str = "", store: EncoderStore | None = None) -> Codec:
     """Rebuilds a codec from its `describe()`; published weights lie in `folder`, or where PARIS_JAX_VAE says."""
     there = folder or os.environ.get("PARIS_JAX_VAE", "")
-    return codec(**description, **({} if description["name"] == "pixels" else {"weights": there, "store": store}))
+    named = {"weights": there, "store": store} if isinstance(description, HunyuanDescription) else {}
+    return codec(**msgspec.to_builtins(description), **named)
 
 
 def to_float(video: Any) -> Any:
@@ -200,9 +202,9 @@ class LatentScale:
     spread: tuple[float, ...]
 
     @classmethod
-    def from_manifest(cls, latent: dict[str, Any]) -> "LatentScale":
-        """Reads the `latent` entry of a data or cluster manifest."""
-        return cls(tuple(latent["mean"]), tuple(latent["spread"]))
+    def from_manifest(cls, latent: Latent) -> "LatentScale":
+        """The scale in the `latent` entry of a manifest."""
+        return cls(latent.mean, latent.spread)
 
     def normalise(self, latent: np.ndarray) -> np.ndarray:
         """(..., C) of any float type to float32 of about zero mean and unit spread."""

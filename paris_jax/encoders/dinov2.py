@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from msgspec import Meta, Struct
 
+from paris_jax.artifacts.schemas import Size
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, norm, normalise, patches, run
 from paris_jax.errors import UserError
-from paris_jax.weights.reading import Reader, described, stacked
+from paris_jax.weights.reading import Reader, read_config, stacked
 
 COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and spreads it expects
 
@@ -23,12 +26,21 @@ class Dino:
     blocks: Blocks
 
 
+class DinoSizes(Struct):
+    """Fields of DINOv2's config.json."""
+
+    num_attention_heads: Size
+    hidden_act: str
+    layer_norm_eps: Annotated[float, Meta(gt=0, le=1)]
+    hidden_size: Size
+
+
 def read(folder: epath.PathLike) -> tuple[Dino, Params]:
     """A DINOv2, S to g, from a folder as published by Hugging Face."""
-    found = described(folder, "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_size")
-    if found["hidden_act"] != "gelu":
-        raise UserError(f"{folder}: hidden_act is {found['hidden_act']!r}; DINOv2's is 'gelu'")
-    reader, D = Reader(Tensors(folder)), found["hidden_size"]
+    sizes = read_config(folder, DinoSizes)
+    if sizes.hidden_act != "gelu":
+        raise UserError(f"{folder}: hidden_act is {sizes.hidden_act!r}; DINOv2's is 'gelu'")
+    reader, D = Reader(Tensors(folder)), sizes.hidden_size
     gated = reader.has("encoder.layer.0.mlp.weights_in.weight")
     layers = range(max(reader.count("encoder.layer."), 1))
     params = {
@@ -43,7 +55,7 @@ def read(folder: epath.PathLike) -> tuple[Dino, Params]:
     }
     reader.done(("embeddings.mask_token",))
     activation = "silu" if gated else "gelu"
-    return Dino(Blocks(found["num_attention_heads"], activation, found["layer_norm_eps"])), params
+    return Dino(Blocks(sizes.num_attention_heads, activation, sizes.layer_norm_eps)), params
 
 
 def _layer(reader: Reader, name: str, D: int, gated: bool) -> Params:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from msgspec import Struct
 
+from paris_jax.artifacts.schemas import Size
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Params, dense
-from paris_jax.weights.reading import Reader, described
+from paris_jax.weights.reading import Reader, read_config
 
 SCALE = 0.476986  # latents times this have unit spread on the data it was trained on
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2))  # of the encoder's stages, and in this order of the decoder's
@@ -30,6 +32,13 @@ class VAE:
     groups: int  # of the norms
 
 
+class VAESizes(Struct):
+    """Fields of HunyuanVideo's config.json."""
+
+    norm_num_groups: Size = 32
+    latent_channels: Size = 16
+
+
 def read(folder: epath.PathLike) -> tuple[VAE, Params]:
     """A VAE from a folder with config.json and safetensors, in diffusers' names or the original ones, or from a file.
 
@@ -38,7 +47,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
     Raises:
       UserError: names missing, extra or misshapen tensors; non-finite values raise it when they are read.
     """
-    found = described(folder) if epath.Path(folder).is_dir() else {}
+    sizes = read_config(folder, VAESizes) if epath.Path(folder).is_dir() else VAESizes()
     reader = Reader(Tensors(folder))
     root = PREFIX if reader.has(f"{PREFIX}quant_conv.weight") else ""
     C = (reader.shape(f"{root}post_quant_conv.weight") or (16,))[0]
@@ -49,7 +58,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
         "post_quant": _conv(reader, f"{root}post_quant_conv", C, C, 1),
     }
     reader.done()
-    return VAE(found.get("norm_num_groups", 32)), params
+    return VAE(sizes.norm_num_groups), params
 
 
 def _conv(reader: Reader, name: str, outputs: int, inputs: int, size: int = 3) -> Params:

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import MiniLMDescription
 from paris_jax.encoders.words import TextEncoding, check_length, rounded
 from paris_jax.errors import UserError
 
@@ -68,8 +69,8 @@ class MiniLM:
     def unload(self) -> None:
         """Does nothing: the weights are small and stay on the host."""
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": "minilm", "max_tokens": self.max_tokens, "weights": self.weights}
+    def describe(self) -> MiniLMDescription:
+        return MiniLMDescription(self.max_tokens, self.weights)
 
     def _encode(self, text: str) -> TextEncoding:
         model, tokenizer = _model(), _tokenizer()

@@ -17,13 +17,14 @@ import numpy as np
 from etils import epath
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import hashing
 from paris_jax.encoders import clip, dinov2, hunyuan, placement, t5
 from paris_jax.encoders.tokens import Tokenize, tokenizer
 from paris_jax.encoders.words import TextEncoding, check_length, rounded
 from paris_jax.errors import UserError
-from paris_jax.weights.reading import described
+from paris_jax.weights.reading import read_config
 
 TEXT_LENGTHS = 32  # texts are padded to multiples of this, so that few lengths are compiled
 BATCH_SIZE = 16  # texts
@@ -120,8 +121,11 @@ def store_field() -> Any:
 
 def widths(t5_folder: str, clip_folder: str) -> tuple[int, int]:
     """(token width, pooled width) of T5 and CLIP, from the configs in their folders."""
-    found = described(clip_folder)
-    return described(t5_folder, "d_model")["d_model"], found.get("text_config", found)["hidden_size"]
+    described = read_config(clip_folder, clip.ClipSizes)
+    width = (described.text_config or described).hidden_size
+    if width is None:
+        raise UserError(f"{clip_folder}: its config.json lacks hidden_size; download it again")
+    return read_config(t5_folder, t5.T5Sizes).d_model, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +203,10 @@ class T5Clip:
         """Frees the weights; the next text reads them again."""
         self.store.drop("t5", "clip")
 
-    def describe(self) -> dict[str, Any]:
-        sizes = {"width": self.width, "pooled_width": self.pooled_width}
-        padded = {"pad_to_max_tokens": True} if self.pad_to_max_tokens else {}
-        return {"name": "t5+clip", "max_tokens": self.max_tokens, **padded, **sizes, "weights": dict(self.weights)}
+    def describe(self) -> T5ClipDescription:
+        return T5ClipDescription(
+            self.max_tokens, self.width, self.pooled_width, dict(self.weights), self.pad_to_max_tokens
+        )
 
 
 def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:

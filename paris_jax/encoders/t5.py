@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from msgspec import Meta, Struct
 
+from paris_jax.artifacts.schemas import Size
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Blocks, Params, norm, run
 from paris_jax.errors import UserError
-from paris_jax.weights.reading import Reader, described, stacked
+from paris_jax.weights.reading import Reader, read_config, stacked
 
 UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is `shared` again
 
@@ -26,6 +29,19 @@ class T5:
     longest: int  # distance, from which on all are alike
 
 
+class T5Sizes(Struct):
+    """Fields of T5's config.json."""
+
+    num_heads: Size
+    d_kv: Size
+    d_ff: Size
+    d_model: Size
+    feed_forward_proj: str
+    layer_norm_epsilon: Annotated[float, Meta(gt=0, le=1)]
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+
+
 def read(folder: epath.PathLike) -> tuple[T5, Params]:
     """An encoder from a folder as published by Hugging Face: config.json and safetensors.
 
@@ -34,11 +50,11 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
       finite
         is refused when it is read.
     """
-    found = described(folder, "num_heads", "d_kv", "d_ff", "d_model", "feed_forward_proj", "layer_norm_epsilon")
-    if found["feed_forward_proj"] != "gated-gelu":
-        raise UserError(f"{folder}: feed_forward_proj is {found['feed_forward_proj']!r}; T5-v1.1's is 'gated-gelu'")
-    D, inner, F = found["d_model"], found["num_heads"] * found["d_kv"], found["d_ff"]
-    buckets = found.get("relative_attention_num_buckets", 32)
+    sizes = read_config(folder, T5Sizes)
+    if sizes.feed_forward_proj != "gated-gelu":
+        raise UserError(f"{folder}: feed_forward_proj is {sizes.feed_forward_proj!r}; T5-v1.1's is 'gated-gelu'")
+    D, inner, F = sizes.d_model, sizes.num_heads * sizes.d_kv, sizes.d_ff
+    buckets = sizes.relative_attention_num_buckets
     reader = Reader(Tensors(folder))
 
     def layer(i: int) -> Params:
@@ -64,13 +80,13 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
     first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     params = {
         "tokens": reader.take("shared.weight"),
-        "distances": reader.take(first, (buckets, found["num_heads"])),
+        "distances": reader.take(first, (buckets, sizes.num_heads)),
         "blocks": stacked([layer(i) for i in range(max(reader.count("encoder.block."), 1))]),
         "norm": reader.layer("encoder.final_layer_norm", D, bias=False),
     }
     reader.done(UNUSED)
-    blocks = Blocks(found["num_heads"], "gelu_tanh", found["layer_norm_epsilon"], rms=True, scaled=False)
-    return T5(blocks, buckets, found.get("relative_attention_max_distance", 128)), params
+    blocks = Blocks(sizes.num_heads, "gelu_tanh", sizes.layer_norm_epsilon, rms=True, scaled=False)
+    return T5(blocks, buckets, sizes.relative_attention_max_distance), params
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -8,6 +8,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from paris_jax.artifacts import schemas
+from paris_jax.artifacts.schemas import T5ClipDescription, TextDescription
 from paris_jax.config.experiment import Experiment
 from paris_jax.encoders import published
 from paris_jax.encoders.published import EncoderStore
@@ -34,11 +38,11 @@ def widths_of(experiment: Experiment) -> tuple[int, int]:
     return widths(experiment.text.name, experiment.text.width, experiment.text.t5, experiment.text.clip)
 
 
-def described_widths(description: dict[str, Any]) -> tuple[int, int]:
+def described_widths(description: TextDescription) -> tuple[int, int]:
     """Returns (token width, pooled width) of the encoder that data were made with, without its weights."""
-    width = description.get("width", 0)
-    pooled = description.get("pooled_width")
-    return (width, pooled) if pooled else widths(description["name"], width)
+    if isinstance(description, T5ClipDescription):
+        return description.width, description.pooled_width
+    return widths(schemas.name_of(description), getattr(description, "width", 0))
 
 
 def text_encoder(name: str, **settings: Any) -> Any:
@@ -55,16 +59,17 @@ def text_encoder(name: str, **settings: Any) -> Any:
 
 
 def from_description(
-    description: dict[str, Any], folders: Mapping[str, str] | None = None, store: EncoderStore | None = None
+    description: TextDescription, folders: Mapping[str, str] | None = None, store: EncoderStore | None = None
 ) -> Any:
     """Rebuilds a text encoder from its `describe()`.
 
     Published ones are looked for in `folders` ("t5", "clip"), or else where the environment says (PARIS_JAX_T5,
     PARIS_JAX_CLIP).
     """
-    if description["name"] != "t5+clip":
-        return text_encoder(**description)
-    description = {k: v for k, v in description.items() if k not in ("width", "pooled_width")}
+    settings = msgspec.to_builtins(description)
+    if not isinstance(description, T5ClipDescription):
+        return text_encoder(**settings)
+    settings = {k: v for k, v in settings.items() if k not in ("width", "pooled_width")}
     named = {name: os.environ.get(f"PARIS_JAX_{name.upper()}", "") for name in ("t5", "clip")}
     given = {name: folder for name, folder in (folders or {}).items() if name in named}
-    return text_encoder(**description, **(named | given), store=store or EncoderStore())
+    return text_encoder(**settings, **(named | given), store=store or EncoderStore())

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from paris_jax.artifacts.schemas import WordsDescription
 from paris_jax.errors import UserError, nearest
 
 UNKNOWN = "<unknown>"
@@ -79,13 +80,8 @@ class Words:
     def unload(self) -> None:
         """Does nothing: there are no weights."""
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": "words",
-            "vocabulary": list(self.vocabulary),
-            "width": self.width,
-            "max_tokens": self.max_tokens,
-        }
+    def describe(self) -> WordsDescription:
+        return WordsDescription(tuple(self.vocabulary), self.width, self.max_tokens)
 
     def _encode(self, text: str) -> TextEncoding:
         words = split(text)

@@ -152,7 +152,7 @@ class PlacedEnsemble:
         self.slots = tuple((kind, members[kind].index(e)) for e in experts for kind in [self.networks.index(e.config)])
         self.router = exported.router.config if exported.router else None
         self.mesh = options.mesh
-        self.check(exported.shared["latent"]["shape"])
+        self.check(exported.shared.latent.shape)
 
         def place() -> sparse_velocity.EnsembleParams:
             stacks = tuple(options.place(each[0].config, [expert.params for expert in each]) for each in members)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from paris_jax.artifacts import ensemble_manifest
-from paris_jax.config.sampling import SamplingParams
+from paris_jax.config.sampling import SamplingParams, SamplingSettings
 from paris_jax.diffusion import path, randomness, solvers
 from paris_jax.encoders import codecs, text
 from paris_jax.encoders.published import EncoderStore
@@ -52,16 +52,16 @@ class Ensemble:
         self.clusters = sorted(exported.experts)
         sampling_params.check_encoders(encoders)
         store = store or EncoderStore()
-        self.codec = codecs.from_description(shared["codec"], (encoders or {}).get("vae", ""), store)
-        self.text = text.from_description(shared["text"], encoders, store)
-        self.latent_shape: tuple[int, int, int, int] = tuple(shared["latent"]["shape"])
+        self.codec = codecs.from_description(shared.codec, (encoders or {}).get("vae", ""), store)
+        self.text = text.from_description(shared.text, encoders, store)
+        self.latent_shape: tuple[int, int, int, int] = shared.latent.shape
         sampling_params.check_encoder_sizes(self.codec, self.text, shared)
-        self.fps: float = shared["fps"]
-        self.timestep_shift: float = shared["timestep_shift"]
-        self.params = SamplingParams(**exported.sampling)
-        self.scale = codecs.LatentScale.from_manifest(shared["latent"])
+        self.fps = shared.fps
+        self.timestep_shift = shared.timestep_shift
+        self.params = SamplingParams(**dataclasses.asdict(exported.sampling))
+        self.scale = codecs.LatentScale.from_manifest(shared.latent)
         self._placed = PlacedEnsemble(exported, self.clusters, options or PlacementOptions())
-        self._prompts = PromptEncoder(self.text, shared["text_length"], drop_encoders)
+        self._prompts = PromptEncoder(self.text, shared.text_length, drop_encoders)
         if not drop_encoders:
             _ = self._placed.params
 
@@ -102,7 +102,9 @@ class Ensemble:
         **sampling: Any,
     ) -> "Ensemble":
         """Loads one exported network on its own, such as the monolith's; `sampling` are its sampling settings."""
-        return cls(ensemble_manifest.read_single(network, sampling), None, encoders, drop_encoders, store)
+        return cls(
+            ensemble_manifest.read_single(network, SamplingSettings(**sampling)), None, encoders, drop_encoders, store
+        )
 
     def encode(self, prompts: Sequence[str]) -> EncodedText:
         """Encodes prompts, padded to the longest training caption (longer ones to the encoder's maximum).
@@ -197,7 +199,7 @@ class Ensemble:
         z, trace, stopped = self._draw_finite(draw, resolved)
 
         def decoded(done: int) -> Samples:
-            return Samples(self.decode(z), prompts, self.fps, trace.weight[:done], self.clusters)
+            return Samples(self.decode(z), prompts, self.fps, np.asarray(trace.weight[:done]), self.clusters)
 
         if stopped:
             stopped.samples = decoded(stopped.done) if stopped.done else None

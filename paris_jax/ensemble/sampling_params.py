@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paris_jax.artifacts.schemas import LatentSpaceManifest
 from paris_jax.config import checks
 from paris_jax.config.sampling import SamplingParams
 from paris_jax.diffusion import randomness, timesteps
@@ -198,15 +199,15 @@ def sample_keys(seed: int | Sequence[int], count: int) -> jax.Array:
     return jnp.concatenate([randomness.sample_keys(s, 0, jnp.arange(1)) for s in seeds])
 
 
-def check_encoder_sizes(codec: codecs.Codec, encoder: Any, shared: dict[str, Any]) -> None:
+def check_encoder_sizes(codec: codecs.Codec, encoder: Any, shared: LatentSpaceManifest) -> None:
     """Refuses encoders of other sizes than the experts': weights without a recorded hash may be any."""
-    expected, actual = text.described_widths(shared["text"]), (encoder.width, encoder.pooled_width)
+    expected, actual = text.described_widths(shared.text), (encoder.width, encoder.pooled_width)
     if actual != expected:
         raise UserError(
             f"The text encoder has tokens of width {actual[0]} and a pooled width of {actual[1]}, these experts were "
             f"trained with {expected[0]} and {expected[1]}; name the encoders that they were trained with"
         )
-    channels, trained = getattr(codec, "channels", None), shared["latent"]["shape"][-1]
+    channels, trained = getattr(codec, "channels", None), shared.latent.shape[-1]
     if channels is not None and channels != trained:
         raise UserError(
             f"The codec has latents of {channels} channels, these experts were trained with {trained}; name their VAE"

@@ -184,7 +184,7 @@ def _guided_velocity(
     fixed_expert,
     guidance_state,
     step: Any = 0,
-    steps=1,
+    steps: Any = 1,
 ):
     """The guided velocity (B, T, H, W, C), the new guidance state, and the `Trace`."""
     text, cond = condition.branches(config.branches)

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from paris_jax.artifacts import ensemble_manifest, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import EvaluationManifest, NetworkManifest
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.records import read_records
@@ -50,7 +51,7 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
         )
     check_ready(run)
     key = evaluation_hash(experiment, run)
-    if manifest.exists(run.evaluation) and manifest.read(run.evaluation, "evaluation")["evaluation_hash"] == key:
+    if manifest.exists(run.evaluation) and manifest.read(run.evaluation, EvaluationManifest).evaluation_hash == key:
         logger.info("the evaluation is done already: %s", run.evaluation / REPORT)
         return
     (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # the old result is no longer valid
@@ -60,7 +61,7 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
         found, videos = comparison.results(key)
     manifest.write_json(run.evaluation / RESULTS, found)
     report.write_report(found, videos, run.evaluation / REPORT, comparison.ensemble.fps)
-    manifest.write(run.evaluation, "evaluation", [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
+    manifest.write(run.evaluation, EvaluationManifest, [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
     if (run.evaluation / PARTIAL).exists():
         (run.evaluation / PARTIAL).rmtree()
     logger.info("%s", compute.describe(found["compute"]))
@@ -275,16 +276,16 @@ class EvaluationRun:
         return rows, by_attribute, left_out
 
     def _compute(self) -> dict[str, Any]:
-        def job(name: str, part: dict[str, Any]) -> compute.TrainingCost:
-            trained = part["training"]
-            return compute.TrainingCost(
-                name, trained["steps"], trained["global_batch_size"], trained["flops_per_sample"]
-            )
+        def job(name: str, part: NetworkManifest) -> compute.TrainingCost:
+            trained = part.training
+            if trained is None:
+                raise UserError(f"{name} has imported weights, whose training cost is not known; train it here")
+            return compute.TrainingCost(name, trained.steps, trained.global_batch_size, trained.flops_per_sample)
 
         experts = [
             job(f"expert {k}", part) for k, part in ensemble_manifest.expert_manifests(self.run.ensemble).items()
         ]
-        monolith, router = (job(r.name, manifest.read(self.run.export(r), "network")) for r in (MONOLITH, ROUTER))
+        monolith, router = (job(r.name, manifest.read(self.run.export(r), NetworkManifest)) for r in (MONOLITH, ROUTER))
         return compute.identity(experts, monolith, router)
 
     def _protocol(self) -> dict[str, Any]:

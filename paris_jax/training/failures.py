@@ -95,7 +95,7 @@ def _count_losses(job: Job) -> int:
     path, checkpoints, times = job.folder / "lost.json", job.folder / "checkpoints", 1
     with contextlib.suppress(OSError, UserError, KeyError):  # the loss itself is the error to report
         newest = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=-1)
-        before = manifest.read_json(path) if path.exists() else {"step": newest, "times": 0}
+        before = manifest.read_json(path, dict[str, int]) if path.exists() else {"step": newest, "times": 0}
         times = before["times"] + 1 if before["step"] == newest else 1
         if times >= MAX_LOSSES:
             path.unlink()  # the next run counts from the start

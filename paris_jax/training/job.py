@@ -10,6 +10,7 @@ from etils import epath
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.data.loader import training_batches
@@ -66,12 +67,12 @@ def cluster_folders(experiment: Experiment, run: RunFolder, role: Role) -> list[
     return [run.cluster(k) for k in wanted]
 
 
-def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> dict[str, Any]:
+def read_cluster(folder: Any, experiment: Experiment, run: RunFolder) -> ClusterManifest:
     """A cluster folder's manifest; refuses one that is missing, damaged or of another config."""
     if not manifest.exists(folder):
         raise UserError(f"{folder} is not there yet; run 'paris-jax cluster --config=... --workdir={run}' first")
-    found = manifest.read(folder, "cluster")
-    if found["config_hash"] != experiment.data_hash:
+    found = manifest.read(folder, ClusterManifest)
+    if found.config_hash != experiment.data_hash:
         raise UserError(
             f"{folder} was made with other data, codec, text, features or clustering; cluster again in a new "
             "--workdir, "
@@ -90,12 +91,11 @@ def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, in
     return batches
 
 
-def make_job(experiment: Experiment, run: RunFolder, role: Role, data: dict[str, Any]) -> Job:
+def make_job(experiment: Experiment, run: RunFolder, role: Role, data: ClusterManifest) -> Job:
     """The job of a role on prepared data, described by a cluster's manifest."""
-    T, H, W, C = data["latent"]["shape"]
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
-    widths = texts.described_widths(data["text"])
-    return job_of(experiment, run.role(role), role, (T, H, W, C), widths, data["text_length"], dtype)
+    widths = texts.described_widths(data.text)
+    return job_of(experiment, run.role(role), role, data.latent.shape, widths, data.text_length, dtype)
 
 
 def job_of(

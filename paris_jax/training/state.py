@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import exported, manifest, schemas
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config.training import TrainingSettings
@@ -46,7 +46,7 @@ def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, st
         return None
     kept, checkpoints = run.role(role) / "start.json", run.checkpoints(role)
     if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
-        return manifest.read_json(kept)
+        return manifest.read_json(kept, dict[schemas.FileName, schemas.Sha256])
     hashes = weight_hashes(job.settings.init_from, job.config)
     manifest.write_json(kept, hashes, shared=True)
     return hashes
@@ -56,7 +56,9 @@ def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, st
 FREE_FIELDS = ("remat", "dtype", "cond_frames", "prediction_type", "attention")
 
 
-def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> dict[str, Any]:
+def check_initial_weights(
+    folder: epath.PathLike, config: functional.Config
+) -> schemas.NetworkManifest | schemas.WeightsManifest:
     """The manifest of initial weights for a network of this config.
 
     Raises:
@@ -64,12 +66,12 @@ def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> 
     """
     folder = epath.Path(folder)
     found = read_manifest(folder)
-    network = found["network"]
+    network = exported.network(found, folder)
     expected = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
     differ = [
-        f"{name} {network.get(name)} instead of {value}"
+        f"{name} {getattr(network, name, None)} instead of {value}"
         for name, value in expected.items()
-        if (tuple(network[name]) if isinstance(network.get(name), list) else network.get(name)) != value
+        if getattr(network, name, None) != value
     ]
     if differ:
         raise UserError(
@@ -83,14 +85,14 @@ def check_initial_weights(folder: epath.PathLike, config: functional.Config) -> 
     ]
     if problems:
         raise UserError(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
-    if network.get("cond_frames") and not config.cond_frames:
+    if network.cond_frames and not config.cond_frames:
         raise UserError(f"{folder} has an input for conditioning frames; set config.masks, so that it is used")
     return found
 
 
 def weight_hashes(folder: epath.PathLike, config: functional.Config) -> dict[str, str]:
     """SHA-256 of the files of initial weights; refuses those that `check_initial_weights` refuses."""
-    return {name: promise["sha256"] for name, promise in check_initial_weights(folder, config)["files"].items()}
+    return {name: entry.sha256 for name, entry in check_initial_weights(folder, config).files.items()}
 
 
 def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainState:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -139,7 +139,7 @@ def _train(job: Job, clusters: Sequence[epath.Path]) -> float | None:
     """The mean loss of the last steps, or None where it is not finite."""
     result = job.folder / "result.json"
     if result.exists():
-        return manifest.read_json(result)["loss"]
+        return manifest.read_json(result, dict[Literal["loss"], float | None]).get("loss")
     try:
         train.train(dataclasses.replace(job, null=read_null(clusters[0])), batch_iterator(job, clusters))
         lines = metrics.read(job.folder / "metrics.jsonl")

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import NetworkManifest, WeightsManifest
 from paris_jax.artifacts.tensors import DTYPES, Tensors, write
 from paris_jax.errors import UserError
 from paris_jax.models import functional
@@ -30,9 +31,10 @@ class Report:
     unused: list[str]
 
 
-def read_manifest(folder: epath.PathLike, verify: bool = False) -> dict[str, Any]:
+def read_manifest(folder: epath.PathLike, verify: bool = False) -> NetworkManifest | WeightsManifest:
     """The manifest of weights, imported ones or a part's; with `verify`, its files are hashed, too."""
-    return manifest.read(folder, "network" if manifest.read_kind(folder) == "network" else KIND, verify)
+    is_network = manifest.read_kind(folder) == manifest.kind(NetworkManifest)
+    return manifest.read(folder, NetworkManifest if is_network else WeightsManifest, verify)
 
 
 def layout_of(tensors: Tensors) -> str:
@@ -175,7 +177,7 @@ def import_network(
         del network["dtype"]
     manifest.write(
         folder,
-        "network" if use else KIND,
+        NetworkManifest if use else WeightsManifest,
         [WEIGHTS],
         "",
         source=source,

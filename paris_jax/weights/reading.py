@@ -5,15 +5,17 @@ Values are read later, one array at a time (`Later`), so that no encoder ever li
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import manifest, safe_files
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +105,15 @@ def _stack(layers: Sequence[Later]) -> Later:
     return Later((len(layers), *layers[0].shape), read)
 
 
-def described(folder: epath.PathLike, *fields: str) -> dict[str, Any]:
-    """Fields of a published folder's config.json; refuses a folder without it, or one that lacks a field."""
+def read_config(folder: epath.PathLike, schema: type[T]) -> T:
+    """The config.json of a published folder, as a structure of the fields that its encoder needs.
+
+    Raises:
+      UserError: no such file, or a field that is missing or of another type or range.
+    """
     path = epath.Path(folder) / "config.json"
     if not path.exists():
         raise UserError(
             f"{path} does not exist; name the folder that the weights were downloaded to, config.json included"
         )
-    found = manifest.read_json(path, "download it again")
-    absent = [name for name in fields if not isinstance(found, dict) or name not in found]
-    if absent or not isinstance(found, dict):
-        raise UserError(f"{path} lacks {', '.join(absent) or 'fields'}; download it again")
-    return found
+    return manifest.decode(safe_files.read_bytes(path, follow_links=True), path, schema, "download it again")

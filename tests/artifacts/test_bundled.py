@@ -7,6 +7,7 @@ import pytest
 
 from paris_jax import Ensemble
 from paris_jax.artifacts import ensemble_manifest, make_bundled, manifest
+from paris_jax.artifacts.schemas import EnsembleManifest, NetworkManifest
 from paris_jax.config import files
 from paris_jax.data.sources import shapes
 from paris_jax.errors import UserError
@@ -23,7 +24,7 @@ def ensemble():
 def test_it_ships_within_its_size_with_how_it_was_made():
     sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(sizes) < 8e6 and max(sizes) < 2e6
-    made = manifest.read(FOLDER, "ensemble")["provenance"]
+    made = manifest.read(FOLDER, EnsembleManifest).provenance
     assert made["command"].startswith("paris-jax quickstart --config=configs/shapes.py:bundled ")
     assert set(made["seeds"]) == {"data", "clustering", "training", "router_training", "evaluation"}
     assert len(made["revision"]) == 40 and made["config"]["name"] == "shapes-bundled"
@@ -33,8 +34,8 @@ def test_both_arms_are_there_and_cost_the_same(ensemble):
     assert ensemble.clusters == [0, 1, 2]
 
     def work(part):
-        training = manifest.read(FOLDER / part, "network", verify=True)["training"]
-        return training["steps"] * training["global_batch_size"] * training["flops_per_sample"]
+        training = manifest.read(FOLDER / part, NetworkManifest, verify=True).training
+        return training.steps * training.global_batch_size * training.flops_per_sample
 
     assert sum(work(f"experts/{k}") for k in range(3)) == work("monolith")
 

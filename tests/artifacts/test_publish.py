@@ -13,6 +13,7 @@ from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts import publish as stage
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.run_folder import Role
+from paris_jax.artifacts.schemas import EnsembleManifest
 from paris_jax.commands.sample import Output
 from paris_jax.errors import UserError
 
@@ -73,7 +74,7 @@ def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_pa
     publish(tmp_path / "a", tmp_path / "b")
     for name in ("manifest.json", "README.md", "router/model.safetensors", "experts/2/manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert manifest.read(tmp_path / "b", "ensemble")["provenance"]["licence"] == "Apache-2.0"
+    assert manifest.read(tmp_path / "b", EnsembleManifest).provenance["licence"] == "Apache-2.0"
 
 
 def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_path):

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import StoredConfig
 from paris_jax.errors import UserError
 
 
@@ -26,7 +27,7 @@ def test_processes_that_claim_a_folder_together_all_get_it(tmp_path):
         for thread in threads:
             thread.join()
         assert not failed
-        assert run.stored_config()["hash"] == "hash"
+        assert run.stored_config().hash == "hash"
         assert [path.name for path in run.path.iterdir()] == ["config.json"]  # nothing unfinished is left
 
 
@@ -37,7 +38,7 @@ def test_a_folder_of_another_config_is_refused_by_the_fields_that_differ(tmp_pat
     (run.data / "shard").write_text("made under the first config")
     with pytest.raises(UserError, match=r"different: training\.batch, training\.ema\)"):
         run.claim({"seed": 1, "training": {"batch": 4, "steps": 10, "ema": 0.9}}, "other")
-    assert run.stored_config()["hash"] == "one"
+    assert run.stored_config().hash == "one"
 
 
 def test_a_config_under_which_nothing_was_made_stands_in_nobodys_way(tmp_path):
@@ -45,4 +46,4 @@ def test_a_config_under_which_nothing_was_made_stands_in_nobodys_way(tmp_path):
     run.claim({"frames": 400}, "one")
     run.data.mkdir()
     run.claim({"frames": 8}, "other")
-    assert run.stored_config() == {"schema": "paris_jax/1", "hash": "other", "config": {"frames": 8}}
+    assert run.stored_config() == StoredConfig("paris_jax/1", "other", {"frames": 8})

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from paris_jax import cli
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import WeightsManifest
 from paris_jax.artifacts.tensors import Tensors, write
 from paris_jax.errors import UserError
 from paris_jax.models import functional
@@ -87,8 +88,8 @@ def test_flux_starts_a_video_expert_whose_new_input_starts_at_nothing(tmp_path):
     assert report.unused == ["guidance_in.in_layer.weight"]
     assert not np.any(back.read("cond_in.kernel"))
     assert {dtype.name for _, dtype in back.shapes.values()} == {"bfloat16"}
-    told = manifest.read(tmp_path / "in", "weights", verify=True)
-    assert told["report"]["unused"] == report.unused and told["network"]["cond_frames"]
+    told = manifest.read(tmp_path / "in", WeightsManifest, verify=True)
+    assert told.report["unused"] == report.unused and told.network.cond_frames
 
 
 def test_every_tensor_that_does_not_fit_is_named_at_once_and_nothing_is_written(tmp_path):
@@ -141,7 +142,7 @@ def test_what_is_not_finite_is_named_and_leaves_nothing_behind(tmp_path):
         (lambda p: _written(p / "model.ckpt", b"x"), r"is not a \.safetensors file, the only kind that is read"),
         (lambda p: _written(p / "cut.safetensors", (p / "bfl.safetensors").read_bytes()[:-10]), "download it again"),
         (lambda p: _written(p / "cut.safetensors", b"garbage"), "is not a whole safetensors file"),
-        (lambda p: _written(p / "x.safetensors.index.json", b"{}"), "has no weight_map"),
+        (lambda p: _written(p / "x.safetensors.index.json", b"{}"), "missing required field `weight_map`"),
         (lambda p: [p / "bfl.safetensors", p / "bfl.safetensors"], "and another file both hold"),
         (lambda p: _folder(p / "empty"), r"holds no \.safetensors file"),
     ],

@@ -29,6 +29,7 @@ from etils import epath
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import Role
+from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config import files
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
@@ -89,8 +90,15 @@ def write_clips(job: Job, folder: Path) -> None:
     name = records.shard_name("clips", 0, 1)
     records.write_shard(folder / name, (clip(job, n) for n in range(count)))
     latent = {"shape": list(job.latent_shape), "mean": [0.0] * C, "spread": [1.0] * C}
-    described = {"codec": {}, "text": {}, "features": {}, "text_length": WORDS, "fps": 8.0, "source": {}}
-    manifest.write(folder, "data", [name], "hash", clips=count, latent=latent, **described)
+    described = {
+        "codec": {"name": "pixels", "time": 1, "height": 1, "width": 1},
+        "text": {"name": "words", "vocabulary": [], "width": 8, "max_tokens": WORDS},
+        "features": {},
+        "text_length": WORDS,
+        "fps": 8.0,
+        "source": {},
+    }
+    manifest.write(folder, DataManifest, [name], "hash", clips=count, latent=latent, **described)
 
 
 class Ours:

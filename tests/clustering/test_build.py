@@ -13,6 +13,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, PartitionManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.clustering.clusters import Clustering
 from paris_jax.config import experiment as experiments
@@ -59,8 +60,16 @@ def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120,
     names = [records.shard_name("data", n, 2) for n in range(2)]
     records.write_shard(run.data / names[0], clips[:half])
     records.write_shard(run.data / names[1], clips[half:])
-    contract = dict.fromkeys(records.CONTRACT, "as prepared")
-    manifest.write(run.data, "data", names, made_for.data_hash, clips=num_clips, **contract)
+    contract = {
+        "codec": {"name": "pixels", "time": 2, "height": 2, "width": 2},
+        "text": {"name": "words", "vocabulary": ["a"], "width": 8, "max_tokens": 8},
+        "features": {"name": "as prepared"},
+        "latent": {"shape": [2, 4, 4, 3], "mean": [0.0], "spread": [1.0]},
+        "text_length": 3,
+        "fps": 8.0,
+        "source": {"name": "as prepared"},
+    }
+    manifest.write(run.data, DataManifest, names, made_for.data_hash, clips=num_clips, **contract)
     return run
 
 
@@ -97,15 +106,16 @@ def test_clusters_are_the_worlds_also_for_held_out_clips(partitioned):
 
 def test_folders_carry_what_a_job_needs(partitioned):
     for k in range(3):
-        found = manifest.read(partitioned.cluster(k), "cluster", verify=True)
-        assert found["cluster"] == k
-        assert found["clips"] == len(records.read_records(partitioned.cluster(k)))
-        assert records.data_contract(found) == dict.fromkeys(records.CONTRACT, "as prepared")
-    whole = manifest.read(partitioned.partition, "partition", verify=True)
-    assert sum(whole["sizes"]) + whole["heldout"] == 120
+        found = manifest.read(partitioned.cluster(k), ClusterManifest, verify=True)
+        assert found.cluster == k
+        assert found.clips == len(records.read_records(partitioned.cluster(k)))
+        prepared = manifest.read(partitioned.data, DataManifest)
+        assert records.data_contract(found) == records.data_contract(prepared)
+    whole = manifest.read(partitioned.partition, PartitionManifest, verify=True)
+    assert sum(whole.sizes) + whole.heldout == 120
     # Held-out clips are of another kind, so that nothing trains on them by mistake.
     with pytest.raises(UserError, match="'heldout'"):
-        manifest.read(partitioned.heldout, "cluster")
+        manifest.read(partitioned.heldout, ClusterManifest)
 
 
 def test_saved_centroids_assign_as_the_stage_did(partitioned):
@@ -164,7 +174,7 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(partitioned, tmp_path
     assert not manifest.exists(run.partition)
     for k in range(3):
         if manifest.exists(run.cluster(k)):
-            manifest.read(run.cluster(k), "cluster", verify=True)
+            manifest.read(run.cluster(k), ClusterManifest, verify=True)
     cluster(experiment(), run)
     assert files(run.partition) == files(partitioned.partition)
 
@@ -229,4 +239,4 @@ def test_without_held_out_clips_there_is_no_such_folder(tmp_path):
     run = prepared(tmp_path, made_for)
     cluster(made_for, run)
     assert not run.heldout.exists()
-    assert sum(manifest.read(run.partition, "partition")["sizes"]) == 120
+    assert sum(manifest.read(run.partition, PartitionManifest).sizes) == 120

@@ -111,7 +111,7 @@ def test_a_whole_number_stands_for_a_float():
         ("training__compute_dtype", "float16", "config.training.compute_dtype='float16': must be one of auto"),
         ("router_training__learning_rate", 0.0, "config.router_training.learning_rate=0.0: must be above 0"),
         ("sampling__solver", "eular", "did you mean 'euler'?"),
-        ("sampling__num_inference_steps", 0, "config.sampling.num_inference_steps=0: must be at least 1"),
+        ("sampling__num_inference_steps", 0, "config.sampling.num_inference_steps=0: must be from 1 to 10000"),
         ("sampling__guidance_scale", -1.0, "config.sampling.guidance_scale=-1.0: must be at least 0"),
         ("sampling__threshold", 2.0, "config.sampling.threshold=2.0: must be between 0.0 and 1.0"),
         ("sampling__top_k", 4, "config.sampling.top_k=4: must be at most clustering.num_clusters=3"),

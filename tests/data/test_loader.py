@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.data import records
 from paris_jax.data.loader import training_batches
 from paris_jax.data.records import Record
@@ -32,8 +33,16 @@ def write_cluster(folder, cluster: int, clips: int, **content) -> None:
     ]
     name = records.shard_name("clips", 0, 1)
     records.write_shard(folder / name, made)
-    described = {"codec": {}, "text": {}, "features": {}, "latent": SCALE, "text_length": 3, "fps": 8.0, "source": {}}
-    manifest.write(folder, "cluster", [name], "hash", clips=clips, cluster=cluster, **(described | content))
+    described = {
+        "codec": {"name": "pixels", "time": 1, "height": 1, "width": 1},
+        "text": {"name": "words", "vocabulary": [], "width": 4, "max_tokens": 8},
+        "features": {},
+        "latent": SCALE,
+        "text_length": 3,
+        "fps": 8.0,
+        "source": {},
+    }
+    manifest.write(folder, ClusterManifest, [name], "hash", clips=clips, cluster=cluster, **(described | content))
 
 
 @pytest.fixture
@@ -143,7 +152,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(folders):
 
 
 def test_folders_of_two_data_sets_are_refused(folders, tmp_path):
-    write_cluster(tmp_path / "other", 3, 5, text_length=9)
+    write_cluster(tmp_path / "other", 3, 5, text_length=7)
     with pytest.raises(UserError, match="differ in text_length"):
         training_batches([*folders, tmp_path / "other"], batch=4, seed=0)
 

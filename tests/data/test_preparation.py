@@ -16,6 +16,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import preparation as stage
 from paris_jax.data import records, video
@@ -46,13 +47,13 @@ def whole(tmp_path_factory) -> RunFolder:
 
 
 def test_every_clip_is_there_with_all_that_training_needs(whole):
-    found = manifest.read(whole.data, "data", verify=True)
-    assert (found["clips"], found["fps"], found["source"]) == (20, 8.0, {"name": "shapes", "seed": 5})
-    assert found["latent"]["shape"] == [4, 10, 10, 24]
+    found = manifest.read(whole.data, DataManifest, verify=True)
+    assert (found.clips, found.fps, found.source) == (20, 8.0, {"name": "shapes", "seed": 5})
+    assert found.latent.shape == (4, 10, 10, 24)
     stored = records.read_records(whole.data)
     source = ShapesSource(5, 20, 8, 20, 20, 8.0)
     assert len(stored) == 20
-    codec, words = codecs.from_description(found["codec"]), text.from_description(found["text"])
+    codec, words = codecs.from_description(found.codec), text.from_description(found.text)
     for record, clip in zip(stored, source, strict=True):
         assert (record.id, record.caption, record.attributes) == (clip.id, clip.caption, clip.attributes)
         np.testing.assert_array_equal(codecs.to_uint8(codec.decode(record.latent)), clip.video)
@@ -60,8 +61,8 @@ def test_every_clip_is_there_with_all_that_training_needs(whole):
         np.testing.assert_array_equal(record.tokens.astype(np.float32), encoding.tokens)
         np.testing.assert_array_equal(record.pooled.astype(np.float32), encoding.pooled)
         assert words.unknown_words(clip.caption) == {}
-    assert found["text_length"] == max(len(record.tokens) for record in stored)
-    normal = np.stack([codecs.LatentScale.from_manifest(found["latent"]).normalise(r.latent) for r in stored])
+    assert found.text_length == max(len(record.tokens) for record in stored)
+    normal = np.stack([codecs.LatentScale.from_manifest(found.latent).normalise(r.latent) for r in stored])
     assert abs(normal.mean()) < 1e-4
     assert normal.std() == pytest.approx(1.0, abs=1e-4)
 
@@ -200,15 +201,15 @@ def test_real_videos_go_through_the_same_stage(tmp_path):
     )
     run = RunFolder(tmp_path / "run")
     prepare(experiment(data=data), run)
-    found = manifest.read(run.data, "data", verify=True)
-    assert (found["clips"], found["source"]["videos"], found["text_length"]) == (6, 3, 3)
-    assert found["text"]["vocabulary"] == ["a", "maybe", "number", "round", "shapes", "something"]
+    found = manifest.read(run.data, DataManifest, verify=True)
+    assert (found.clips, found.source["videos"], found.text_length) == (6, 3, 3)
+    assert found.text.vocabulary == ("a", "maybe", "number", "round", "shapes", "something")
     assert [r.id for r in records.read_records(run.data)] == [
         f"{n}#000{i}" for n in ("a.mp4", "b.gif", "c.webm") for i in (0, 1)
     ]
     fewer = RunFolder(tmp_path / "fewer")
     prepare(experiment(data=data | {"num_clips": 4}), fewer)
-    assert manifest.read(fewer.data, "data")["clips"] == 4
+    assert manifest.read(fewer.data, DataManifest).clips == 4
 
 
 def test_a_caption_that_is_too_long_is_refused_by_clip(tmp_path):
@@ -237,7 +238,7 @@ def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
     with pytest.raises(UserError, match=r"at most 3.* raise text.max_tokens"):
         prepare(experiment(data=data, text={"max_tokens": 3}), run)
     prepare(experiment(data=data), run)
-    assert run.stored_config()["hash"] == experiment(data=data).hash
+    assert run.stored_config().hash == experiment(data=data).hash
     with pytest.raises(UserError, match=r"made with another config \(different: text.max_tokens\)"):
         prepare(experiment(data=data, text={"max_tokens": 7}), run)
 

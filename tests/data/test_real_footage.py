@@ -9,6 +9,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder, roles
+from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output, sample
@@ -64,7 +65,7 @@ def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     experiment, run = configured(footage), RunFolder(tmp_path / "run")
     shutil.copytree(prepared.path, run.path)
     cluster(experiment, run)
-    assert manifest.read(run.data, "data")["clips"] > 40
+    assert manifest.read(run.data, DataManifest).clips > 40
     for role in roles(2):
         train(experiment, run, role)
     assemble(experiment, run)

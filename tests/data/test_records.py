@@ -1,13 +1,16 @@
 """The latent cache: exact, reproducible to the byte, and never half-written."""
 
 import dataclasses
+import json
 import operator
 import resource
 
+import msgspec
 import numpy as np
 import pytest
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import DataManifest, EnsembleManifest, HeldoutManifest
 from paris_jax.data import records
 from paris_jax.data.records import Record
 from paris_jax.errors import UserError
@@ -28,8 +31,8 @@ def make(number: int, cluster: int | None = None) -> Record:
 
 
 CONTRACT = {
-    "codec": {"name": "pixels"},
-    "text": {"name": "words"},
+    "codec": {"name": "pixels", "time": 2, "height": 2, "width": 2},
+    "text": {"name": "words", "vocabulary": [], "width": 4, "max_tokens": 8},
     "features": {"name": "statistics"},
     "latent": {"shape": [2, 3, 3, 4], "mean": [0.0], "spread": [1.0]},
     "text_length": 5,
@@ -38,14 +41,14 @@ CONTRACT = {
 }
 
 
-def write_folder(folder, numbers, shard_size=4, kind="data", **content):
+def write_folder(folder, numbers, shard_size=4, schema=DataManifest, **content):
     """A folder of made records with a manifest; for the other tests of this room too."""
     made = [make(n) for n in numbers]
     shards = [made[i : i + shard_size] for i in range(0, len(made), shard_size)]
     names = [records.shard_name("data", i, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         records.write_shard(folder / name, shard)
-    return manifest.write(folder, kind, names, "hash", clips=len(made), **(CONTRACT | content))
+    return manifest.write(folder, schema, names, "hash", clips=len(made), **(CONTRACT | content))
 
 
 def assert_equal(a: Record, b: Record) -> None:
@@ -92,8 +95,8 @@ def test_copies_are_the_chosen_records_with_their_cluster(tmp_path):
     names = records.copy_records(tmp_path / "data", [7, 1, 10, 4, 2], [1, 0, 1, 0, 0], tmp_path / "out", shard_size=2)
     assert names == [f"clips-0000{i}-of-00003.array_record" for i in range(3)]
     content = records.data_contract(written)
-    assert content == CONTRACT
-    manifest.write(tmp_path / "out", "heldout", names, "hash", clips=5, **content)
+    assert json.loads(msgspec.json.encode(content)) == CONTRACT
+    manifest.write(tmp_path / "out", HeldoutManifest, names, "hash", clips=5, sizes=[3, 2], **content)
     copied = records.read_records(tmp_path / "out")
     for record, number, cluster in zip(copied, (7, 1, 10, 4, 2), (1, 0, 1, 0, 0), strict=True):
         assert_equal(record, make(number, cluster))
@@ -104,7 +107,7 @@ def test_copies_are_the_chosen_records_with_their_cluster(tmp_path):
 def test_nothing_chosen_makes_one_empty_shard(tmp_path):
     write_folder(tmp_path / "data", range(3))
     names = records.copy_records(tmp_path / "data", [], [], tmp_path / "out")
-    manifest.write(tmp_path / "out", "heldout", names, "hash", clips=0, **CONTRACT)
+    manifest.write(tmp_path / "out", HeldoutManifest, names, "hash", clips=0, sizes=[], **CONTRACT)
     assert len(records.read_records(tmp_path / "out")) == 0
 
 
@@ -112,7 +115,9 @@ def test_only_finished_folders_of_records_are_read(tmp_path):
     records.write_shard(tmp_path / "data-00000-of-00001.array_record", map(make, range(3)))
     with pytest.raises(UserError, match=r"manifest\.json does not exist"):
         records.read_records(tmp_path)
-    manifest.write(tmp_path, "ensemble", [], "hash")
+    folder = {"path": "a", "manifest_sha256": "0" * 64}
+    networks = {"experts": {"0": folder}, "router": folder | {"path": "b"}}
+    manifest.write(tmp_path, EnsembleManifest, [], "hash", sampling={}, clusters=1, **networks)
     with pytest.raises(UserError, match="describes a 'ensemble', where one of data, cluster, heldout"):
         records.read_records(tmp_path)
 

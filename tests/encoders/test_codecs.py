@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from paris_jax.artifacts.schemas import Latent
 from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.encoders import codecs
 from paris_jax.errors import UserError
@@ -54,7 +55,7 @@ def test_a_codec_is_rebuilt_from_its_description():
 @pytest.mark.parametrize(("mean", "spread"), [((0.25,), (0.5,)), ((0.0, 0.5, -1.0), (1.0, 2.0, 0.25))])
 def test_latents_are_normalised_and_back(mean, spread):
     latent = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float16)
-    scale = codecs.LatentScale.from_manifest({"shape": [2, 4, 4, 3], "mean": list(mean), "spread": list(spread)})
+    scale = codecs.LatentScale.from_manifest(Latent((2, 4, 4, 3), tuple(mean), tuple(spread)))
     normal = scale.normalise(latent)
     np.testing.assert_allclose(normal, (latent.astype(np.float64) - mean) / spread, rtol=1e-5, atol=1e-6)
     assert normal.dtype == np.float32

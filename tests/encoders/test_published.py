@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -107,7 +108,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(name, read, tmp_path):
 def test_what_is_no_encoder_of_the_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json does not exist; name the folder"):
         t5.read(tmp_path)
-    with pytest.raises(UserError, match=r"config\.json lacks num_heads"):
+    with pytest.raises(UserError, match=r"config\.json: .* missing required field `num_heads`"):
         t5.read(folder("clip"))
     with pytest.raises(UserError, match="holds no encoder of CLIP"):
         clip.read(folder("t5"))
@@ -133,7 +134,7 @@ def test_a_text_is_encoded_at_its_true_length_whatever_stands_beside_it():
     np.testing.assert_allclose(alone.pooled, among.pooled, atol=2e-3)
     assert encoder.width == encoder.pooled_width == 32
     assert text.described_widths(encoder.describe()) == (32, 32)
-    assert "t5" not in json.dumps({k: v for k, v in encoder.describe().items() if k not in ("name", "weights")})
+    assert "t5" not in str(msgspec.structs.replace(encoder.describe(), weights={})).removeprefix("T5ClipDescription")
 
 
 def test_a_text_too_long_for_clip_is_cut_there_and_too_long_for_t5_refused():

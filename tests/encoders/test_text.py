@@ -4,9 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from paris_jax.artifacts.schemas import TextDescription
 from paris_jax.encoders import text, words
 from paris_jax.encoders.words import Words
 from paris_jax.errors import UserError
@@ -91,7 +93,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_length():
 
 
 def test_an_encoder_is_rebuilt_from_its_description():
-    again = text.from_description(json.loads(json.dumps(WORDS.describe())))
+    again = text.from_description(msgspec.json.decode(msgspec.json.encode(WORDS.describe()), type=TextDescription))
     assert again == WORDS
     with pytest.raises(UserError, match=r"'word'.*did you mean 'words'"):
         text.text_encoder("word")
@@ -134,4 +136,4 @@ def test_minilm_is_a_text_encoder_like_the_other():
     with pytest.raises(UserError, match="is empty"):
         encoder.encode([" "])
     with pytest.raises(UserError, match="sha256"):
-        text.from_description(encoder.describe() | {"weights": "0" * 64})
+        text.from_description(msgspec.structs.replace(encoder.describe(), weights="0" * 64))

@@ -11,6 +11,7 @@ import pytest
 from paris_jax import Ensemble, cli
 from paris_jax.artifacts import ensemble_manifest, exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
@@ -81,9 +82,9 @@ def noisy(micro, clustered, tmp_path_factory):
 
 def test_an_expert_of_another_run_size_and_objective_is_admitted_and_sampled(micro, finished, noisy):
     theirs = noisy.export(Role("expert", 1))
-    found = manifest.read(theirs, "network")
-    assert found["network"]["prediction_type"] == "noise" and found["network"]["hidden"] == 96
-    assert found["conventions"]["prediction"] == PREDICTIONS["noise"]
+    found = manifest.read(theirs, NetworkManifest)
+    assert found.network.prediction_type == "noise" and found.network.hidden == 96
+    assert found.conventions.prediction == PREDICTIONS["noise"]
     assemble(micro, finished, elsewhere={1: theirs})
     ensemble = Ensemble.load(finished.ensemble)
     assert {network.prediction_type for network in ensemble._placed.networks} == {"velocity", "noise"}
@@ -95,15 +96,15 @@ def test_an_expert_of_another_run_size_and_objective_is_admitted_and_sampled(mic
     alone = Ensemble.single(theirs)
     v = [e.velocity(x, jnp.array([0.7]), text, fixed_expert=1) for e in (ensemble, alone)]
     np.testing.assert_allclose(*v, atol=1e-5)
-    assert [
-        m["network"]["prediction_type"] for m in ensemble_manifest.expert_manifests(finished.ensemble).values()
-    ] == [*("velocity", "noise", "velocity")]
+    assert [m.network.prediction_type for m in ensemble_manifest.expert_manifests(finished.ensemble).values()] == [
+        *("velocity", "noise", "velocity")
+    ]
 
 
 def test_parts_of_another_partition_are_refused(micro, finished, noisy, tmp_path, capsys):
     shutil.copytree(noisy.export(Role("expert", 1)), tmp_path / "part")
-    edit_manifest(tmp_path / "part", lambda m: m.update(partition="another"))
-    with pytest.raises(UserError, match=r"its partition is 'another' instead of .* trained on one partition"):
+    edit_manifest(tmp_path / "part", lambda m: m.update(partition="0" * 64))
+    with pytest.raises(UserError, match=r"its partition is '0+' instead of .* trained on one partition"):
         assemble(micro, finished, elsewhere={1: tmp_path / "part"})
     with pytest.raises(UserError, match="is the expert of cluster 1, not of cluster 2"):
         assemble(micro, finished, elsewhere={2: noisy.export(Role("expert", 1))})
@@ -126,7 +127,9 @@ def test_an_expert_that_cannot_be_given_frames_is_refused_where_the_run_gives_so
     part = exported.read(tmp_path / "part")
     params = {name: leaf for name, leaf in part.params.items() if name != "cond_in"}
     content = {
-        k: part.manifest[k] for k in (*ensemble_manifest.SHARED, "role", "cluster", "training") if k != "conventions"
+        k: getattr(part.manifest, k)
+        for k in (*ensemble_manifest.SHARED, "role", "cluster", "training")
+        if k != "conventions"
     }
     without = dataclasses.replace(part.config, cond_frames=False)
     exported.write(tmp_path / "deaf", without, params, "", "float32", **content)

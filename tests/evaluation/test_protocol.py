@@ -10,6 +10,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder, roles
+from paris_jax.artifacts.schemas import EvaluationManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.train import train
@@ -93,7 +94,9 @@ def calls(monkeypatch):
 def test_writes_results_and_report(micro, finished, calls):
     evaluate(micro, finished)
     found = json.loads((finished.evaluation / "results.json").read_text())
-    assert manifest.read(finished.evaluation, "evaluation", verify=True)["evaluation_hash"] == found["evaluation_hash"]
+    assert (
+        manifest.read(finished.evaluation, EvaluationManifest, verify=True).evaluation_hash == found["evaluation_hash"]
+    )
     assert [c["id"] for c in found["comparisons"]] == ["attribute_accuracy", "loss", "error", "motion", *KEPT]
     assert "Frechet" in found["left_out"][0]  # with four prompts
     assert found["compute"]["equal"] is True

@@ -9,6 +9,7 @@ import pytest
 
 from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
@@ -54,7 +55,7 @@ def test_it_trains_on_from_there_and_says_so(micro, run, start):
     shutil.copytree(run.partition, start.parent / "other" / "partition")
     run = RunFolder(start.parent / "other")
     train(experiment, run, EXPERT)
-    told = manifest.read(run.export(EXPERT), "network")["training"]["init_from"]
+    told = manifest.read(run.export(EXPERT), NetworkManifest).training.init_from
     assert told == {"model.safetensors": manifest.hash_file(start / "model.safetensors")}
     # Begun, it needs them no more; where they lie is no part of what was trained.
     shutil.rmtree(start)

@@ -18,6 +18,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
+from paris_jax.artifacts.schemas import EvaluationManifest
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output, sample
 from paris_jax.ensemble.pipeline import Ensemble
@@ -146,7 +147,7 @@ class TestEvaluate:
     def ends_whole(self, micro, run, results):
         assert not manifest.exists(run.evaluation)
         evaluate(micro, run)
-        manifest.read(run.evaluation, "evaluation", verify=True)
+        manifest.read(run.evaluation, EvaluationManifest, verify=True)
         assert sorted(contents(run.evaluation)) == ["manifest.json", "report.html", "results.json"]
         assert json.loads(contents(run.evaluation)["results.json"]) == results
         assert not left_unfinished(run.evaluation)

@@ -13,6 +13,7 @@ import pytest
 
 from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.commands import train as stage
 from paris_jax.training import metrics
 from tests.conftest import QUICK, free_address
@@ -85,7 +86,7 @@ def assert_learned_the_same(run, alone, steps):
     losses = [[line["loss"] for line in each] for each in (lines, expected)]
     np.testing.assert_allclose(losses[0][:8], losses[1][:8], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)  # rounding grows from update to update
-    manifest.read(run.export(EXPERT), "network")
+    manifest.read(run.export(EXPERT), NetworkManifest)
 
 
 def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, run, alone, tmp_path):

@@ -21,6 +21,7 @@ from xprof.convert import raw_to_tool_data
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.schemas import ClusterManifest, NetworkManifest
 from paris_jax.commands import train as stage
 from paris_jax.config.training import TrainingSettings
 from paris_jax.data.loader import training_batches
@@ -43,7 +44,7 @@ def export_bytes(run, role=EXPERT):
 
 def final_checkpoint(run, experiment, role=EXPERT):
     """Everything in the newest checkpoint: parameters, EMA, moments, step, data position."""
-    job = make_job(experiment, run, role, manifest.read(run.cluster(0), "cluster"))
+    job = make_job(experiment, run, role, manifest.read(run.cluster(0), ClusterManifest))
     shapes = jax.eval_shape(lambda key: states.create(job.config, job.settings, job.steps, key), jax.random.key(0))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
@@ -196,7 +197,7 @@ def test_results_do_not_depend_on_the_number_of_devices(micro, run, caplog):
     experiment = with_training(dataclasses.replace(micro, network=config), global_batch_size=8, log_every_steps=1)
 
     def train_here(name):
-        job = make_job(experiment, RunFolder(run.path / name), EXPERT, manifest.read(run.cluster(0), "cluster"))
+        job = make_job(experiment, RunFolder(run.path / name), EXPERT, manifest.read(run.cluster(0), ClusterManifest))
         train.train(job, lambda part, parts: training_batches(run.cluster(0), 8, 0, part, parts))
 
     def losses(name):
@@ -227,7 +228,7 @@ for name in ("2 x 4", "one, then eight"):
     config.network.heads = 8
     experiment = Experiment.from_config(config)
     run = RunFolder(sys.argv[1])
-    data = manifest.read(run.cluster(0), "cluster")
+    data = manifest.read(run.cluster(0), ClusterManifest)
     job = jobs.make_job(experiment, RunFolder(f"{sys.argv[1]}/{name}"), Role("expert", 0), data)
     train(job, lambda part, parts: training_batches(run.cluster(0), 8, 0, part, parts))
 """
@@ -321,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_names_its_clips_and_keeps_the_last_good
         stage.train(micro, run, EXPERT)
     assert final_checkpoint(run, micro)[0] == 4
     named = re.search(r"\(clips (.*?)\)", str(refusal.value)).group(1).split(", ")
-    scale = codecs.LatentScale.from_manifest(manifest.read(run.cluster(0), "cluster")["latent"])
+    scale = codecs.LatentScale.from_manifest(manifest.read(run.cluster(0), ClusterManifest).latent)
     clips = {record.id: scale.normalise(record.latent) for record in read_records(run.cluster(0))}
     np.testing.assert_array_equal(np.stack([clips[name] for name in named]), latents[6])
 
@@ -371,8 +372,8 @@ def test_both_arms_cost_the_same_compute(micro, trained):
     """Invariant 8: sum over experts of steps x batch x FLOPs per sample is the monolith's."""
 
     def work(role):
-        training = manifest.read(trained.export(role), "network")["training"]
-        return training["steps"] * training["global_batch_size"] * training["flops_per_sample"]
+        training = manifest.read(trained.export(role), NetworkManifest).training
+        return training.steps * training.global_batch_size * training.flops_per_sample
 
     assert sum(work(Role("expert", k)) for k in range(3)) == work(Role("monolith"))
 

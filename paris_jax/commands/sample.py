@@ -1,7 +1,6 @@
 """`paris-jax sample`: prompts to videos."""
 
 import dataclasses
-import json
 import os
 import re
 import unicodedata
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from etils import epath
 from rich.console import Console
@@ -117,8 +117,8 @@ def read_requests(path: str) -> list[dict[str, Any]]:
             continue
         where = f"--prompts_file={path}, line {number}"
         try:
-            request = json.loads(line)
-        except json.JSONDecodeError as error:
+            request = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}); write one object per line") from error
         unknown = next((name for name in request if name not in REQUEST_FIELDS), None)
         if unknown:

@@ -46,9 +46,11 @@ def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
     """Opens a video; any failure to read it raises a UserError that names the file."""
     remedy = "replace or remove the file, then run the same command again"
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError(f"{path} holds no video; {remedy}")
+            if getattr(container.streams.video[0], "codec_context", None) is None:
+                raise UserError(f"{path} holds a video of an unknown codec; {remedy}")
             yield container
     except (av.error.FFmpegError, EOFError) as error:
         raise UserError(f"{path} cannot be read as video ({error}); {remedy}") from error

@@ -192,7 +192,7 @@ def newest(path: epath.PathLike) -> dict[str, float] | None:
         *whole, _ = file.read().split(b"\n")
     try:
         return json.loads(whole[-1]) if whole else None
-    except ValueError:  # half written, or damaged
+    except (ValueError, RecursionError):  # half written, or damaged
         return None
 
 
@@ -201,7 +201,7 @@ def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the last line of a killed job
+        except (ValueError, RecursionError):  # the last line of a killed job
             break
     return lines
 

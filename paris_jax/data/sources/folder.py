@@ -8,11 +8,11 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 from etils import epath
 
@@ -236,8 +236,8 @@ def _read_jsonl(path: epath.Path) -> dict[str, str]:
         for number, line in enumerate(_text(path).splitlines(), 1):
             try:
                 if line.strip():
-                    yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+                    yield number, msgspec.json.decode(line)
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: is not JSON ({error}); correct the line") from error
 
     return _pairs(path, rows())

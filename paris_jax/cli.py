@@ -4,9 +4,9 @@ Exit codes: 0 done, 75 preempted (run the same command again), 1 a user's error 
 """
 
 import errno
+import io
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,9 +17,31 @@ from absl import flags
 from paris_jax import __version__
 from paris_jax.commands import flag_groups
 from paris_jax.commands.table import COMMANDS, Call, print_config
-from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest
+from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
+from paris_jax.interrupts import ERROR, INTERRUPTED, PREEMPTED, exit_now
 
-ERROR, PREEMPTED = 1, 75
+PLACES = ("--workdir", "--out", "--out_dir")
+_MAKE_ROOM = "make room or choose {place}, then run the same command again"
+_NOT_ALLOWED = "allow writing there or choose {place}, then run the same command again"
+_CANNOT_BE_MADE = "name a folder or file that can be made there"
+REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: _MAKE_ROOM,
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.EROFS: _NOT_ALLOWED,
+    errno.EEXIST: _CANNOT_BE_MADE,
+    errno.ENOTDIR: _CANNOT_BE_MADE,
+    errno.EISDIR: _CANNOT_BE_MADE,
+    errno.ENAMETOOLONG: _CANNOT_BE_MADE,
+    errno.ELOOP: _CANNOT_BE_MADE,
+    errno.EMFILE: "raise the number of open files (ulimit -n), then run the same command again",
+    errno.ENFILE: "raise the number of open files of this machine, then run the same command again",
+    errno.EIO: "look at the disk, then run the same command again",
+    errno.ESTALE: "look at the network disk, then run the same command again",
+    errno.ETIMEDOUT: "look at the network, then run the same command again",
+}
 HELP_WIDTH = 26  # of the column of flag names
 
 
@@ -90,10 +112,16 @@ def start_logging(verbose: bool) -> None:
         logging.basicConfig(
             level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler]
         )
+    handler.addFilter(_escape_control_characters)
     # Orbax's writer threads log a failure that is also raised, and reported in a sentence.
     handler.addFilter(lambda record: record.name not in ("absl", "asyncio"))
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     logging.getLogger("paris_jax").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _escape_control_characters(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def start_jax(name: str, call: Call) -> None:
@@ -104,7 +132,10 @@ def start_jax(name: str, call: Call) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
+        if os.path.isabs(cache):
+            jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
+        else:
+            logging.getLogger("paris_jax").info("HOME is not set, so compiled programs are not kept for the next time")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if flag_groups.joining in COMMANDS[name].define:
         from paris_jax.training.distributed import FLAGS, join_processes, with_flags
@@ -137,13 +168,13 @@ def run(arguments: Sequence[str]) -> int:
     except (UserError, DeviceLostAgain) as error:
         return _error(error)
     except Preempted as preempted:
-        print(f"preempted: {preempted}; run the same command again", file=sys.stderr)
+        print(printable(f"preempted: {preempted}; run the same command again"), file=sys.stderr)
         if isinstance(preempted, DeviceLost):
-            _exit_now(PREEMPTED)  # a joined process would wait for the others at exit
+            exit_now(PREEMPTED)  # a joined process would wait for the others at exit
         return PREEMPTED
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        print(printable(str(interrupt)) or "interrupted; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
     except MemoryError as error:
         detail = f" ({error})" if str(error) else ""
         return _error(f"There is not enough memory{detail}; use smaller clips, batches or networks")
@@ -152,29 +183,24 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _error(f"gs:// needs the extra 'tpu' ({error}); pip install -e '.[tpu]'")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            remedy = "make room or choose another --workdir, then run the same command again"
-        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            remedy = "name a folder or file that can be made there"
-        else:
+        if isinstance(error, BrokenPipeError) or error.errno not in REMEDIES:
             raise
-        return _error(f"{error.strerror}: {error.filename or 'the run folder'}; {remedy}")
+        place = _flag_of(error.filename, arguments)
+        remedy = REMEDIES[error.errno].format(place=f"another {place}" if place else "another place")
+        return _error(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; {remedy}")
+
+
+def _flag_of(path: object, arguments: Sequence[str]) -> str:
+    """The flag of a command line that names a path, or a folder above it; "" for none."""
+    flags_and_values = [argument.partition("=") for argument in arguments]
+    named = [(value, flag) for flag, _, value in flags_and_values if flag in PLACES and value]
+    within = [(value, flag) for value, flag in named if os.path.abspath(str(path)).startswith(os.path.abspath(value))]
+    return max(within, default=("", ""))[1]  # the innermost
 
 
 def _error(message: object) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     return ERROR
-
-
-def _exit_now(code: int) -> None:
-    """Ends this process without waiting for its threads."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _stop(*_: Any) -> None:
-    raise Preempted("what was finished is kept")
 
 
 def _unraisable(error: Any) -> None:
@@ -183,24 +209,18 @@ def _unraisable(error: Any) -> None:
         sys.__unraisablehook__(error)
 
 
-def _has_abandoned_work() -> bool:
+def has_abandoned_work() -> bool:
     """Whether an interruptible call is still running in its thread (`training.distributed`)."""
     distributed = sys.modules.get("paris_jax.training.distributed")
     return bool(distributed and distributed.has_abandoned_work())
 
 
-def main() -> None:
+def start() -> None:
+    """Prepares this process: once, before its command runs."""
     from paris_jax.local_jobs.devices import keep_freed_memory
 
     keep_freed_memory()
     sys.unraisablehook = _unraisable
-    signal.signal(signal.SIGTERM, _stop)  # training replaces this by a handler that saves first
-    code = run(sys.argv[1:])
-    # The error stands last: threads of a failed write must not print behind it, and nobody waits for them.
-    if code == ERROR or _has_abandoned_work():
-        _exit_now(code)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only gets escapes for the rest
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

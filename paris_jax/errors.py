@@ -1,6 +1,7 @@
 """Errors that end a command: a user's mistake (exit code 1) and preemption (exit code 75)."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -8,8 +9,11 @@ class UserError(Exception):
     """A user's mistake in one sentence: what, where, what is allowed, what to do."""
 
 
-class Preempted(Exception):
-    """The job was asked to stop, saved its state, and goes on when the same command runs again."""
+class Preempted(BaseException):
+    """A command was asked to stop, saved its state, and resumes when it runs again.
+
+    As KeyboardInterrupt, it is no Exception: handlers of errors must not take it for one.
+    """
 
 
 class DeviceLost(Preempted):
@@ -18,6 +22,19 @@ class DeviceLost(Preempted):
 
 class DeviceLostAgain(DeviceLost):
     """A device that is lost again and again at one place: to run the same command again would not help."""
+
+
+def printable(text: str) -> str:
+    """Text with escapes for the control characters of strangers, which could rewrite what a terminal shows."""
+    return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in text)
+
+
+def _is_control(character: str) -> bool:
+    """Whether a character moves the cursor, starts an escape sequence, turns the direction, or cannot be encoded."""
+    if character in "\n\t":
+        return False
+    turns = unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return turns or unicodedata.category(character) in ("Cc", "Cs")
 
 
 def first_line(error: BaseException) -> str:

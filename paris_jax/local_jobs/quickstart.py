@@ -28,7 +28,7 @@ PROMPTS = (
     "a large blue striped ball circling clockwise fast on a sandy ground",
     "a large yellow digit three drifting up left slowly on a black ground",
 )
-PROGRAM = (sys.executable, "-m", "paris_jax.cli")
+PROGRAM = (sys.executable, "-m", "paris_jax")
 
 
 @dataclasses.dataclass(frozen=True)

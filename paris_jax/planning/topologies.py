@@ -10,6 +10,7 @@ import jax
 
 from paris_jax.errors import UserError, first_line
 from paris_jax.models import flops
+from paris_jax.training.distributed import interruptible
 from paris_jax.training.step import ShardedStep
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
@@ -20,6 +21,7 @@ QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so other programs with libtpu do not matter
 }
 
 
@@ -92,7 +94,8 @@ def compile_step(program: ShardedStep) -> Footprint:
     memory = chip.memory if chip else None
     lowered = program.lower()
     try:
-        stats = lowered.compile().memory_analysis()
+        compiled = interruptible("compiling", lowered.compile, lambda: None)  # Ctrl-C is heard meanwhile
+        stats = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:

@@ -19,6 +19,7 @@ from paris_jax.errors import Preempted, UserError
 logger = logging.getLogger(__name__)
 SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": always join; "0": never; not set: see `join_reason`
 TIMEOUT = 300  # seconds
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 # Error messages of a lost process of the job, and of a lost device.
 GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
@@ -156,47 +157,79 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 class StopRequest:
-    """A request to stop by SIGTERM: finish the step, save, exit with code 75. Processes of one job agree on the "
-    "step."""
+    """A request to stop by SIGTERM, SIGHUP or Ctrl-C: finish the step, save, end.
 
-    def __init__(self):
-        self._asked = False
-        self._previous: Any = None
+    Processes of one job agree on the step.
+    Exit codes are 75, and 130 after Ctrl-C. A second Ctrl-C ends the job at once.
+    """
+
+    def __init__(self, name: str):
+        """`name` is the job's, for messages."""
+        self._name = name
+        self._signal = 0  # the first that asked to stop
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        # In joined processes jax.distributed handles the signal from the moment it is initialised.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            joined = jax.process_count() > 1
+            # In joined processes jax.distributed handles SIGTERM from the moment it is initialised.
+            for number in STOP_SIGNALS:
+                ignored = signal.getsignal(number) is signal.SIG_IGN  # as under nohup
+                if not ignored and not (joined and number == signal.SIGTERM):
+                    self._previous[number] = signal.signal(number, self._forward if joined else self._ask)
         return self
 
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+    def _ask(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT == self._signal:
+            raise KeyboardInterrupt("interrupted again, without saving; run the same command again to resume")
+        if number == signal.SIGINT:
+            logger.info("%s stops after this step and saves; Ctrl-C again ends it at once", self._name)
+        self._signal = self._signal or number
+
+    def _forward(self, number: int, _: Any) -> None:
+        """Processes of one job agree on a step through jax.distributed, which hears SIGTERM only."""
+        self._signal = self._signal or number
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to stop before update `step`; has to be called at every step."""
-        return self._asked or multihost_utils.reached_preemption_sync_point(step)
+        alone = self._signal and jax.process_count() == 1
+        return bool(alone) or multihost_utils.reached_preemption_sync_point(step)
 
-    def compiled(self, name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """Compiles the step of a job, which takes minutes for a large network, and can be interrupted.
+    def stopped(self, where: str) -> BaseException:
+        """The exception that ends the job: KeyboardInterrupt after Ctrl-C, otherwise `Preempted`."""
+        if self._signal == signal.SIGINT:
+            return KeyboardInterrupt(f"interrupted: {self._name} {where}; run the same command again to resume")
+        return Preempted(f"{self._name} was asked to stop and {where}")
+
+    def wait_for(self, what: str, work: Callable[[], Any]) -> Any:
+        """The result of `work()`, which takes long without returning to Python, and changes nothing on disk.
 
         Raises:
-          Preempted: a request to stop came meanwhile. There is nothing new to save; the compiler's thread runs on until
-            the process ends. Processes of one job agree on a step once all have compiled.
+          Preempted, KeyboardInterrupt: a request to stop came meanwhile. The work's thread runs on until the process
+            ends. Processes of one job agree on a step once all are ready.
         """
-        began = time.perf_counter()
-        logger.info("%s: compiling its step", name)
 
         def look() -> None:
-            if self._asked:
-                raise Preempted(f"{name} was asked to stop while its step was compiled, with nothing new to save")
+            if self._signal and jax.process_count() == 1:
+                raise self.stopped(f"was {what}, with nothing new to save")
 
-        compiled = interruptible("compiling", lowered.compile, look)
-        logger.info("%s: compiled in %.1f s", name, time.perf_counter() - began)
+        look()
+        result = interruptible(what, work, look)
+        look()
+        return result
+
+    def compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compiles the step of a job, which takes minutes for a large network; see `wait_for`."""
+        began = time.perf_counter()
+        logger.info("%s: compiling its step", self._name)
+        compiled = self.wait_for("compiling", lowered.compile)
+        logger.info("%s: compiled in %.1f s", self._name, time.perf_counter() - began)
         return compiled
 
     def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 POLL_SECONDS = 0.2  # seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from paris_jax.errors import DeviceLost, Preempted, UserError
+from paris_jax.errors import DeviceLost, UserError
 from paris_jax.training import failures, metrics, sharding
 from paris_jax.training.checkpoints import Checkpoints
 from paris_jax.training.distributed import StopRequest
@@ -44,7 +44,8 @@ def train(
       The final state, also saved as a checkpoint.
 
     Raises:
-      Preempted: after SIGTERM, with everything saved, or after the loss of a device or of another process of the job.
+      Preempted: after SIGTERM or SIGHUP, with everything saved, or after the loss of a device or of another process.
+      KeyboardInterrupt: after Ctrl-C, with everything saved.
       UserError: unreadable checkpoints, a mesh or a network that does not fit, or a loss that is not finite.
     """
     with open_run(job, batches, clip_ids, profile, tracker) as (run, start, state):
@@ -57,7 +58,7 @@ def train(
                 break
             if stopping:
                 run.checkpoints.wait()
-                raise Preempted(f"{job.name} was asked to stop and is saved at step {step} of {job.steps}")
+                raise run.stop.stopped(f"is saved at step {step} of {job.steps}")
             # Fetch
             with run.clocks.waiting():
                 batch = sharding.place_batch(next(run.iterator), run.program.mesh)
@@ -103,7 +104,7 @@ class Run:
     def compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
         """The compiled step; the first call compiles it, and can be interrupted."""
         if self._take_step is None:
-            self._take_step = self.stop.compiled(self.job.name, self.program.step.lower(state, batch))
+            self._take_step = self.stop.compiled(self.program.step.lower(state, batch))
             self.clocks.lined, self.clocks.waited = time.perf_counter(), 0.0
         return self._take_step
 
@@ -126,15 +127,15 @@ def open_run(
         with contextlib.ExitStack() as stack:
             stack.enter_context(failures.detect_device_loss(job))
             stack.enter_context(failures.explain_failures(job, saved, clip_ids))
+            stop = stack.enter_context(StopRequest(job.name))
             stack.enter_context(jax.set_mesh(program.mesh))
-            start, state, clocks = _first_state(program, saved, iterator)
+            start, state, clocks = stop.wait_for("restoring", lambda: _first_state(program, saved, iterator))
             profiler.check_start(start)
             writes = jax.process_index() == 0
             writer = metrics.Metrics(job.folder, start, tracker) if writes else metrics.NullMetrics()
             stack.callback(writer.close)
             console = stack.enter_context(ProgressReport(job, start))
             log = MetricsLogger(job, program.mesh, clocks, writer, console)
-            stop = stack.enter_context(StopRequest())
             stack.enter_context(profiler)
             stack.enter_context(failures.note_failing_step(job, log, start, clip_ids))
             yield Run(job, program, iterator, saved, log, clocks, stop, profiler, start if start else -1), start, state
@@ -145,9 +146,10 @@ def open_run(
 
 def _first_state(program: ShardedStep, saved: Checkpoints, iterator: Any) -> tuple[int, TrainState, Clocks]:
     """First step, state and clocks, with the iterator at its position: from the newest checkpoint, or fresh."""
-    restored = saved.restore(program.state)
-    if restored is None:
-        return 0, program.first_state(), Clocks()
+    with jax.set_mesh(program.mesh):  # contexts belong to a thread
+        restored = saved.restore(program.state)
+        if restored is None:
+            return 0, program.first_state(), Clocks()
     start, state, position, clocks = restored
     iterator.set_state(position)
     saved.delete_after(start)

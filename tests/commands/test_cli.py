@@ -80,7 +80,7 @@ def test_the_version(capsys):
 
 
 def test_as_a_process_it_exits_with_the_code_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "paris_jax.cli", "prepare", "--config=nofile.py", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "paris_jax", "prepare", "--config=nofile.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -91,14 +91,14 @@ def test_as_a_process_it_exits_with_the_code_and_no_traceback(tmp_path):
 def test_a_file_where_a_folder_should_be_is_refused(below, tmp_path):
     (tmp_path / "file").write_text("")
     config = ["--config=configs/shapes.py:tiny", f"--workdir={tmp_path}/file{below}"]
-    done = subprocess.run([sys.executable, "-m", "paris_jax.cli", "prepare", *config], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "paris_jax", "prepare", *config], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
 
 
 def test_a_stage_asked_to_stop_keeps_what_is_finished_and_says_to_run_again(tmp_path):
-    command = [sys.executable, "-m", "paris_jax.cli", "prepare", "--config=configs/shapes.py:bundled"]
+    command = [sys.executable, "-m", "paris_jax", "prepare", "--config=configs/shapes.py:bundled"]
     process = subprocess.Popen([*command, f"--workdir={tmp_path}/run"], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "run" / "data").exists():
         time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_a_stage_asked_to_stop_keeps_what_is_finished_and_says_to_run_again(tmp_
     [
         (UserError("no"), 1, "error: no\n"),
         (Preempted("saved"), 75, "preempted: saved; run the same command again\n"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x; make room"),
     ],
 )

@@ -94,7 +94,7 @@ def test_an_interrupt_keeps_what_was_predicted(ensemble):
 def test_the_command_can_be_stopped(number, code, tmp_path):
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{heard}; from paris_jax.cli import main; main()"]
+    command = [sys.executable, "-c", f"{heard}; from paris_jax.__main__ import main; main()"]
     command += ["sample", "--ensemble=bundled:shapes", "--num_inference_steps=4000"]
     command += [f"--prompt={PROMPTS[0]}", "--preview_every_steps=5", f"--out={tmp_path}/film.gif"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

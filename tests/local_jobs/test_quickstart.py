@@ -32,7 +32,7 @@ class Quickstart:
         body = f"def get_config():\n    return ConfigDict({experiment.to_dict()!r})\n"
         config.write_text(f"from ml_collections import ConfigDict\n\n\n{body}")
         flags = (f"--config={config}", f"--workdir={self.run_folder}", *flags)
-        self.command = [sys.executable, "-m", "paris_jax.cli", "quickstart", *flags]
+        self.command = [sys.executable, "-m", "paris_jax", "quickstart", *flags]
 
     def start(self, *more):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -147,7 +147,7 @@ def test_control_c_ends_with_130(micro, tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, err = quick.end(process)
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert err.splitlines()[-1] == "interrupted; run the same command again to resume"
 
 
 def test_dry_run_prints_the_commands_and_their_devices(micro, tmp_path):

@@ -22,7 +22,7 @@ GIB = 2**30
 
 def plan(*arguments, **environment):
     """The command in a process of its own, on a screen wide enough for its tables."""
-    command = [sys.executable, "-m", "paris_jax.cli", "plan", *arguments]
+    command = [sys.executable, "-m", "paris_jax", "plan", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 

@@ -123,10 +123,11 @@ OPEN_MPI_4 = {  # JAX makes the address of this
 )
 def test_a_job_whose_other_processes_never_come_ends_with_a_sentence(environment, preempted, code, said, address):
     command = (
-        "import os, signal, sys, threading; from paris_jax import cli; from paris_jax.training import distributed; "
+        "import os, signal, sys, threading; from paris_jax.__main__ import main; "
+        "from paris_jax.training import distributed; "
         "distributed.join_processes.__defaults__ = (os.environ, 2); "
         + ("threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start(); " if preempted else "")
-        + "cli.main()"
+        + "main()"
     )
     told = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"] if not environment else []
     ended = subprocess.run(

@@ -27,7 +27,7 @@ from paris_jax.config.training import TrainingSettings
 from paris_jax.data.loader import training_batches
 from paris_jax.data.records import read_records
 from paris_jax.encoders import codecs
-from paris_jax.errors import UserError
+from paris_jax.errors import Preempted, UserError
 from paris_jax.models import flops
 from paris_jax.training import checkpoints, metrics, optimizer, train
 from paris_jax.training import state as states
@@ -66,7 +66,7 @@ def command(run, experiment, *arguments):
     config = Path(run.path) / "given.py"
     body = f"def get_config():\n    return ConfigDict({experiment.to_dict()!r})\n"
     config.write_text(f"from ml_collections import ConfigDict\n\n\n{body}")
-    return [sys.executable, "-m", "paris_jax.cli", "train", f"--config={config}", f"--workdir={run}", *arguments]
+    return [sys.executable, "-m", "paris_jax", "train", f"--config={config}", f"--workdir={run}", *arguments]
 
 
 def with_training(experiment, **changes):
@@ -110,16 +110,27 @@ def test_a_killed_process_resumes_exactly(micro, run):
     assert torture(micro, run, kills=2, seed=3) == 2
 
 
-def test_a_job_asked_to_stop_saves_and_says_to_run_again(micro, run, tmp_path):
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 75), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 75, marks=pytest.mark.exhaustive)],
+)
+def test_a_job_asked_to_stop_saves_and_says_to_run_again(number, code, micro, run):
     experiment = with_training(micro, steps=5000, checkpoint_every_steps=5000)
     reclaimed(run, experiment)
     arguments = command(run, experiment, "--role=expert", "--cluster=0")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    python, _, _, *arguments = arguments
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    process = subprocess.Popen(
+        [python, "-c", f"{hear}from paris_jax.__main__ import main; main()", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and not metrics.read(run.role(EXPERT) / "metrics.jsonl"):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
     assert "run the same command again" in errors
     step, *_ = final_checkpoint(run, experiment)
     assert 0 < step < 5000
@@ -133,7 +144,7 @@ def test_a_job_asked_to_stop_while_its_step_is_compiled_leaves_at_once(number, c
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
     slow = """
 import hashlib, signal, sys, jax
-from paris_jax.cli import main
+from paris_jax.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 real = jax.stages.Lowered.compile
 jax.stages.Lowered.compile = lambda self: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) and real(self)
@@ -153,6 +164,72 @@ main()
     assert "run the same command again" in rest and "Traceback" not in rest
     assert not metrics.read(run.role(EXPERT) / "metrics.jsonl")
     stage.train(micro, run, EXPERT)
+
+
+def test_a_second_interrupt_ends_a_job_at_once(micro, run):
+    slow = """
+import hashlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from paris_jax.training import sharding
+def place_batch(batch, mesh):
+    print("fetching", file=sys.stderr, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+sharding.place_batch = place_batch
+from paris_jax.__main__ import main
+main()
+"""
+    python, _, _, *arguments = command(run, micro, "--role=expert", "--cluster=0")
+    process = subprocess.Popen([python, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while "fetching" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130, rest
+    assert rest.endswith("interrupted again; ended at once\n")
+
+
+def test_a_job_asked_to_stop_while_it_restores_loses_no_checkpoint(micro, run, trained, monkeypatch):
+    """A request to stop is no reason to take a checkpoint for damaged, and to resume from an older one."""
+    shutil.copytree(trained.checkpoints(EXPERT), run.checkpoints(EXPERT))
+    steps = checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2).steps()
+
+    def restore(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(checkpoints.ocp.CompositeCheckpointHandler, "restore", restore)
+    with pytest.raises(Preempted, match="was restoring, with nothing new to save"):
+        stage.train(micro, run, EXPERT)
+    monkeypatch.undo()
+    assert checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2).steps() == steps
+
+    def interrupted(*_, **__):
+        raise Preempted("now")
+
+    monkeypatch.setattr(checkpoints.ocp.CompositeCheckpointHandler, "restore", interrupted)
+    with pytest.raises(Preempted):
+        checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2).restore(None)
+    assert checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2).steps() == steps
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(micro, run, trained, caplog):
+    shutil.copytree(trained.checkpoints(EXPERT), run.checkpoints(EXPERT))
+    step, state, position, clocks = final_checkpoint(run, micro)
+    poisoned = dataclasses.replace(state, ema=jax.tree.map(lambda a: a * np.nan, state.ema))
+    saved = checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2)
+    older = saved.steps()[-2]
+    saved._manager.delete(step)
+    saved.save(step, poisoned, position, clocks)
+    saved.close()
+    with caplog.at_level("INFO"):
+        stage.train(micro, run, EXPERT)
+    assert f"checkpoint of step {step} in" in caplog.text and "it holds values that are not finite" in caplog.text
+    assert f"resumes from step {older}" in caplog.text
+    assert_same_training(run, trained, micro)
 
 
 def test_a_role_is_trained_by_one_process_at_a_time(micro, run):

@@ -1,0 +1,63 @@
+"""Requests to stop a command: SIGTERM, SIGHUP and Ctrl-C, heard from its first moment and while compiled code runs.
+
+Python runs signal handlers in the main thread, between two of its own instructions. XLA compiles for minutes without
+returning to one, so a thread listens, too: the interpreter writes the number of each signal to a pipe as it arrives.
+
+Training replaces the handlers by ones that save first (`training.distributed.StopRequest`), and so does the launcher.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+from paris_jax.errors import Preempted
+
+ERROR, PREEMPTED, INTERRUPTED, PIPE_CLOSED = 1, 75, 130, 141  # exit codes
+GRACE = 10.0  # seconds for an orderly end after SIGTERM or SIGHUP
+TERMINATIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def listen() -> None:
+    """Starts to listen; for the main thread of a command, as the first thing it does."""
+    for number in TERMINATIONS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read,), daemon=True, name="paris_jax, signals").start()
+
+
+def stop(*_: Any) -> NoReturn:
+    """The handler of a command that has nothing to save: what it finished is on disk."""
+    raise Preempted("what was finished is kept")
+
+
+def _watch(read: int) -> None:
+    """Ends the process at a second Ctrl-C, or where a termination did not end it in time."""
+    interrupts = 0
+    while True:
+        for number in os.read(read, 64):
+            if number == signal.SIGINT:
+                interrupts += 1
+                if interrupts > 1:
+                    exit_now(INTERRUPTED, "interrupted again; ended at once")
+            elif number in TERMINATIONS and signal.getsignal(number) is stop:
+                late = threading.Timer(GRACE, exit_now, (PREEMPTED, "preempted; run the same command again"))
+                late.daemon = True
+                late.start()
+
+
+def exit_now(code: int, message: str = "") -> NoReturn:
+    """Ends this process and its children without waiting for threads, or for compiled code to return."""
+    for child in sys.modules["multiprocessing"].active_children() if "multiprocessing" in sys.modules else []:
+        child.terminate()
+    if message:
+        os.write(2, f"{message}\n".encode())
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -143,6 +143,11 @@ def network(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> fun
     return config
 
 
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return bool(np.isfinite(array).all())
+
+
 def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path: epath.Path) -> None:
     expected = functional.to_names(functional.abstract(config))
     problems = [f"{name} is missing" for name in sorted(expected.keys() - arrays.keys())]
@@ -153,7 +158,7 @@ def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path
             problems.append(f"{name} has shape {array.shape} instead of {shape}")
         elif array.dtype.name not in DTYPES:
             problems.append(f"{name} has dtype {array.dtype.name} instead of {' or '.join(DTYPES)}")
-        elif not np.isfinite(array).all():
+        elif not _is_finite(array):
             problems.append(f"{name} holds values that are not finite")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

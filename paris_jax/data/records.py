@@ -23,7 +23,7 @@ from paris_jax.artifacts import manifest
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, RecordsManifest
 from paris_jax.artifacts.tensors import loads
 from paris_jax.config import hashing
-from paris_jax.errors import UserError
+from paris_jax.errors import UserError, first_line
 
 ENDING = ".array_record"
 NULL = "null.safetensors"  # the null text embedding, where it is not zeros
@@ -154,9 +154,8 @@ class Records(Sequence[Record]):
 
     def __init__(self, folders: epath.PathLike | Sequence[epath.PathLike]):
         folders = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
-        self._source = array_record_data_source.ArrayRecordDataSource(
-            [path for folder in folders for path in _shards(epath.Path(folder))]
-        )
+        self._paths = [path for folder in folders for path in _shards(epath.Path(folder))]
+        self._source = _open(self._paths)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -167,10 +166,43 @@ class Records(Sequence[Record]):
         position = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return decode_record(self._source[position])
+        try:
+            return decode_record(self._source[position])
+        except Exception as error:  # ArrayRecord raises RuntimeError or ValueError, safetensors an error of its own
+            path, number = self._shard_of(position)
+            raise _damaged(f"{path}: record {number}", error) from error
+
+    def _shard_of(self, position: int) -> tuple[str, int]:
+        """The file of a record, and its number there."""
+        for path in self._paths:
+            count = len(_open([path]))
+            if position < count:
+                return path, position
+            position -= count
+        raise IndexError(position)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
+
+
+def _open(paths: Sequence[str]) -> Any:
+    """The records of shards, one after another; reads where they are, and not the records."""
+    try:
+        source = array_record_data_source.ArrayRecordDataSource(paths)
+        len(source)
+    except (RuntimeError, ValueError) as error:
+        if len(paths) > 1:
+            for path in paths:
+                _open([path])
+        raise _damaged(paths[0] if paths else "No shard", error) from error
+    return source
+
+
+def _damaged(what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{what} cannot be read ({first_line(error)[:200]}); copy the file again from its origin, or delete its folder "
+        "and run the command that wrote it again"
+    )
 
 
 def read_records(folder: epath.PathLike | Sequence[epath.PathLike]) -> Records:

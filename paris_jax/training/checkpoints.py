@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -65,7 +66,9 @@ class Checkpoints:
             steps = [s for s in steps if s < step]
             found, reason = self._read(step, abstract_state)
             if distributed.minimum_over_processes(found is not None):
-                return found
+                if found is None or _is_finite(found[1]):
+                    return found
+                reason = "it holds values that are not finite"
             del found  # two states do not fit on a device
             failures.append(f"step {step}: {reason}")
             logger.warning(
@@ -117,6 +120,16 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _is_finite(state: Any) -> bool:
+    """Whether all floating-point arrays are finite; all processes of a job call it together."""
+    return bool(_all_finite([leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _may_pass(error: Exception) -> bool:

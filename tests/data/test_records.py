@@ -152,3 +152,19 @@ def test_a_failing_record_is_told_as_it_is_and_leaves_no_shard(tmp_path):
     with pytest.raises(ValueError, match="not about the disk"):
         records.write_shard(tmp_path / "shard", failing())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_byte_in_a_shard_is_told_with_its_file(tmp_path):
+    write_folder(tmp_path, range(8))
+    shard = tmp_path / "data-00001-of-00002.array_record"
+    whole, refusals = shard.read_bytes(), []
+    for at in range(40, len(whole), len(whole) // 60):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            found = list(records.read_records(tmp_path))
+        except UserError as error:
+            refusals.append(str(error))
+        else:  # a byte that nothing reads
+            for number, record in enumerate(found):
+                assert_equal(record, make(number))
+    assert refusals and all("data-00001-of-00002.array_record" in refusal for refusal in refusals)

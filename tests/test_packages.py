@@ -7,8 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *("cli", "commands", "local_jobs", "evaluation", "ensemble", "planning", "training", "clustering", "data"),
-    *("encoders", "weights", "artifacts", "models", "diffusion", "config", "errors"),
+    *(
+        "__main__",
+        "cli",
+        "commands",
+        "local_jobs",
+        "evaluation",
+        "ensemble",
+        "planning",
+        "training",
+        "clustering",
+        "data",
+    ),
+    *("encoders", "weights", "artifacts", "models", "diffusion", "config", "interrupts", "errors"),
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -14,6 +14,7 @@ from etils import epath
 
 from paris_jax.artifacts import safe_files
 from paris_jax.artifacts.schemas import FileEntry, Manifest
+from paris_jax.config import hashing
 from paris_jax.errors import UserError
 
 T = TypeVar("T")
@@ -56,13 +57,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: epath.PathLike, data: bytes | str, shared: bool = False) -> None:
-    """Writes the whole file under another name and renames it, so that a killed process leaves no half file.
+def partial_path(path: epath.Path) -> epath.Path:
+    """A name for a file while it is written, unique among all processes; `locks.only_writer` deletes leftovers."""
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
 
-    `shared` is for a file that several processes, on several machines even, may write at the same moment.
-    """
+
+def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
+    """Writes the whole file under another name and renames it, so that a killed process leaves no half file."""
     path = epath.Path(path)
-    partial = path.parent / f".{path.name}{f'.{secrets.token_hex(8)}' if shared else ''}.partial"
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -76,8 +79,8 @@ def write_atomically(path: epath.PathLike, data: bytes | str, shared: bool = Fal
         ) from error
 
 
-def write_json(path: epath.PathLike, value: Any, shared: bool = False) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", shared)
+def write_json(path: epath.PathLike, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @overload
@@ -149,6 +152,11 @@ def write(folder: epath.PathLike, schema: type[M], files: Iterable[str], config_
     written = msgspec.convert(value, schema)
     write_json(folder / FILE_NAME, value)
     return written
+
+
+def contents_hash(found: Manifest) -> str:
+    """Hash of the names and hashes of all files: equal for folders with the same contents, whoever made them when."""
+    return hashing.hash_text(hashing.canonical_json({name: entry.sha256 for name, entry in found.files.items()}))
 
 
 def exists(folder: epath.PathLike) -> bool:

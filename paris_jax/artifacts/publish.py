@@ -9,7 +9,7 @@ import logging
 from etils import epath
 from rich.progress import track
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas
+from paris_jax.artifacts import ensemble_manifest, exported, locks, manifest, schemas
 from paris_jax.artifacts.ensemble_manifest import ExportedEnsemble
 from paris_jax.artifacts.exported import ExportedNetwork
 from paris_jax.artifacts.schemas import EnsembleManifest
@@ -30,7 +30,11 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
       UserError: what cannot be loaded; a single network, whose folder is whole already; a folder that holds other
       things.
     """
-    source, folder = ensemble_manifest.resolve(ensemble), epath.Path(out)
+    with locks.only_writer(out):
+        _publish(ensemble_manifest.resolve(ensemble), epath.Path(out))
+
+
+def _publish(source: epath.Path, folder: epath.Path) -> None:
     found = ensemble_manifest.read(source)
     if found.router is None:
         raise UserError(f"{source} is a single network, whose folder holds all of it: copy it as it is")

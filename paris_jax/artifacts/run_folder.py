@@ -9,14 +9,12 @@ RUN/ensemble/ samples/ evaluation/
 
 import contextlib
 import dataclasses
-import fcntl
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.schemas import StoredConfig
 from paris_jax.errors import UserError
 
@@ -86,30 +84,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def only_writer(self, role: Role) -> Iterator[None]:
-        """Keeps other processes of this machine from training `role` here, until this one is through or dead.
-
-        Folders that cannot be locked (gs://, some network file systems) are not protected: there, whoever starts jobs
-        has to keep them apart.
-        """
-        if "://" in str(self.path):
-            yield
-            return
-        folder = self.role(role)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UserError(
-                    f"{role.name} of {self.path} is being trained by process {lock.read().strip()} already; wait for "
-                    "it, or stop it with 'kill' (it saves and can be resumed) and run the same command again"
-                ) from None
-            except OSError:
-                pass
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+        """Keeps other processes of this machine from training `role` here; see `locks.only_writer`."""
+        with locks.only_writer(self.role(role), self.role(role) / "lock"):
             yield
 
     def claim(self, config: dict[str, Any], config_hash: str) -> None:
@@ -117,10 +93,13 @@ class RunFolder:
 
         A config without any files beside it, as after a refused first command, is replaced.
         """
+        with locks.only_writer(self.config, wait=True):
+            self._claim(config, config_hash)
+
+    def _claim(self, config: dict[str, Any], config_hash: str) -> None:
         if not self.config.exists() or (self.stored_config().hash != config_hash and self._holds_only_a_config()):
-            # The processes of a job come here together.
             value = {"schema": manifest.SCHEMA, "hash": config_hash, "config": config}
-            manifest.write_json(self.config, value, shared=True)
+            manifest.write_json(self.config, value)
             return
         found = self.stored_config()
         if found.hash != config_hash:
@@ -131,7 +110,11 @@ class RunFolder:
             )
 
     def _holds_only_a_config(self) -> bool:
-        return not any(_holds_files(path) for path in self.path.iterdir() if path.name != self.config.name)
+        return not any(
+            _holds_files(path)
+            for path in self.path.iterdir()
+            if path.name != self.config.name and path.suffix != locks.SUFFIX
+        )
 
     def stored_config(self) -> StoredConfig:
         """The contents of config.json.

@@ -217,11 +217,18 @@ class HeldoutManifest(RecordsManifest, frozen=True, kw_only=True, tag="heldout")
 
 
 class PartitionManifest(Manifest, frozen=True, kw_only=True, tag="partition"):
-    """RUN/partition: training clips by cluster, and the number of held-out clips."""
+    """RUN/partition.
+
+    Attributes:
+      sizes: training clips by cluster.
+      heldout: number of held-out clips.
+      data: `manifest.contents_hash` of the clips.
+    """
 
     clusters: NumClusters
     sizes: tuple[Count, ...]
     heldout: Count
+    data: OptionalSha256 = ""
 
 
 class TrainingDescription(Struct, frozen=True, omit_defaults=True):

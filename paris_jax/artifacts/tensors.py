@@ -117,7 +117,7 @@ def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.n
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.parent / f".{path.name}.partial"
+    partial = manifest.partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:

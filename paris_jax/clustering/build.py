@@ -10,7 +10,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, Manifest, PartitionManifest
 from paris_jax.clustering import clusters, report
@@ -33,10 +33,16 @@ def cluster(experiment: Experiment, run: RunFolder) -> None:
     Raises:
       UserError: the clips are not prepared, or do not allow the clusters that the config asks for; a full disk.
     """
+    with locks.only_writer(run.partition):
+        _cluster(experiment, run)
+
+
+def _cluster(experiment: Experiment, run: RunFolder) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     if manifest.exists(run.partition):
         found = manifest.read(run.partition, PartitionManifest)
         _check_config(run.partition, found, experiment)
+        _check_data(run, found)
         logger.info("%d clips are clustered already: %s (%s)", sum(found.sizes), list(found.sizes), run.partition)
         return
     if not manifest.exists(run.data):
@@ -151,6 +157,24 @@ def _check_config(folder: epath.Path, found: Manifest, experiment: Experiment) -
         raise UserError(f"{folder} was made with another config; use a new --workdir, or the config it was made with")
 
 
+def _check_data(run: RunFolder, found: PartitionManifest) -> None:
+    """Checks that a partition is of the clips that RUN/data holds now, and that its folders are whole."""
+    folders: list[tuple[epath.Path, type[Manifest]]] = [
+        (run.cluster(k), ClusterManifest) for k in range(found.clusters)
+    ]
+    if found.heldout:
+        folders.append((run.heldout, HeldoutManifest))
+    for folder, schema in folders:
+        manifest.read(folder, schema)
+    if not found.data or not manifest.exists(run.data):  # a run folder may be used without its data
+        return
+    if manifest.contents_hash(manifest.read(run.data, DataManifest)) != found.data:
+        raise UserError(
+            f"{run.partition} was made from other clips than {run.data} holds now; to cluster again, delete "
+            f"{run.partition} and the networks that were trained on it, or use a new --workdir"
+        )
+
+
 def _bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
     """Returns a function that advances a new bar, by one or by a number."""
     task = progress.add_task(name, total=total)
@@ -234,4 +258,5 @@ def _write(
         clusters=experiment.clustering.num_clusters,
         sizes=[c["clips"] for c in described["clusters"]],
         heldout=described["heldout"],
+        data=manifest.contents_hash(data),
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest
+from paris_jax.artifacts import ensemble_manifest, exported, locks, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
@@ -27,6 +27,13 @@ def assemble(
       elsewhere: of clusters, the export folder of an expert to copy instead of this run's: one of another size or
         objective, say, trained by another team, on the same clusters.
     """
+    with locks.only_writer(run.ensemble):
+        _assemble(experiment, run, allow_missing, elsewhere)
+
+
+def _assemble(
+    experiment: Experiment, run: RunFolder, allow_missing: bool, elsewhere: Mapping[int, epath.PathLike] | None
+) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     elsewhere, clusters = dict(elsewhere or {}), range(experiment.clustering.num_clusters)
     beyond = sorted(elsewhere.keys() - set(clusters))

@@ -10,7 +10,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts import exported, locks, manifest
 from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import network
@@ -56,7 +56,13 @@ def import_weights(
         )
     if not out:
         raise UserError("--out is missing; name the folder to write, such as --out=weights/flux1-dev")
-    folder = epath.Path(out)
+    with locks.only_writer(out):
+        _import(source, paths, epath.Path(out), experiment, dtype)
+
+
+def _import(
+    source: str, paths: Sequence[epath.PathLike], folder: epath.Path, experiment: Experiment | None, dtype: str
+) -> None:
     if manifest.exists(folder):
         raise UserError(f"{folder} holds weights already; choose another --out, or delete it")
     tensors = Tensors(list(paths))
@@ -99,7 +105,7 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
     if config.attention != "joint":
         raise UserError(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
     tensors = Tensors(folder / convert.WEIGHTS)
-    with _bar("writing", convert.count(config, layout)) as advance:
+    with locks.only_writer(out), _bar("writing", convert.count(config, layout)) as advance:
         convert.export_network(tensors, config, layout, epath.Path(out), advance)
     logger.info("wrote %s: %.2fM parameters as %s", out, functional.count(config) / 1e6, layout)
 
@@ -172,6 +178,6 @@ def _tell(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None
     console = Console(highlight=False)
     console.print(f"{functional.count(config) / 1e6:,.2f}M parameters as {report.layout}: {shown}", soft_wrap=True)
     console.print(f"read: {len(report.read)} of our arrays", soft_wrap=True)
-    console.print(f"starts at nothing: {', '.join(report.fresh) or 'none'}", soft_wrap=True)
+    console.print(f"zero-initialised: {', '.join(report.fresh) or 'none'}", soft_wrap=True)
     console.print(f"not used: {', '.join(report.unused) or 'none'}", soft_wrap=True)
     console.print(f"To start from it: --config.training.init_from={folder}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """`paris-jax sample`: prompts to videos."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
+from paris_jax.artifacts import locks
 from paris_jax.artifacts.run_folder import find_run_folder
 from paris_jax.data import video as video_io
 from paris_jax.encoders.codecs import to_uint8
@@ -176,17 +178,19 @@ def sample(
     paths = output.paths(ensemble, [prompt for prompt, _ in everyone], [seed for _, seed in everyone])
     if jax.process_count() > 1:
         _check_several(load or {})
-    loaded = Ensemble.load(ensemble, **load or {}, drop_encoders=True)  # all prompts are known
-    console, written = Console(highlight=False), []
-    for names, how in batches:
-        mine = paths if output.grid else paths[len(written) : len(written) + len(names)]
-        samples = _draw(loaded, names, how, mine, output.grid, console)
-        if jax.process_index():
-            continue
-        if verbose or (len(loaded.clusters) > 1 and how.get("fixed_expert") is None):
-            console.print(samples.bars())
-        written += _write(samples, mine, output.grid, console)
-    return written
+    one_file = output.out and not jax.process_index()
+    with locks.only_writer(output.out) if one_file else contextlib.nullcontext():
+        loaded = Ensemble.load(ensemble, **load or {}, drop_encoders=True)  # all prompts are known
+        console, written = Console(highlight=False), []
+        for names, how in batches:
+            mine = paths if output.grid else paths[len(written) : len(written) + len(names)]
+            samples = _draw(loaded, names, how, mine, output, console)
+            if jax.process_index():
+                continue
+            if verbose or (len(loaded.clusters) > 1 and how.get("fixed_expert") is None):
+                console.print(samples.bars())
+            written += _write(samples, mine, output, console)
+        return written
 
 
 def file_batches(
@@ -221,7 +225,7 @@ def _draw(
     prompts: list[str],
     params: dict[str, Any],
     paths: list[epath.Path],
-    grid: bool,
+    output: Output,
     console: Console,
 ) -> Samples:
     """Samples one batch, with previews beside its first file; an interrupt writes what was predicted by then."""
@@ -237,7 +241,7 @@ def _draw(
     except Interrupted as stop:
         partial = [path.parent / f"{path.stem}-step{stop.done}of{stop.steps}{path.suffix}" for path in paths]
         if stop.done and not jax.process_index():
-            _write(stop.samples, partial, grid, console)
+            _write(stop.samples, partial, output, console)
         raise
     finally:
         if previews:
@@ -254,8 +258,14 @@ def _check_several(load: dict[str, Any]) -> None:
         )
 
 
-def _write(samples: Samples, paths: list[epath.Path], grid: bool, console: Console) -> list[epath.Path]:
-    whole = grid or len(samples) == 1
+def _write(samples: Samples, paths: list[epath.Path], output: Output, console: Console) -> list[epath.Path]:
+    """Writes a video for each path, and returns the paths: other ones where another command has taken a name since."""
+    whole = output.grid or len(samples) == 1
+    written: list[epath.Path] = []
     for path, one in zip(paths, [samples] if whole else [samples[i] for i in range(len(samples))], strict=True):
-        console.print(f"wrote {one.save(path)}", soft_wrap=True)
-    return paths
+        with contextlib.nullcontext() if output.out else locks.only_writer(path.parent / "names", wait=True):
+            if not output.out:
+                path = _free(path.parent, path.stem, written, path.suffix)
+            written.append(epath.Path(one.save(path)))
+        console.print(f"wrote {written[-1]}", soft_wrap=True)
+    return written

@@ -9,10 +9,11 @@ import jax
 
 from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
-from paris_jax.artifacts.schemas import NetworkManifest
+from paris_jax.artifacts.schemas import ClusterManifest, NetworkManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.loader import clip_ids
 from paris_jax.data.records import read_null
+from paris_jax.errors import UserError
 from paris_jax.training import failures, sharding
 from paris_jax.training.job import (
     Job,
@@ -44,7 +45,7 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
     run.claim(experiment.to_dict(), experiment.hash)
     export = run.export(role)
     if manifest.exists(export):
-        manifest.read(export, NetworkManifest)
+        _check_trained(manifest.read(export, NetworkManifest), experiment, run, role)
         logger.info("%s is trained already (%s)", role.name, export)
         return
     folders = cluster_folders(experiment, run, role)
@@ -64,6 +65,21 @@ def train(experiment: Experiment, run: RunFolder, role: Role, profile: tuple[int
         if jax.process_index() == 0:
             _export(run, experiment, role, job, params, data, start)
     logger.info("%s is trained: %s", role.name, export)
+
+
+def _check_trained(found: NetworkManifest, experiment: Experiment, run: RunFolder, role: Role) -> None:
+    """Checks that a finished network is of this config, and of the clusters that the run folder holds now."""
+    if found.config_hash != experiment.hash:
+        raise UserError(
+            f"{run.export(role)} was trained with another config; delete {run.role(role)} to train it again, or use a "
+            "new --workdir"
+        )
+    folder = cluster_folders(experiment, run, role)[0]
+    if manifest.exists(folder) and manifest.read(folder, ClusterManifest).partition != found.partition:
+        raise UserError(
+            f"{run.export(role)} was trained on another partition than {run.partition}; delete {run.role(role)} to "
+            "train it again"
+        )
 
 
 def _export(

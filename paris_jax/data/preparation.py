@@ -14,7 +14,7 @@ from etils import epath
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
 from paris_jax.config.experiment import Experiment
@@ -56,6 +56,11 @@ def prepare(
       UserError: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
         another config.
     """
+    with locks.only_writer(run.data):
+        _prepare(experiment, run, processes, shard_size, clips)
+
+
+def _prepare(experiment: Experiment, run: RunFolder, processes: int, shard_size: int, clips: Source | None) -> None:
     store = EncoderStore()
     encoders = weights_of(**describe_encoders(experiment, (), store))
     names = experiment.codec.name, experiment.text.name, experiment.features.name
@@ -72,6 +77,8 @@ def prepare(
             raise UserError(
                 f"{run.data} was made with other weights of its encoders; name those, or use a new --workdir"
             )
+        for name in found.files:  # of a run that was killed while it deleted them
+            (run.data / f"{name}.json").unlink(missing_ok=True)
         logger.info("%d clips are prepared already (%s)", found.clips, run.data)
         return
     clips = clips if clips is not None else source(experiment.data)

@@ -89,7 +89,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
     path = epath.Path(path)
     with tempfile.TemporaryDirectory() as scratch:
         # ArrayRecord writes local files only; a bucket gets the finished copy.
-        local = path.parent / f".{path.name}.partial" if _is_local(path) else epath.Path(scratch) / path.name
+        local = manifest.partial_path(path) if _is_local(path) else epath.Path(scratch) / path.name
         try:
             with _refusing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import safetensors.numpy
 from etils import epath
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax.artifacts import ensemble_manifest, locks, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.schemas import EvaluationManifest, NetworkManifest
 from paris_jax.config import hashing
@@ -27,7 +27,7 @@ from paris_jax.errors import UserError
 from paris_jax.evaluation import compute, heldout, report, results, scores
 from paris_jax.evaluation.heldout import Heldout
 from paris_jax.evaluation.metrics import flow_loss
-from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier, read_card
+from paris_jax.evaluation.metrics.attribute_classifier import WEIGHTS, AttributeClassifier, read_card
 from paris_jax.evaluation.metrics.flow_loss import Losses, Points
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
     Raises:
       UserError: an earlier command is missing, or there are too few held-out clips.
     """
+    with locks.only_writer(run.evaluation):
+        _evaluate(experiment, run)
+
+
+def _evaluate(experiment: Experiment, run: RunFolder) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     if not experiment.data.heldout_fraction:
         raise UserError(
@@ -52,7 +57,10 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
     check_ready(run)
     key = evaluation_hash(experiment, run)
     if manifest.exists(run.evaluation) and manifest.read(run.evaluation, EvaluationManifest).evaluation_hash == key:
-        logger.info("the evaluation is done already: %s", run.evaluation / REPORT)
+        logger.info(
+            "the evaluation is done already, with the same models, clips, settings and versions: %s",
+            run.evaluation / REPORT,
+        )
         return
     (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # the old result is no longer valid
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -90,6 +98,8 @@ def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
         "evaluation": dataclasses.asdict(experiment.evaluation),
         "folders": [manifest.hash_file(folder / manifest.FILE_NAME) for folder in folders],
         "classifier": read_card(),
+        "classifier_weights": manifest.hash_file(WEIGHTS),
+        "versions": {name: manifest.versions()[name] for name in ("paris-jax", "jax", "flax")},
         "schema": results.SCHEMA,
     }
     return hashing.hash_text(hashing.canonical_json(decisive))

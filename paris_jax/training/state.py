@@ -48,7 +48,7 @@ def initial_weights_hashes(run: RunFolder, role: Role, job: Job) -> dict[str, st
     if kept.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
         return manifest.read_json(kept, dict[schemas.FileName, schemas.Sha256])
     hashes = weight_hashes(job.settings.init_from, job.config)
-    manifest.write_json(kept, hashes, shared=True)
+    manifest.write_json(kept, hashes)
     return hashes
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.config import files, hashing
 from paris_jax.config.experiment import Experiment
@@ -106,6 +106,11 @@ def sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str
     if steps < 4:
         raise UserError(f"--steps={steps}: must be at least 4")
     check_role(experiment, role)
+    with locks.only_writer(run.sweep(role)):
+        return _sweep(experiment, run, role, vary, steps)
+
+
+def _sweep(experiment: Experiment, run: RunFolder, role: Role, vary: Sequence[str], steps: int) -> dict[str, Any]:
     found = variants(experiment, role, vary, steps)
     folders = cluster_folders(experiment, run, role)
     data = [read_cluster(folder, experiment, run) for folder in folders]

@@ -240,7 +240,7 @@ def test_a_role_is_trained_by_one_process_at_a_time(micro, run):
     try:
         while process.poll() is None and not metrics.read(run.role(EXPERT) / "metrics.jsonl"):
             time.sleep(0.05)
-        with pytest.raises(UserError, match=f"expert 0 .* is being trained by process {process.pid} already"):
+        with pytest.raises(UserError, match=f"experts/0 is being written by process {process.pid} \\(paris-jax"):
             stage.train(experiment, run, EXPERT)
     finally:
         process.kill()

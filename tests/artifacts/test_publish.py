@@ -1,7 +1,9 @@
 """An ensemble as one folder: whole without its run, read from a hub's cache too, and refused where it cannot be."""
 
 import json
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,15 @@ import pytest
 from etils import epath
 
 from paris_jax import Ensemble, cli
-from paris_jax.artifacts import exported, manifest
+from paris_jax.artifacts import ensemble_manifest, exported, manifest
 from paris_jax.artifacts import publish as stage
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.run_folder import Role
 from paris_jax.artifacts.schemas import EnsembleManifest
+from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output
 from paris_jax.errors import UserError
+from paris_jax.evaluation.protocol import evaluate
 
 PROMPT = "a small red circle moving left slowly on a white ground"
 
@@ -75,6 +79,44 @@ def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_pa
     for name in ("manifest.json", "README.md", "router/model.safetensors", "experts/2/manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert manifest.read(tmp_path / "b", EnsembleManifest).provenance["licence"] == "Apache-2.0"
+
+
+def test_what_is_published_names_no_machine(finished, micro, tmp_path):
+    """Neither its manifests nor its card tell where it was trained, nor do reports."""
+    publish(finished.ensemble, tmp_path / "published")
+    evaluate(micro, finished)
+    folders = tmp_path / "published", tmp_path / "run" / "evaluation"
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        data = path.read_bytes()
+        assert str(tmp_path).encode() not in data, path
+        if path.suffix in (".json", ".md"):
+            assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", data.decode()), path
+
+
+def test_a_card_is_made_of_known_names_and_numbers(finished, micro):
+    """Text of a stranger, which could be Markdown or HTML, reaches no card."""
+    evil = "</td>](x) <script>"
+
+    def change(value):
+        value["training"] = {
+            "steps": 3,
+            "global_batch_size": 4,
+            "clips": 5,
+            "flops_per_sample": 6,
+            "seed": 0,
+            "x": evil,
+        }
+        value |= {"versions": {"python": evil}, "note": evil, "source": evil}
+        return value
+
+    for k in range(3):
+        path = finished.export(Role("expert", k)) / manifest.FILE_NAME
+        manifest.write_json(path, change(manifest.read_json(path)))
+    assemble(micro, finished)
+    found = ensemble_manifest.read(finished.ensemble)
+    assert evil not in stage.card(found) and "3 steps of 4 clips" in stage.card(found)
 
 
 def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_path):

@@ -55,7 +55,7 @@ main()
     process = start(slow, "status")
     read_until(process, "importing")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in rest
     assert "run the same command again" in rest
 
@@ -74,7 +74,7 @@ main()
     process = start(slow, "plan", "--config=configs/shapes.py:tiny", "--target=cpu:2", "--role=expert")
     read_until(process, "compiling")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in rest
 
 
@@ -95,7 +95,7 @@ def test_a_command_in_compiled_code_ends_after_a_grace(number, tmp_path):
     process = start(BLOCKED, "status", f"--workdir={tmp_path}")
     read_until(process, "blocked")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == 75
     assert rest == "preempted; run the same command again\n"
 
@@ -107,7 +107,7 @@ def test_a_second_interrupt_ends_a_command_in_compiled_code(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert rest == "interrupted again; ended at once\n"
 

@@ -1,4 +1,4 @@
-"""TPU topologies that are not attached: their devices by name, and the memory of a step compiled for them."""
+"""Compiles training steps for TPU topologies that are not attached, and reports their memory."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from paris_jax.training.distributed import interruptible
 from paris_jax.training.step import ShardedStep
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
-# libtpu looks for the TPU host it runs on, and complains aloud where there is none; what it compiles for is the target.
+# libtpu searches for a local TPU host and logs errors without one; the compilation target does not depend on these.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -27,17 +27,18 @@ QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A named slice: "v5p:2x2x4" is 16 chips, "cpu:8" eight simulated devices."""
+    """A TPU slice by name: "v5p:2x2x4" is 16 chips, "cpu:8" eight simulated devices."""
 
     generation: str
     shape: tuple[int, ...]
 
     @classmethod
     def parse(cls, target: str) -> "Topology":
+        """Parses `--target`; raises UserError for an unknown generation or a wrong number of sizes."""
         generation, _, shape = target.partition(":")
-        flat = 3 if generation in ("v4", "v5p") else 1 if generation == "cpu" else 2
+        dimensions = 3 if generation in ("v4", "v5p") else 1 if generation == "cpu" else 2
         sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
-        if generation not in (*GENERATIONS, "cpu") or len(sizes) != flat:
+        if generation not in (*GENERATIONS, "cpu") or len(sizes) != dimensions:
             raise UserError(
                 f"--target={target}: must be a TPU slice such as v4:2x2x2, v5p:2x2x4 (three sizes), v5e:4x4, v6e:4x8 "
                 "(two sizes), or cpu:8 (simulated devices)"
@@ -52,7 +53,7 @@ class Topology:
         return math.prod(self.shape)
 
     def devices(self) -> list[Any]:
-        """Descriptions of its devices, that programs can be compiled for; to be called before JAX has any device."""
+        """Returns descriptions of the slice's devices to compile for; call it before JAX initialises any device."""
         jax.config.update("jax_platforms", "cpu")
         if self.generation == "cpu":
             jax.config.update("jax_num_cpu_devices", self.size)
@@ -62,16 +63,18 @@ class Topology:
         jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
         # The two cores of a chip work as one device, as they do by default on these slices.
-        how = {"chip_config_name": "megacore"} if self.generation == "v4" else {}
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if self.generation == "v4" else {}
+        if 1 in self.shape[:2]:  # part of a host, which has 2 x 2 chips
+            options["chips_per_host_bounds"] = [*(min(size, 2) for size in self.shape[:2]), 1]
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **how)
+            description = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **options)
         except Exception as error:  # libtpu is missing, or does not know the topology
             reason = first_line(error)[:200]
             raise UserError(
-                f"--target={self} cannot be described here ({reason}); install libtpu with pip install -e '.[tpu]', "
-                "and choose a shape that the makers offer"
+                f"--target={self} cannot be compiled for ({reason}); install libtpu with pip install -e '.[tpu]', "
+                "and choose a shape that this generation offers"
             ) from error
-        return list(found.devices)
+        return list(description.devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,12 @@ class Footprint:
 
 
 def compile_step(program: ShardedStep) -> Footprint:
-    """Compiles a job's real step for the devices of its mesh and reads off what it needs."""
+    """Compiles a job's training step for the devices of its mesh and returns its memory footprint."""
     chip = flops.chip_of(program.mesh.devices.flat[0])
     memory = chip.memory if chip else None
     lowered = program.lower()
     try:
-        compiled = interruptible("compiling", lowered.compile, lambda: None)  # Ctrl-C is heard meanwhile
+        compiled = interruptible("compiling", lowered.compile, lambda: None)  # Ctrl-C works meanwhile
         stats = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", str(error))

@@ -39,6 +39,14 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     return said
 
 
+def end(process: subprocess.Popen) -> str:
+    """What else a process says until it ends, which it is made to if need be."""
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("number, code", SIGNALS)
 def test_a_command_stopped_while_it_imports_ends_without_a_traceback(number, code):
     slow = """
@@ -55,7 +63,7 @@ main()
     process = start(slow, "status")
     read_until(process, "importing")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
+    rest = end(process)
     assert process.returncode == code and "Traceback" not in rest
     assert "run the same command again" in rest
 
@@ -74,7 +82,7 @@ main()
     process = start(slow, "plan", "--config=configs/shapes.py:tiny", "--target=cpu:2", "--role=expert")
     read_until(process, "compiling")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
+    rest = end(process)
     assert process.returncode == code and "Traceback" not in rest
 
 
@@ -95,7 +103,7 @@ def test_a_command_in_compiled_code_ends_after_a_grace(number, tmp_path):
     process = start(BLOCKED, "status", f"--workdir={tmp_path}")
     read_until(process, "blocked")
     process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
+    rest = end(process)
     assert process.returncode == 75
     assert rest == "preempted; run the same command again\n"
 
@@ -107,7 +115,7 @@ def test_a_second_interrupt_ends_a_command_in_compiled_code(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    rest = end(process)
     assert process.returncode == 130
     assert rest == "interrupted again; ended at once\n"
 

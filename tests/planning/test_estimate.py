@@ -157,7 +157,7 @@ def look_further(compiler, **settings):
     job = make_job(**settings)
     assert job.folder == epath.Path("nowhere")
     target = Topology.parse("v6e:2x4")
-    return list(stage._look_further(compiler(job, target, []), []))
+    return list(stage._suggestions(compiler(job, target, []), []))
 
 
 def test_the_largest_batch_and_the_smallest_slice_are_found_and_compiled(pretended):
@@ -180,7 +180,7 @@ def test_what_makes_it_fit_is_tried_and_said(pretended):
     """6 GiB: 8 of state are too much for fsdp=1; then full recomputation; then fewer samples."""
     compiler = pretended(4 * GIB)
     said = look_further(compiler, global_batch_size=128)
-    assert said[0].startswith("does not fit: 40.00 GiB are needed of each device, which has 4.00 GiB")
+    assert said[0].startswith("does not fit: each device needs 40.00 GiB and has 4.00 GiB")
     assert said[1] == "tried --config.training.fsdp=8: 33.00 GiB"
     assert said[2] == "tried --config.training.fsdp=8 --config.network.remat=full: 9.00 GiB"
     assert said[-1].endswith("which fits")
@@ -202,4 +202,14 @@ def test_every_batch_that_is_tried_divides_into_the_parts_that_are_accumulated(m
 
 def test_what_nothing_helps_is_said(pretended):
     said = look_further(pretended(0.5 * GIB), global_batch_size=8)
-    assert said[-1].startswith("nothing that was tried fits; use a larger slice")
+    assert said[-1].startswith("no configuration tried fits; use a larger slice")
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[tpu]'")
+def test_parts_of_a_host_are_slices_too():
+    code = """
+from paris_jax.planning.topologies import Topology
+print(*(len(Topology.parse(slice).devices()) for slice in ("v5e:1x1", "v6e:1x1", "v4:1x1x1", "v5p:1x1x1", "v5e:1x2")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["1", "1", "1", "1", "2"], done.stderr[-3000:]

@@ -1,20 +1,20 @@
 """Paris 2.0 (arXiv 2605.26064): three 11B experts, a router, and a monolith of the same compute.
 
-Not run yet: nobody here has its weights, data or accelerators. The codec (HunyuanVideo's VAE), the text encoders
+Not run yet, for lack of its weights, data and accelerators. The codec (HunyuanVideo's VAE), the text encoders
 (T5-v1.1-XXL and CLIP ViT-L/14), the features (DINOv2) and the FLUX.1-dev weights that the published experts start from
 [R] are read from files: config.codec.weights, config.text.t5 and .clip, config.features.weights, and, after
-`paris-jax import`, config.training.init_from. tests/configs/test_configs.py builds its networks and its training step
-abstractly, without memory, and checks their sizes and that both arms cost the same.
+`paris-jax import`, config.training.init_from. tests/configs/test_configs.py traces its networks and its training step
+abstractly, without memory, and checks their sizes and that experts and monolith cost the same.
 
 Expected:  latent 9 x 32 x 32 x 16, 2304 video tokens and 512 text tokens a clip; experts 11.89B parameters, router
-           130.7M; one clip costs 0.126 PFLOP a training step; the experts together 28.4 ZFLOP, and so the monolith.
+           130.7M; one clip costs 0.126 PFLOP per training step; the experts together 28.4 ZFLOP, like the monolith.
 Command:   paris-jax prepare --config=configs/paris2.py --workdir=RUN --config.codec.weights=... (and so on)
-Variants:  11b, and opensora2: Open-Sora 2.0's network with texts as it knows them, to be sampled from as it is
+Variants:  11b, and opensora2: Open-Sora 2.0's network with its text encoding, to sample from its published weights
            paris-jax import --source=opensora2 FILE --config=configs/paris2.py:opensora2 --out=weights/opensora2
 
-Marks: [S] stated by a primary source, [R] reported by a reader of the paper, [O] our own choice, because nothing is
-published. "OS2" is Open-Sora 2.0 (arXiv 2503.09642), whose recipe the paper follows [R]: an [O] that names OS2 takes
-its number. Scores of this recipe on other data do not compare with the published ones.
+Marks: [S] stated by a primary source, [R] reported by a reader of the paper, [O] our own choice, for lack of a
+published value. "OS2" is Open-Sora 2.0 (arXiv 2503.09642), whose recipe the paper follows [R]: an [O] that names OS2
+takes its number. Scores of this recipe on other data do not compare with the published ones.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ EXPERTS = 3  # [R], one per cluster
 
 
 def get_config(arg: str = "11b") -> ConfigDict:
-    """Returns the variant `arg`."""
+    """Returns the variant `arg`: 11b or opensora2; raises UserError for any other."""
     if arg not in VARIANTS:
         raise UserError(f"configs/paris2.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
     config = default_config()
@@ -54,12 +54,12 @@ def _clips(config: Any) -> None:
         height=256,  # [S]
         width=256,  # [S]
         fps=24.0,  # [O]
-        heldout_fraction=0.001,  # [O] of OS2's 70M clips more than enough for the 2048 that are compared [R]
+        heldout_fraction=0.001,  # [O] of OS2's 70M clips, ample for the 2048 that are compared [R]
     )
     config.codec.update(name="hunyuan", time=4, height=8, width=8)  # [R] 16 channels; OS2 scales them by 0.476986 [S]
     config.text.update(name="t5+clip", max_tokens=512)  # [R] 4096 wide and padded to 512; pooled 768
     config.features.name = "dinov2"  # [O] Paris 1.0's choice [R]; Paris 2.0's is not published
-    # Two stages of k-means are Paris 1.0's [R]; their numbers are [O].
+    # Two-stage k-means is Paris 1.0's [R]; its numbers are [O].
     config.clustering.update(num_clusters=EXPERTS, fine_clusters=1024)
 
 
@@ -70,7 +70,8 @@ def _networks(config: Any) -> None:
 
 
 def _training(config: Any) -> None:
-    # OS2 [S]: t = sigmoid(normal), then shifted by a line in the tokens a frame times sqrt(latent frames): here 3.
+    # OS2 [S]: t = sigmoid(normal), then shifted by a linear function of the tokens per frame, times sqrt(latent
+    # frames): here 3.
     config.diffusion.update(timestep_mean=0.0, timestep_std=1.0, timestep_shift=0.0)
     config.training.update(
         # [O] The monolith then takes 84K steps, close to the 85K of OS2's first stage [S]; an expert takes a third [R].
@@ -95,7 +96,7 @@ def _training(config: Any) -> None:
 
 
 def _router_training(config: Any) -> None:
-    # The router is trained apart as a classifier of noised latents [R]; how long and how is not published: all [O].
+    # The router is trained separately as a classifier of noised latents [R]; its settings are not published: all [O].
     config.router_training.update(
         steps=50_000,
         global_batch_size=1024,
@@ -105,7 +106,7 @@ def _router_training(config: Any) -> None:
         b2=0.999,
         ema_decay=0.9999,
         timestep_sampler="uniform",
-        drop_pooled=0.1,  # the router must also stand the guidance branch's missing text
+        drop_pooled=0.1,  # the router must also work without text, in the guidance branch
         compute_dtype="bfloat16",
         log_every_steps=50,
         checkpoint_every_steps=2000,
@@ -116,7 +117,7 @@ def _sampling(config: Any) -> None:
     config.sampling.update(
         num_inference_steps=50,  # [R]
         solver="euler",  # [R]
-        guidance_scale=7.5,  # [R]; its place, inside the merge, is [O]
+        guidance_scale=7.5,  # [R]; applying it inside the merge is [O]
         routing="top_k",  # [R]
         top_k=1,  # [O] the k of the reported scores is not published, and the best k depends on the model: sweep it
     )
@@ -129,12 +130,12 @@ def _sampling(config: Any) -> None:
 
 
 def _opensora2(config: Any) -> None:
-    """Open-Sora 2.0's own network, to be sampled from with its published weights, or to go on from."""
+    """Open-Sora 2.0's own network, to sample from its published weights or to train from them."""
     _11b(config)
-    config.text.pad_to_max_tokens = True  # [S] its code attends to all 512 tokens, and encodes an empty text for none
+    config.text.pad_to_max_tokens = True  # [S] its code attends to all 512 tokens and encodes no text as ""
     config.masks.update(
         none=0.75, first=0.1, last=0.05, both=0.05, prefix=0.05
-    )  # [O] it has the input; shares are ours
+    )  # [O] it has the conditioning input; the shares are ours
     config.sampling.image_guidance_scale = 3.0  # [S]
 
 

@@ -1,18 +1,18 @@
 """The embedded moving shapes, end to end: three worlds, three experts, a router, a monolith of the same compute.
 
-get_config("tiny")     2 CPU cores, all roles and the evaluation in under ten minutes. Expect something of the right
-    colour and size on the right ground, and half of the motions; shapes take longer to learn (figures: README).
+get_config("tiny")     2 CPU cores, all roles and the evaluation in under ten minutes. Expect the right colour, size and
+    ground, and half of the motions; shapes take longer to learn (figures: README).
         ./launch/quickstart.sh
-get_config("bundled")  2 CPU cores, about two hours: made `bundled:shapes`. Expect the right thing in the right colour,
-    moving the right way, for most prompts (figures: README).
+get_config("bundled")  2 CPU cores, about two hours: trained `bundled:shapes`. Expect the right object, colour and
+    direction for most prompts (figures: README).
         paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled
-get_config("image")    2 CPU cores, about half an hour: experts that may be given frames: image to video, continuation.
+get_config("image")    2 CPU cores, about half an hour: experts for image-to-video and video continuation.
         paris-jax quickstart --config=configs/shapes.py:image --workdir=runs/image
 get_config("small")    one accelerator, minutes: 40M parameters, 512 tokens a clip. By the FLOP formula, 5.3 TFLOP a
-    step and 18,000 steps for both arms: 5 minutes on one H200 at 35 % of its peak. Not measured yet.
+    step and 18,000 steps for experts and monolith: 5 minutes on one H200 at 35 % of its peak. Not measured yet.
         paris-jax quickstart --config=configs/shapes.py:small --workdir=runs/small
 get_config("h200")     one H200, ten minutes for all roles: 40M parameters, 800 tokens a clip, batch 128. By the FLOP
-    formula, 18 TFLOP a step and 10,200 steps for both arms: 9 minutes at 35 % of peak. Not measured yet.
+    formula, 18 TFLOP a step and 10,200 steps for experts and monolith: 9 minutes at 35 % of peak. Not measured yet.
         paris-jax quickstart --config=configs/shapes.py:h200 --workdir=runs/h200
 """
 
@@ -32,7 +32,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.data.update(
         source="shapes", num_clips=4800, num_frames=8, height=20, width=20, fps=8.0, heldout_fraction=0.06
     )
-    # Found by measurement: what is where is decided in heavy noise, so that is where a small budget must be spent.
+    # Measured: the layout is decided at high noise, so a small training budget must be spent there.
     config.diffusion.update(timestep_shift=8.0, timestep_std=1.4)
     config.training.update(
         steps=1300, global_batch_size=8, optimizer="muon", learning_rate=3e-3, warmup_steps=50, ema_decay=0.998
@@ -56,18 +56,18 @@ def _bundled(config: ConfigDict) -> None:
         steps=20000, learning_rate=2e-3, warmup_steps=300, ema_decay=0.9995, checkpoint_every_steps=1000
     )
     config.router_training.update(steps=2000, global_batch_size=32, ema_decay=0.998)
-    config.sampling.guidance_scale = 3.0  # measured: 2 and 4 agree a little less with the prompt
+    config.sampling.guidance_scale = 3.0  # measured: with 2 and 4, videos follow the prompts a little less
 
 
 def _image(config: ConfigDict) -> None:
-    config.codec.time = 1  # a frame that is given is then a latent frame: 8 x 5 x 5 = 200 tokens of 48 numbers
+    config.codec.time = 1  # one latent frame per conditioning frame: 8 x 5 x 5 = 200 tokens of 48 numbers
     config.masks.update(none=0.3, first=0.4, last=0.1, both=0.1, prefix=0.1)
-    # Measured: as Open-Sora 2.0 guides, given frames are kept twice as closely as without oscillation.
+    # Measured: with Open-Sora 2.0's guidance, the error of conditioning frames is half of that without oscillation.
     config.sampling.update(image_guidance_scale=3.0, guidance_oscillation="both", image_guidance_ramp=True)
 
 
 def _accelerator(config: ConfigDict) -> None:
-    """What both accelerator variants share: a network that fills one."""
+    """Settings of both accelerator variants: a network that fills one accelerator."""
     config.data.update(num_clips=30000, num_frames=16, fps=16.0, heldout_fraction=0.04)
     config.network.preset = "small"
     config.router.preset = "small"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What XLA is told on each kind of device, before JAX starts; sourced with the kind:
+# Sets the XLA flags for a kind of device; source it before JAX starts:
 #
 #   source launch/device_flags.sh gpu|tpu
 #
-# A variable that is set already stays as it is.
+# Variables that are already set keep their values.
 
 case ${1:-} in
   gpu)
-    # Collectives run beside the computation, and all of the memory may be used (by default three quarters).
+    # Overlap collectives with computation, and allow JAX 92 % of the memory (default: three quarters).
     export XLA_FLAGS=${XLA_FLAGS---xla_gpu_enable_latency_hiding_scheduler=true}
     export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION-0.92}
     ;;
   tpu)
-    # Gathers of parameters and sums of gradients (fsdp, data) are fused with, and run beside, the matrix products.
+    # Fuse and overlap the gathers of parameters and sums of gradients (fsdp, data) with the matrix products.
     paris_tpu_flags=(
       --xla_tpu_enable_async_collective_fusion=true
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
@@ -26,7 +26,7 @@ case ${1:-} in
     unset paris_tpu_flags
     ;;
   *)
-    echo "launch/device_flags.sh: the first word must be gpu or tpu" >&2
+    echo "launch/device_flags.sh: the first argument must be gpu or tpu" >&2
     return 1
     ;;
 esac

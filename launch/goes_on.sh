@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Whether the same command is to be run again after it ended; sourced, then called with its exit code and its seconds.
+# Decides whether an ended command must be run again; source it, then call it with the exit code and run time.
 #
 #   source launch/goes_on.sh && goes_on CODE SECONDS
 #
-# 75 says that everything is saved. Where one process of a job is killed (137, 143), JAX aborts the others (134): the newest
-# checkpoint is good, but what fails within its first minutes would only fail again.
+# 75 means that the state is saved. If one process of a job is killed (137, 143), JAX aborts the others (134): the newest
+# checkpoint is valid, but a job that fails within its first minutes would only fail again.
 
 goes_on() {
   case $1 in

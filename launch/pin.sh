@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renews the pinned versions: the newest that pyproject.toml allows, one file for each Python that is tested.
+# Updates the pinned versions to the newest that pyproject.toml allows, in one file for each tested Python.
 #   ./launch/pin.sh        then run ./launch/test.sh and ./launch/test.sh --python=python3.12
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,7 +11,7 @@ for minor in 11 12; do
   file=launch/constraints-py3$minor.txt
   {
     echo "# Versions that were tested together on Python 3.$minor; made by ./launch/pin.sh"
-    # Names and versions only, no address: whoever installs uses their own index.
+    # Names and versions only, without index addresses, because every user installs from their own index.
     "$UV" pip compile --quiet --no-config --all-extras --python-version="3.$minor" --upgrade \
       --no-header --no-annotate pyproject.toml
   } >"$file.new"

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# The whole job on this machine: installs into .venv, then runs every stage, with the roles side by side on its devices.
+# Installs into .venv, then runs every stage on this machine, with the roles in parallel on its devices.
 #
 #   ./launch/quickstart.sh [--python=python3.12]      the embedded shapes
 #       [--config=configs/shapes.py:small] [--workdir=runs/shapes] [--config.a.b=value ...]
 #       [--devices=gpu:0,1]      instead of all GPUs, TPU chips or, without those, CPU cores
-#       [--dry_run]              prints the commands and their devices instead
+#       [--dry_run]              prints the commands and their devices, runs nothing
 #
-# Needs Python 3.11 or later and nothing else.
+# Needs only Python 3.11 or later.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 show_help launch/quickstart.sh "$@"
 
-asked=""
+wanted=""
 flags=()
 for flag in "$@"; do
   case $flag in
-    --python=*) asked=${flag#--python=} ;;
+    --python=*) wanted=${flag#--python=} ;;
     *) flags+=("$flag") ;;
   esac
 done
 
-python=$(find_python "$asked")
-folder=$(environment_of "$python" "$asked")
+python=$(find_python "$wanted")
+folder=$(environment_of "$python" "$wanted")
 accelerator=$(find_accelerator)
 case $accelerator in
   cuda12)

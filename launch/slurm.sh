@@ -2,13 +2,13 @@
 # Submits one experiment to SLURM: prepare, cluster, one job for each role, then assemble and evaluate.
 #
 #   ./launch/slurm.sh --config=configs/shapes.py:h200 --workdir=/shared/runs/shapes --experts=3
-#       [--nodes=1] [--gpus=1]     of one role: nodes, and GPUs (= processes) of a node
+#       [--nodes=1] [--gpus=1]     for each role: nodes, and GPUs (= processes) per node
 #       [--sbatch="--partition=gpu --time=24:00:00 --cpus-per-task=8"]     for every job
 #       [--config.a.b=value ...]   for every command that reads the config
 #       [--dry_run]                prints the script of sbatch commands instead of running it
 #
 # Run it on a login node, from a checkout and with a --workdir that every node sees, after ./launch/install.sh cuda12
-# evaluation has made .venv there. A preempted job is put back into the queue by launch/slurm_job.sh.
+# evaluation has created .venv there. launch/slurm_job.sh requeues preempted jobs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,26 +27,26 @@ for flag in "$@"; do
     --gpus=*) gpus=${flag#*=} ;;
     --sbatch=*) options=${flag#*=} ;;
     --dry_run) dry_run=yes ;;
-    *) refuse "$flag is unknown; see the first lines of launch/slurm.sh" ;;
+    *) fail "$flag is unknown; see ./launch/slurm.sh --help" ;;
   esac
 done
 [ -n "$config" ] && [ -n "$workdir" ] && [ -n "$experts" ] ||
-  refuse "--config, --workdir and --experts are needed; see the first lines of launch/slurm.sh"
+  fail "--config, --workdir and --experts are required; see ./launch/slurm.sh --help"
 for number in "experts=$experts" "nodes=$nodes" "gpus=$gpus"; do
-  [[ ${number#*=} =~ ^[1-9][0-9]*$ ]] || refuse "--$number: must be a whole number of at least 1"
+  [[ ${number#*=} =~ ^[1-9][0-9]*$ ]] || fail "--$number: must be a whole number of at least 1"
 done
 
 reads_config=("--config=$config" ${overrides[@]+"${overrides[@]}"} "--workdir=$workdir")
 
 # job VARIABLE DEPENDENCIES NODES GPUS COMMAND...: prints the line that submits one job.
-# JAX expects one process for each GPU, and that each process sees all GPUs of its node.
+# JAX expects one process per GPU, each of which sees all GPUs of its node.
 job() {
   local name=$1 after=$2 nodes=$3 gpus=$4
   shift 4
   # shellcheck disable=SC2016  # printed as it is
   printf '%s=$(sbatch --parsable --job-name=paris-%s --nodes=%s --ntasks-per-node=%s --gpus-per-node=%s' \
     "$name" "${name//_/-}" "$nodes" "$gpus" "$gpus"
-  # --signal: a job that nears its time limit saves first. --requeue: preempted jobs come back.
+  # --signal: a job that nears its time limit saves. --requeue: SLURM requeues preempted jobs.
   printf ' --requeue --open-mode=append --signal=TERM@120 --output=slurm-%%x-%%j.log'
   [ -z "$after" ] || printf ' --dependency="afterok:%s" --kill-on-invalid-dep=yes' "$after"
   printf '%s launch/slurm_job.sh%s)\n' "${options:+ $options}" "$(quoted "$@")"
@@ -78,7 +78,7 @@ script() {
 if [ -n "$dry_run" ]; then
   script
 else
-  command -v sbatch >/dev/null || refuse "There is no sbatch here; run this on a login node of the SLURM cluster"
-  [ -x .venv/bin/paris-jax ] || refuse ".venv is missing; run once: ./launch/install.sh cuda12 evaluation"
+  command -v sbatch >/dev/null || fail "sbatch was not found; run this on a login node of the SLURM cluster"
+  [ -x .venv/bin/paris-jax ] || fail ".venv is missing; run once: ./launch/install.sh cuda12 evaluation"
   script | bash
 fi

@@ -2,19 +2,19 @@
 # Runs one experiment on Cloud TPU, one slice for each role: queued resources and gcloud ssh.
 #
 #   ./launch/tpu_vm.sh ACTION --config=configs/shapes.py:small --workdir=gs://bucket/run --experts=3 --project=P
-#       --zones=us-central1-a[,europe-west4-b,...]     slices go round these zones: roles never talk to each other
+#       --zones=us-central1-a[,europe-west4-b,...]     slices are spread over these zones: roles do not communicate
 #       --type=v5litepod-4 --runtime=v2-alpha-tpuv5-lite
 #       [--name=paris] [--spot] [--role="expert 0"] [--config.a.b=value ...] [--dry_run]
 #
-# ACTION, in this order; --role="expert 0" (or router, monolith) narrows it to one slice:
-#   create    asks for the slices and waits until each is there
+# ACTION, in this order; --role="expert 0" (or router, monolith) selects one slice:
+#   create    requests the slices and waits until all are active
 #   install   copies this checkout to every worker and installs it
-#   data      prepare and cluster, on the first worker of the first slice
-#   train     every role on its slice, side by side; run it again after a preemption (create and install first if
-#             the slice is gone): each role goes on from its checkpoint in --workdir
-#   finish    assemble and evaluate, on the first worker of the first slice
-#   status    what is there, and what is done
-#   delete    gives the slices back
+#   data      runs prepare and cluster on the first worker of the first slice
+#   train     trains all roles in parallel, each on its slice; run it again after a preemption (create and install
+#             first if the slice is gone): each role resumes from its checkpoint in --workdir
+#   finish    runs assemble and evaluate on the first worker of the first slice
+#   status    prints the state of the slices and of the run
+#   delete    releases the slices
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +24,7 @@ show_help launch/tpu_vm.sh "$@"
 action=${1:-}
 case $action in
   create | install | data | train | finish | status | delete) shift ;;
-  *) refuse "The first word must be create, install, data, train, finish, status or delete; see the top of launch/tpu_vm.sh" ;;
+  *) fail "The first argument must be create, install, data, train, finish, status or delete; see ./launch/tpu_vm.sh --help" ;;
 esac
 config="" workdir="" experts="" project="" zones="" type="" runtime="" name=paris spot="" only="" dry_run=""
 overrides=()
@@ -42,15 +42,15 @@ for flag in "$@"; do
     --role=*) only=${flag#*=} ;;
     --spot) spot=--spot ;;
     --dry_run) dry_run=yes ;;
-    *) refuse "$flag is unknown; see the top of launch/tpu_vm.sh" ;;
+    *) fail "$flag is unknown; see ./launch/tpu_vm.sh --help" ;;
   esac
 done
-for needed in config workdir experts project zones type runtime; do
-  [ -n "${!needed}" ] || refuse "--$needed is needed; see the top of launch/tpu_vm.sh"
+for required in config workdir experts project zones type runtime; do
+  [ -n "${!required}" ] || fail "--$required is required; see ./launch/tpu_vm.sh --help"
 done
-[[ $experts =~ ^[1-9][0-9]*$ ]] || refuse "--experts=$experts: must be a whole number of at least 1"
-[[ $workdir == gs://* ]] || refuse "--workdir=$workdir: must be a gs:// folder, which every slice can reach"
-[ -n "$dry_run" ] || command -v gcloud >/dev/null || refuse "There is no gcloud here; install the Google Cloud CLI and log in"
+[[ $experts =~ ^[1-9][0-9]*$ ]] || fail "--experts=$experts: must be a whole number of at least 1"
+[[ $workdir == gs://* ]] || fail "--workdir=$workdir: must be a gs:// folder, which every slice can reach"
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud was not found; install the Google Cloud CLI and log in"
 
 roles=()
 for ((k = 0; k < experts; k++)); do roles+=("expert $k"); done
@@ -66,11 +66,11 @@ run() {
   fi
 }
 
-# The slice of role number I has this name and lies in this zone.
+# slice I, place I: the name of the slice of role number I, and the flags of its project and zone.
 slice() { echo "$name-${roles[$1]// /-}"; }
 place() { echo "--project=$project --zone=${zone_list[$(($1 % ${#zone_list[@]}))]}"; }
 
-# remote I WORKERS COMMAND: runs a line of shell in the checkout on the workers of a slice.
+# remote I WORKERS COMMAND: runs a shell command in the checkout on the workers of a slice.
 remote() {
   # shellcheck disable=SC2046  # two flags
   run gcloud compute tpus tpu-vm ssh "$(slice "$1")" $(place "$1") --worker="$2" --command="cd paris_jax && $3"
@@ -82,13 +82,13 @@ create() {
     --accelerator-type="$type" --runtime-version="$runtime" ${spot:+"$spot"}
   if [ -n "$dry_run" ]; then
     # shellcheck disable=SC2046
-    echo "# and until it says ACTIVE:" && state "$1"
+    echo "# repeat until it prints ACTIVE:" && state "$1"
     return
   fi
   local now
   while now=$(state "$1") && [ "$now" != ACTIVE ]; do
     case $now in
-      FAILED | SUSPENDED | SUSPENDING) refuse "$(slice "$1") is $now; delete it and create it again" ;;
+      FAILED | SUSPENDED | SUSPENDING) fail "$(slice "$1") is $now; delete it and create it again" ;;
     esac
     echo "$(slice "$1"): $now"
     sleep 30
@@ -111,7 +111,8 @@ install() {
 
 reads_config=$(quoted "--config=$config" ${overrides[@]+"${overrides[@]}"} "--workdir=$workdir")
 
-# Every worker of a slice runs the same command: JAX joins them. What was preempted or lost a worker goes on at once.
+# Every worker of a slice runs the same command, and JAX joins them. After a preemption or the loss of a worker, they
+# resume at once.
 train() {
   local flags="--role=${roles[$1]}"
   [[ ${roles[$1]} != expert* ]] || flags="--role=expert --cluster=${roles[$1]#expert }"
@@ -120,7 +121,7 @@ train() {
   remote "$1" all "source launch/device_flags.sh tpu && source launch/goes_on.sh && while $again; do sleep 5; done; exit \$code"
 }
 
-# Data stages need one process; on a slice of several workers the TPU would wait for the others.
+# Data stages run in one process, on the CPU: on a slice of several workers, the TPU would wait for the others.
 on_cpu="JAX_PLATFORMS=cpu .venv/bin/paris-jax"
 data() { remote "$1" 0 "$on_cpu prepare$reads_config && $on_cpu cluster$reads_config"; }
 finish() { remote "$1" 0 "$on_cpu assemble$(quoted "--workdir=$workdir") && $on_cpu evaluate$reads_config"; }
@@ -133,7 +134,7 @@ chosen=()
 for ((i = 0; i < ${#roles[@]}; i++)); do
   [ -n "$only" ] && [ "$only" != "${roles[$i]}" ] || chosen+=("$i")
 done
-[ ${#chosen[@]} -gt 0 ] || refuse "--role=$only: must be one of $(printf '"%s" ' "${roles[@]}")"
+[ ${#chosen[@]} -gt 0 ] || fail "--role=$only: must be one of $(printf '"%s" ' "${roles[@]}")"
 
 case $action in
   data | finish) "$action" "${chosen[0]}" ;;
@@ -146,7 +147,7 @@ case $action in
     ;;
   *)
     [ "$action" != install ] || run git archive --format=tar.gz --prefix=paris_jax/ --output="$archive" HEAD
-    # Side by side, because slices wait and work for hours; one that fails does not stop another's training.
+    # In parallel, because slices wait and train for hours; a failure on one does not stop the others.
     if [ -n "$dry_run" ]; then
       for i in "${chosen[@]}"; do "$action" "$i"; done
     else
@@ -156,7 +157,7 @@ case $action in
         processes+=($!)
       done
       for n in "${!processes[@]}"; do wait "${processes[$n]}" || failed+=("${roles[${chosen[$n]}]}"); done
-      [ ${#failed[@]} -eq 0 ] || refuse "$action did not end well for: ${failed[*]}; see the lines above"
+      [ ${#failed[@]} -eq 0 ] || fail "$action failed for: ${failed[*]}; see the lines above"
     fi
     ;;
 esac

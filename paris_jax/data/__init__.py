@@ -1,1 +1,1 @@
-"""Clips, their latents and text embeddings on disk, and the loader of training batches."""
+"""Clips and their sources, the latent cache, and the loader of training batches."""

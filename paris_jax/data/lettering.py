@@ -1,9 +1,9 @@
-"""A small bitmap font, so that contact sheets can carry their prompts on a machine without fonts."""
+"""Renders text in a small bitmap font, so that contact sheets have captions on machines without fonts."""
 
 import numpy as np
 
 ROWS, COLUMNS = 5, 3
-# Five rows of three points for each character, as octal digits from the top.
+# Each character is five rows of three pixels, one octal digit per row, from the top.
 GLYPHS = {
     "a": "25755", "b": "65656", "c": "34443", "d": "65556", "e": "74647", "f": "74644", "g": "34553", "h": "55755",
     "i": "72227", "j": "11152", "k": "55655", "l": "44447", "m": "57755", "n": "65555", "o": "25552", "p": "65644",
@@ -16,7 +16,7 @@ UNKNOWN = "77777"
 
 
 def write_line(text: str, width: int, scale: int = 2) -> np.ndarray:
-    """Draws one line of text, cut to `width` pixels: ((ROWS + 2) * scale, width) uint8, 0 paper to 255 ink."""
+    """Draws one line of text, cut to `width` pixels: ((ROWS + 2) * scale, width) uint8, 0 background to 255 ink."""
     line = np.zeros((ROWS + 2, max(1, len(text)) * (COLUMNS + 1)), np.uint8)
     for place, letter in enumerate(text.lower()):
         for row, bits in enumerate(GLYPHS.get(letter, UNKNOWN)):

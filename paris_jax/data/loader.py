@@ -1,4 +1,4 @@
-"""The Grain loader: shuffled batches of a data folder, equal on any number of processes, exactly resumable."""
+"""The Grain loader: shuffled training batches, identical on any number of processes and exactly resumable."""
 
 import dataclasses
 import logging
@@ -23,11 +23,11 @@ THREADS = 2  # threads that read records
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Stacks (global sample index, record) pairs to one batch.
+    """Stacks (global sample index, record) pairs into one batch.
 
     Attributes:
-      scale: mean and spread that latents are normalised with.
-      text_length: tokens are padded with zeros to this length.
+      scale: mean and standard deviation that normalise the latents.
+      text_length: length to which tokens are padded with zeros.
     """
 
     scale: LatentScale
@@ -44,7 +44,7 @@ class Collate:
             "length": np.asarray([len(r.tokens) for r in records], np.int32),
             "pooled": np.stack([r.pooled for r in records]).astype(np.float32),
             "cluster": np.asarray([-1 if r.cluster is None else r.cluster for r in records], np.int32),
-            "index": np.asarray([place % 2**31 for place, _ in samples], np.int32),
+            "index": np.asarray([position % 2**31 for position, _ in samples], np.int32),
         }
 
 
@@ -60,87 +60,88 @@ def training_batches(
 ) -> Any:
     """Returns an endless iterator of batches, with `get_state()` and `set_state()` (JSON data).
 
-    Each epoch visits every clip once, in its own order; batches run across the border of two epochs. All clips of all
-    folders are shuffled together, so clusters come in their natural proportions. Batch n depends on (folders, seed,
-    batch, n) only: each process gets its own rows of it, and all processes together get all of them.
+    Each epoch visits every clip once, in its own order; batches cross epoch boundaries. The clips of all folders are
+    shuffled together, so clusters occur in their natural proportions. Batch n depends only on (folders, seed, batch,
+    n): each process gets its own rows, and together the processes get the whole batch.
 
     Args:
-      folders: one cluster's folder (an expert) or all (monolith, router).
-      batch: clips of the global batch.
-      seed: of the order.
-      process_index: which of `process_count` equal parts of each batch to give.
-      process_count: how many parts there are, one for each process or for several that need the same samples.
-      text_length: tokens are padded to this many; by default to the longest caption's.
-      threads: that read records.
-      read_ahead: batches kept ready; memory is about (read_ahead + 1) batches.
+      folders: the folder of one cluster (expert) or of all clusters (monolith, router).
+      batch: global batch size, in clips.
+      seed: seed of the shuffle.
+      process_index: index of the part of each batch to return, out of `process_count` equal parts.
+      process_count: number of parts: one per process, or one per group of processes that need the same samples.
+      text_length: length to which tokens are padded; by default that of the longest caption.
+      threads: number of reader threads.
+      read_ahead: number of prefetched batches; they take the memory of about (read_ahead + 1) batches.
 
     Yields:
       A dict of arrays, b = batch / process_count:
       latent (b, T, H, W, C) float32, normalised; tokens (b, L, Dt) float32, padded with zeros; length (b,) int32, true
-      lengths; pooled (b, Dp) float32; cluster (b,) int32, -1 if none; index (b,) int32, the sample's place in the
-      stream.
+      lengths; pooled (b, Dp) float32; cluster (b,) int32, -1 if none; index (b,) int32, the sample's position
+      in the stream.
 
     Raises:
-      UserError: a folder that is not finished, folders that do not belong together, or fewer clips than one batch.
+      UserError: a folder is incomplete, the folders come from different data sets, or there are fewer clips than one
+        batch.
     """
-    found = _found(folders)
-    check_batches(found, batch, process_count)
-    shared = found[0][0]
+    sources = _read_sources(folders)
+    check_batches(sources, batch, process_count)
+    shared = sources[0][0]
     collate = Collate(LatentScale.from_manifest(shared.latent), text_length or shared.text_length)
     rows = (
-        _stream(found, seed)
-        .map_with_index(_with_place)
+        _stream(sources, seed)
+        .map_with_index(_with_position)
         .batch(batch // process_count, drop_remainder=True, batch_fn=collate)
     )
-    mine = rows[process_index::process_count]
-    width = read_records(found[0][1])[0].tokens.shape[-1]
-    numbers = math.prod(shared.latent.shape) + collate.text_length * width
-    each = 4 * numbers * batch // process_count  # float32
-    logger.info("the data keep up to %d batches ready, about %.0f MB", read_ahead, read_ahead * each / 1e6)
+    process_rows = rows[process_index::process_count]
+    width = read_records(sources[0][1])[0].tokens.shape[-1]
+    elements = math.prod(shared.latent.shape) + collate.text_length * width
+    batch_bytes = 4 * elements * batch // process_count  # float32
+    logger.info("the loader prefetches up to %d batches, about %.0f MB", read_ahead, read_ahead * batch_bytes / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
-    return iter(mine.to_iter_dataset(options))
+    return iter(process_rows.to_iter_dataset(options))
 
 
 def clip_ids(folders: epath.PathLike | Sequence[epath.PathLike], batch: int, seed: int, number: int) -> list[str]:
-    """Ids of the clips of global batch `number` (from 0) of `training_batches`, in order."""
-    stream = _stream(_found(folders), seed)
+    """Returns the clip ids of global batch `number` (from 0) of `training_batches`, in order."""
+    stream = _stream(_read_sources(folders), seed)
     return [stream[number * batch + row].id for row in range(batch)]
 
 
-def _found(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[RecordsManifest, epath.PathLike]]:
-    """Manifests and folders, sorted: the order of clips must not depend on the order of the folders."""
+def _read_sources(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tuple[RecordsManifest, epath.PathLike]]:
+    """Returns (manifest, folder) pairs, sorted so that the order of clips does not depend on the order of folders."""
     paths = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
-    found = [(read_manifest(path), path) for path in paths]
-    return sorted(found, key=lambda pair: (getattr(pair[0], "cluster", 0), str(pair[1])))
+    sources = [(read_manifest(path), path) for path in paths]
+    return sorted(sources, key=lambda pair: (getattr(pair[0], "cluster", 0), str(pair[1])))
 
 
-def _stream(found: Sequence[tuple[RecordsManifest, epath.PathLike]], seed: int) -> Any:
-    return grain.MapDataset.source(Records([path for _, path in found])).seed(seed).shuffle().repeat()
+def _stream(sources: Sequence[tuple[RecordsManifest, epath.PathLike]], seed: int) -> Any:
+    return grain.MapDataset.source(Records([path for _, path in sources])).seed(seed).shuffle().repeat()
 
 
-def _with_place(place: int, record: Record) -> tuple[int, Record]:
-    return place, record
+def _with_position(position: int, record: Record) -> tuple[int, Record]:
+    return position, record
 
 
-def check_batches(found: Sequence[tuple[RecordsManifest, Any]], batch: int, process_count: int) -> None:
-    """Raises UserError for folders that cannot fill a batch or do not belong together."""
+def check_batches(sources: Sequence[tuple[RecordsManifest, Any]], batch: int, process_count: int) -> None:
+    """Raises UserError if the folders cannot fill a batch or come from different data sets."""
     if batch % process_count:
         raise UserError(
             f"training.global_batch_size={batch}: must be a multiple of the {process_count} processes of this job"
         )
-    for other, path in found[1:]:
+    for other, path in sources[1:]:
         for name in ("latent", "codec", "text", "text_length"):
-            if getattr(other, name) != getattr(found[0][0], name):
+            if getattr(other, name) != getattr(sources[0][0], name):
                 raise UserError(
-                    f"{path} and {found[0][1]} differ in {name}; cluster again, so that all come from one data set"
+                    f"{path} and {sources[0][1]} differ in {name}; cluster again, so that all come from one data set"
                 )
-    clips = sum(other.clips for other, _ in found)
+    clips = sum(data.clips for data, _ in sources)
     if clips < batch:
-        first, path = found[0]
-        what = (
-            f"Cluster {first.cluster} ({path})" if isinstance(first, ClusterManifest) and len(found) == 1 else f"{path}"
-        )
+        first, path = sources[0]
+        subject = f"{path}"
+        if isinstance(first, ClusterManifest) and len(sources) == 1:
+            subject = f"Cluster {first.cluster} ({path})"
         raise UserError(
-            f"{what} has {clips} clips, fewer than one batch of {batch}; lower training.global_batch_size, add clips, "
-            "or use fewer clusters (clustering.num_clusters)"
+            f"{subject} has {clips} clips, fewer than one batch of {batch}; lower training.global_batch_size, add "
+            "clips, or use fewer clusters (clustering.num_clusters)"
         )

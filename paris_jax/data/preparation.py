@@ -1,4 +1,4 @@
-"""`paris-jax prepare`: clips to cached latents, text and features, shard by shard."""
+"""`paris-jax prepare`: encodes clips to cached latents, text embeddings and features, shard by shard."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 STEM = "data"
-PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that run on accelerators where there are any
+PUBLISHED = {"hunyuan", "t5+clip", "dinov2"}  # encoders that run on an accelerator if there is one
 BATCH = 16  # clips per encoder batch; another batch size may round differently
 UNIT = {"mean": [0.0], "spread": [1.0]}  # statistics of latents that already have the scale of their published networks
 
@@ -43,17 +43,17 @@ def prepare(
 ) -> None:
     """Encodes every clip of the experiment into RUN/data; resumes at the first missing shard.
 
-    The files are the same, byte for byte, however often it was interrupted and on however many processes.
+    The files are identical, byte for byte, regardless of interruptions and of the number of processes.
 
     Args:
-      experiment: what to prepare.
-      run: where to.
-      processes: shards encoded at once.
-      shard_size: clips of a shard.
-      clips: the clips themselves, instead of those that `data.source` names.
+      experiment: config of the clips and encoders.
+      run: run folder to write to.
+      processes: number of shards encoded in parallel.
+      shard_size: number of clips per shard.
+      clips: source of the clips, instead of the one that `data.source` names.
 
     Raises:
-      UserError: an encoder that cannot be run, a clip or caption that cannot be used, a full disk, or a run folder of
+      UserError: an encoder cannot run, a clip or caption cannot be used, the disk is full, or the run folder belongs to
         another config.
     """
     with locks.only_writer(run.data):
@@ -66,25 +66,25 @@ def _prepare(experiment: Experiment, run: RunFolder, processes: int, shard_size:
     names = experiment.codec.name, experiment.text.name, experiment.features.name
     if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
         raise UserError(
-            f"--num_workers={processes}: these encoders work on the accelerators, which one process has; use 1"
+            f"--num_workers={processes}: these encoders run on the accelerators, which only one process can use; use 1"
         )
     if manifest.exists(run.data):
         run.claim(experiment.to_dict(), experiment.hash)
-        found = manifest.read(run.data, DataManifest)
-        if found.config_hash != experiment.data_hash:
+        existing = manifest.read(run.data, DataManifest)
+        if existing.config_hash != experiment.data_hash:
             raise UserError(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
-        if weights_of(found.codec, found.text, found.features) != encoders:
+        if weights_of(existing.codec, existing.text, existing.features) != encoders:
             raise UserError(
-                f"{run.data} was made with other weights of its encoders; name those, or use a new --workdir"
+                f"{run.data} was made with other weights of its encoders; use those weights, or a new --workdir"
             )
-        for name in found.files:  # of a run that was killed while it deleted them
+        for name in existing.files:  # markers left by a run that was killed while deleting them
             (run.data / f"{name}.json").unlink(missing_ok=True)
-        logger.info("%d clips are prepared already (%s)", found.clips, run.data)
+        logger.info("%d clips are prepared already (%s)", existing.clips, run.data)
         return
     clips = clips if clips is not None else source(experiment.data)
     if not len(clips):
         raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
-    run.claim(experiment.to_dict(), experiment.hash)  # after the clips were checked
+    run.claim(experiment.to_dict(), experiment.hash)  # only after the source has checked its clips
     count = -(-len(clips) // shard_size)
     jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]
@@ -117,7 +117,7 @@ class Speed(ProgressColumn):
 def describe_encoders(
     experiment: Experiment, vocabulary: Iterable[str], store: EncoderStore | None = None
 ) -> dict[str, Any]:
-    """Manifest entries of codec, text encoder and features; raises UserError for one that cannot run here."""
+    """Returns the manifest entries of codec, text encoder and features; raises UserError if one cannot run here."""
     return {
         "codec": codecs.codec(**dataclasses.asdict(experiment.codec), store=store).describe(),
         "text": text_encoder(experiment, vocabulary, store).describe(),
@@ -126,14 +126,14 @@ def describe_encoders(
 
 
 def weights_of(codec: CodecDescription, text: TextDescription, features: Mapping[str, Any]) -> dict[str, Any]:
-    """Hashes of the weights of described encoders; None for encoders without weights."""
+    """Returns the hashes of the encoders' weights from their manifest entries; None for an encoder without weights."""
     hashes = getattr(codec, "sha256", None), getattr(text, "weights", None), features.get("sha256")
     return dict(zip(("codec", "text", "features"), hashes, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard to write, independent of all others; a marker file written after it says that it is complete."""
+    """One shard to encode, independent of the others; its marker file, written last, shows that it is complete."""
 
     experiment: Experiment
     clips: Source
@@ -148,7 +148,7 @@ class Shard:
         return epath.Path(self.folder) / records.shard_name(STEM, self.number, self.count)
 
     @property
-    def mark(self) -> epath.Path:
+    def marker(self) -> epath.Path:
         return self.path.parent / f"{self.path.name}.json"
 
     @property
@@ -157,15 +157,15 @@ class Shard:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The provenance of the shard: a marker with any other provenance is ignored."""
-        made_of = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
-        return {**made_of, "source": self.clips.describe(), "indices": [*self.indices]}
+        """Provenance of the shard; a marker with any other provenance is ignored."""
+        config = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
+        return {**config, "source": self.clips.describe(), "indices": [*self.indices]}
 
     def is_done(self) -> bool:
         return (
             self.path.exists()
-            and self.mark.exists()
-            and manifest.read_json(self.mark, ShardMarker).origin == self.origin
+            and self.marker.exists()
+            and manifest.read_json(self.marker, ShardMarker).origin == self.origin
         )
 
 
@@ -176,8 +176,8 @@ class Tally:
         self.clips = 0
         self.text_length = 0
         self.words: set[str] = set()
-        self.numbers = 0  # of a latent's values in one channel
-        self.sum = np.zeros(())  # by channel, (C,) float64
+        self.numbers = 0  # of latent values per channel
+        self.sum = np.zeros(())  # per channel, (C,) float64
         self.squares = np.zeros(())
         self.shape: tuple[int, ...] = ()
 
@@ -196,7 +196,7 @@ class Tally:
         return vars(self) | sums | {"words": sorted(self.words), "shape": list(self.shape)}
 
     def merge(self, other: ShardStatistics) -> None:
-        """Adds the tally of a shard, as `to_json` wrote it."""
+        """Adds the tally of one shard, read from the output of `to_json`."""
         self.clips += other.clips
         self.text_length = max(self.text_length, other.text_length)
         self.words.update(other.words)
@@ -206,18 +206,18 @@ class Tally:
         self.shape = other.shape
 
     def latent(self, shared: bool) -> dict[str, Any]:
-        """Shape, and mean and spread by channel (or one for all, `shared`), of the latents."""
+        """Returns the latents' shape, and their mean and standard deviation per channel (one of all if `shared`)."""
         mean, square = self.sum / self.numbers, self.squares / self.numbers
         if shared:
             mean, square = mean.mean(keepdims=True), square.mean(keepdims=True)
         spread = np.sqrt(np.maximum(square - mean**2, 1e-8))
-        # Six digits suffice, and are equal on machines that sum in another order.
+        # Rounded to six digits, so that machines that sum in another order get the same numbers.
         digits = {"mean": mean, "spread": spread}
         return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
 
 
 def write(job: Shard, advance: Callable[[], object] = lambda: None, store: EncoderStore | None = None) -> int:
-    """Encodes and writes one shard, then its mark; returns its number of clips."""
+    """Encodes and writes one shard, then its marker; returns its number of clips."""
     tally = Tally()
 
     def counted() -> Iterator[Record]:
@@ -227,36 +227,41 @@ def write(job: Shard, advance: Callable[[], object] = lambda: None, store: Encod
             advance()
 
     records.write_shard(job.path, counted())
-    manifest.write_json(job.mark, {"origin": job.origin, "tally": tally.to_json()})
+    manifest.write_json(job.marker, {"origin": job.origin, "tally": tally.to_json()})
     return len(job.indices)
 
 
 def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | None = None) -> Iterator[Record]:
-    """Turns clips into records, in order; the encoders see BATCH of them at a time."""
+    """Encodes clips to records, in order and in batches of BATCH clips."""
     store = store or EncoderStore()
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
-    describe = features.features(**dataclasses.asdict(experiment.features), store=store)
-    words: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch: captions repeat
+    extract_features = features.features(**dataclasses.asdict(experiment.features), store=store)
+    embeddings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch's captions, which often repeat
     clips = iter(clips)
     while batch := list(itertools.islice(clips, BATCH)):
-        words |= _encode_captions(experiment, [clip for clip in batch if clip.caption not in words], store)
-        words = {clip.caption: words[clip.caption] for clip in batch}
+        new = [clip for clip in batch if clip.caption not in embeddings]
+        embeddings |= _encode_captions(experiment, new, store)
+        embeddings = {clip.caption: embeddings[clip.caption] for clip in batch}
         videos = np.stack([clip.video for clip in batch])
-        for clip, latent, feature in zip(batch, codec.encode(videos), describe(videos), strict=True):
-            latent, (tokens, pooled) = latent.astype(np.float16), words[clip.caption]
+        for clip, latent, feature in zip(batch, codec.encode(videos), extract_features(videos), strict=True):
+            latent, (tokens, pooled) = latent.astype(np.float16), embeddings[clip.caption]
             yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes)
 
 
 def _encode_captions(
     experiment: Experiment, clips: Sequence[Clip], store: EncoderStore
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tokens and pooled embedding of each caption, as stored; a UserError names the clip."""
+    """Encodes each distinct caption to tokens and pooled embedding, in the dtype they are stored in.
+
+    Raises:
+      UserError: a caption cannot be encoded; the message names its clip.
+    """
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if not captions:
         return {}
     encoder = text_encoder(experiment, words_of(captions), store)
     try:
-        made = encoder.encode(captions)
+        encodings = encoder.encode(captions)
     except UserError:
         for clip in clips:
             try:
@@ -264,39 +269,40 @@ def _encode_captions(
             except UserError as error:
                 raise UserError(f"The caption of clip {clip.id} cannot be used: {error}") from error
         raise
-    return {caption: _stored(one, encoder.stored) for caption, one in zip(captions, made, strict=True)}
+    pairs = zip(captions, encodings, strict=True)
+    return {caption: _stored(encoding, encoder.stored) for caption, encoding in pairs}
 
 
 def _stored(encoding: TextEncoding, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pooled embedding as stored."""
+    """Returns tokens and pooled embedding in the dtype they are stored in."""
     return encoding.tokens.astype(dtype), encoding.pooled.astype(dtype)
 
 
 def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: EncoderStore | None = None) -> Any:
-    """The experiment's text encoder; `words` with this vocabulary."""
+    """Returns the experiment's text encoder; only the encoder `words` uses `vocabulary`."""
     settings = experiment.text
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if settings.name == "words":
-        own = {"vocabulary": vocabulary, "width": settings.width}
+        options = {"vocabulary": vocabulary, "width": settings.width}
     elif settings.name == "t5+clip":
-        own = {"t5": settings.t5, "clip": settings.clip, "pad_to_max_tokens": settings.pad_to_max_tokens}
+        options = {"t5": settings.t5, "clip": settings.clip, "pad_to_max_tokens": settings.pad_to_max_tokens}
     if store is not None and settings.name == "t5+clip":
-        own["store"] = store
-    return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **own)
+        options["store"] = store
+    return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **options)
 
 
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
-    """Writes the manifest of all shards, then removes their marks."""
+    """Writes the manifest of all shards, then deletes their markers."""
     total = Tally()
     for job in jobs:
-        total.merge(manifest.read_json(job.mark, ShardMarker).tally)
+        total.merge(manifest.read_json(job.marker, ShardMarker).tally)
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     encoder = text_encoder(experiment, total.words, store)
-    none = _stored(encoder.null(), encoder.stored)
+    null = _stored(encoder.null(), encoder.stored)
     manifest.write(
         run.data,
         DataManifest,
-        [*(job.path.name for job in jobs), *records.write_null(run.data, *none)],
+        [*(job.path.name for job in jobs), *records.write_null(run.data, *null)],
         experiment.data_hash,
         **describe_encoders(experiment, sorted(total.words), store),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
@@ -306,4 +312,4 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         source=clips.describe(),
     )
     for job in jobs:
-        job.mark.unlink(missing_ok=True)
+        job.marker.unlink(missing_ok=True)

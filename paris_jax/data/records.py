@@ -1,7 +1,7 @@
-"""The latent cache: clips as records in ArrayRecord shards, and copies of chosen records.
+"""The latent cache: reads, writes and copies clips as records in ArrayRecord shards.
 
-A record is a safetensors file in memory: its arrays, and its text as JSON metadata. A folder of records is described by
-a manifest of the kinds below, which lists the shards; the record number runs through the shards in order of name.
+A record is encoded as safetensors: its arrays as tensors, its text as JSON metadata. The manifest of a folder lists the
+shards (see `read_manifest`); records are numbered across the shards, in order of the shards' names.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from paris_jax.config import hashing
 from paris_jax.errors import UserError, first_line
 
 ENDING = ".array_record"
-NULL = "null.safetensors"  # the null text embedding, where it is not zeros
+NULL = "null.safetensors"  # the null text embedding, unless it is zeros
 SHARD_SIZE = 512  # records
 # Required entries of a manifest of records: with them a job runs from its folder alone.
 CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source")
@@ -37,14 +37,14 @@ class Record:
     """One clip of the latent cache.
 
     Attributes:
-      id: the clip's, unique and the same on every machine.
-      latent: (T, H, W, C) float16, the codec's, not normalised.
-      tokens: (L, Dt) float16 or bfloat16, the caption at its true length.
-      pooled: (Dp,) likewise.
-      feature: (F,) float32, what is clustered.
-      caption: the text.
-      attributes: what is truly in the clip, where the source knows; {} otherwise.
-      cluster: number of its cluster, once it has one.
+      id: id of the clip, unique and the same on every machine.
+      latent: (T, H, W, C) float16, as encoded by the codec, not normalised.
+      tokens: (L, Dt) float16 or bfloat16, text embedding of the caption without padding.
+      pooled: (Dp,) of the same dtype, pooled text embedding.
+      feature: (F,) float32, input of the clustering.
+      caption: the caption's text.
+      attributes: ground-truth attributes of the clip; {} if the source provides none.
+      cluster: index of the clip's cluster; None before clustering.
     """
 
     id: str
@@ -63,17 +63,17 @@ ARRAYS = ("latent", "tokens", "pooled", "feature")
 def encode_record(record: Record) -> bytes:
     """Encodes a record as safetensors bytes; equal records give equal bytes."""
     arrays = {name: np.ascontiguousarray(getattr(record, name)) for name in ARRAYS}
-    facts = {name: getattr(record, name) for name in ("id", "caption", "attributes", "cluster")}
-    # One metadata entry only: safetensors keeps several in no fixed order.
-    return safetensors.numpy.save(arrays, metadata={"record": hashing.canonical_json(facts)})
+    fields = {name: getattr(record, name) for name in ("id", "caption", "attributes", "cluster")}
+    # A single metadata entry, because safetensors stores several in no fixed order.
+    return safetensors.numpy.save(arrays, metadata={"record": hashing.canonical_json(fields)})
 
 
 def decode_record(data: bytes) -> Record:
     """Decodes the bytes of `encode_record`."""
     length = int.from_bytes(data[:8], "little")
-    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["record"])
+    fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["record"])
     arrays: dict[str, Any] = loads(data)
-    return Record(**facts, **arrays)
+    return Record(**fields, **arrays)
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
@@ -84,23 +84,23 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
     """Writes a shard under a partial name, then renames it: a shard that exists is complete.
 
     Raises:
-      UserError: the disk is full or cannot be written.
+      UserError: the shard cannot be written, for example because the disk is full.
     """
     path = epath.Path(path)
     with tempfile.TemporaryDirectory() as scratch:
         # ArrayRecord writes local files only; a bucket gets the finished copy.
         local = manifest.partial_path(path) if _is_local(path) else epath.Path(scratch) / path.name
         try:
-            with _refusing(path):
+            with _write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Groups of one record, because training reads them in random order.
                 writer = ArrayRecordWriter(str(local), "group_size:1")
             with contextlib.closing(_Closing(writer, path)):
                 for record in records:
                     data = encode_record(record)
-                    with _refusing(path):
+                    with _write_errors(path):
                         writer.write(data)
-            with _refusing(path):
+            with _write_errors(path):
                 if _is_local(path):
                     local.replace(path)
                 else:
@@ -112,18 +112,18 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Closing:
-    """Closes a writer; an error of its last writes becomes a UserError."""
+    """Closes a writer and raises UserError if its last writes fail."""
 
     writer: Any
     path: epath.Path
 
     def close(self) -> None:
-        with _refusing(self.path):
+        with _write_errors(self.path):
             self.writer.close()
 
 
 @contextlib.contextmanager
-def _refusing(path: epath.Path) -> Iterator[None]:
+def _write_errors(path: epath.Path) -> Iterator[None]:
     """Raises UserError for a failed write, which ArrayRecord reports as RuntimeError or ValueError."""
     try:
         yield
@@ -135,7 +135,11 @@ def _refusing(path: epath.Path) -> Iterator[None]:
 
 
 def read_manifest(folder: epath.PathLike) -> RecordsManifest:
-    """Reads the manifest of a folder of records, of any kind, and checks that no shard is missing."""
+    """Reads the manifest of a folder of records (data, cluster or held-out split).
+
+    Raises:
+      UserError: the manifest is missing or of another kind, or a shard is missing.
+    """
     schemas = {manifest.kind(schema): schema for schema in (DataManifest, ClusterManifest, HeldoutManifest)}
     kind = manifest.read_kind(folder)
     if kind and kind not in schemas:
@@ -144,9 +148,9 @@ def read_manifest(folder: epath.PathLike) -> RecordsManifest:
     return manifest.read(folder, schemas.get(kind, DataManifest))
 
 
-def data_contract(found: RecordsManifest) -> dict[str, Any]:
-    """Returns the entries of a manifest of records that every copy of some of its records must carry."""
-    return {name: getattr(found, name) for name in CONTRACT}
+def data_contract(source: RecordsManifest) -> dict[str, Any]:
+    """Returns the manifest entries that the manifest of every copy of these records must repeat."""
+    return {name: getattr(source, name) for name in CONTRACT}
 
 
 class Records(Sequence[Record]):
@@ -173,7 +177,7 @@ class Records(Sequence[Record]):
             raise _damaged(f"{path}: record {number}", error) from error
 
     def _shard_of(self, position: int) -> tuple[str, int]:
-        """The file of a record, and its number there."""
+        """Returns the shard that holds a record, and the record's index in that shard."""
         for path in self._paths:
             count = len(_open([path]))
             if position < count:
@@ -186,7 +190,7 @@ class Records(Sequence[Record]):
 
 
 def _open(paths: Sequence[str]) -> Any:
-    """The records of shards, one after another; reads where they are, and not the records."""
+    """Opens shards as one sequence of encoded records; reads only their index."""
     try:
         source = array_record_data_source.ArrayRecordDataSource(paths)
         len(source)
@@ -201,7 +205,7 @@ def _open(paths: Sequence[str]) -> Any:
 def _damaged(what: str, error: Exception) -> UserError:
     return UserError(
         f"{what} cannot be read ({first_line(error)[:200]}); copy the file again from its origin, or delete its folder "
-        "and run the command that wrote it again"
+        "and rerun the command that wrote it"
     )
 
 
@@ -218,18 +222,21 @@ def copy_records(
     shard_size: int = SHARD_SIZE,
     stem: str = "clips",
 ) -> list[str]:
-    """Copies chosen records with their cluster filled in, and returns the names of the shards, without a manifest.
+    """Copies the selected records into new shards and sets their clusters; writes no manifest.
 
     Args:
       source: folder or folders of records.
-      indices: numbers of the records to copy, in the order wanted.
-      clusters: the cluster of each.
-      out: the folder to write; write its manifest (with `data_contract`) afterwards.
-      shard_size: the most records of a shard.
-      stem: start of the shards' names.
+      indices: indices of the records to copy, in output order.
+      clusters: cluster of each copied record.
+      out: output folder; write its manifest (with `data_contract`) afterwards.
+      shard_size: maximum number of records per shard.
+      stem: prefix of the shards' names.
+
+    Returns:
+      The names of the shards.
     """
     if len(indices) != len(clusters):
-        raise ValueError(f"{len(indices)} indices with {len(clusters)} clusters: must be as many")
+        raise ValueError(f"{len(indices)} indices and {len(clusters)} clusters: the numbers must be equal")
     records, out = Records(source), epath.Path(out)
     count = max(1, -(-len(indices) // shard_size))
     names = [shard_name(stem, number, count) for number in range(count)]
@@ -244,7 +251,7 @@ def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -
     """Writes the null text embedding, tokens (L, Dt) and pooled (Dp,), unless it is one token of zeros.
 
     Returns:
-      The file's name, if there is one.
+      A list of the file's name; empty if no file is needed.
     """
     if len(tokens) == 1 and not tokens.any() and not pooled.any():
         return []
@@ -254,13 +261,13 @@ def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -
 
 
 def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
-    """The null text embedding of `write_null` as tokens and pooled; {} if there is no file."""
+    """Reads the null text embedding that `write_null` wrote, as "tokens" and "pooled"; {} without a file."""
     path = epath.Path(folder) / NULL
     return loads(path.read_bytes()) if NULL in read_manifest(folder).files else {}
 
 
 def _shards(folder: epath.Path) -> list[str]:
-    """Returns local paths of a folder's shards; those on a bucket are copied to this machine once."""
+    """Returns local paths of a folder's shards; shards in a bucket are first copied to a local cache."""
     names = sorted(name for name in read_manifest(folder).files if name.endswith(ENDING))
     if _is_local(folder):
         return [str(folder / name) for name in names]

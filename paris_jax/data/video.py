@@ -1,4 +1,4 @@
-"""Decodes and encodes video files with PyAV, and pictures and contact sheets with Pillow."""
+"""Decodes and encodes videos and images with PyAV, and lays out contact sheets."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from paris_jax.artifacts import manifest
 from paris_jax.data import lettering
 from paris_jax.errors import UserError
 
-READABLE = 160  # pixels: smaller videos are enlarged to at least this side, point by point
+READABLE = 160  # pixels: smallest shorter side of written videos; smaller ones are enlarged by repeating pixels
 CODECS = {
     "mp4": ("libx264", "yuv420p", {"crf": "12", "preset": "medium"}),
     "webm": ("libvpx-vp9", "yuv420p", {"crf": "14", "b": "0", "row-mt": "1"}),
@@ -30,9 +30,9 @@ class Footage:
     """Metadata of a video file.
 
     Attributes:
-      times: when each frame appears, (N,) float64 seconds from the start, ascending.
-      duration: seconds, to the end of the last frame.
-      height, width: pixels.
+      times: presentation time of each frame, (N,) float64, seconds from the start, ascending.
+      duration: seconds from the start to the end of the last frame.
+      height, width: in pixels.
     """
 
     times: np.ndarray
@@ -43,14 +43,14 @@ class Footage:
 
 @contextlib.contextmanager
 def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
-    """Opens a video; any failure to read it raises a UserError that names the file."""
+    """Opens a video; raises UserError that names the file if it cannot be read."""
     remedy = "replace or remove the file, then run the same command again"
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError(f"{path} holds no video; {remedy}")
             if getattr(container.streams.video[0], "codec_context", None) is None:
-                raise UserError(f"{path} holds a video of an unknown codec; {remedy}")
+                raise UserError(f"{path} holds a video with an unknown codec; {remedy}")
             yield container
     except (av.error.FFmpegError, EOFError) as error:
         raise UserError(f"{path} cannot be read as video ({error}); {remedy}") from error
@@ -62,12 +62,12 @@ def probe(path: epath.PathLike) -> Footage:
         stream = container.streams.video[0]
         base = stream.time_base
         assert base is not None
-        shown = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
+        packets = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
         height, width, origin = stream.height, stream.width, _origin(stream)
-    if not shown or not height or not width:
+    if not packets or not height or not width:
         raise UserError(f"{path} holds no frames; replace or remove the file, then run the same command again")
-    times = np.asarray([float(pts * base) - origin for pts, _ in shown])
-    last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
+    times = np.asarray([float(pts * base) - origin for pts, _ in packets])
+    last = float(packets[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
     return Footage(times, float(times[-1]) + last, height, width)
 
 
@@ -75,15 +75,18 @@ def decode(path: epath.PathLike, start: float = 0.0, size: tuple[int, int] | Non
     """Yields (seconds from the start, (H, W, 3) uint8) in order, from the key frame at or before `start`.
 
     Args:
-      path: the video.
+      path: the video file.
       start: seconds from the start of the video.
-      size: (height, width) to scale to (area average) while decoding; None leaves the size.
+      size: (height, width) to scale to (area average) while decoding; None keeps the video's size.
+
+    Raises:
+      UserError: the file is not a readable video.
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         origin = _origin(stream)
-        if start > 0 and stream.time_base and container.format.name != "gif":  # a GIF is read from its beginning
+        if start > 0 and stream.time_base and container.format.name != "gif":  # a GIF is decoded from its start
             container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
         for frame in container.decode(stream):
             seconds = frame.time - origin if frame.time is not None else 0.0
@@ -93,19 +96,19 @@ def decode(path: epath.PathLike, start: float = 0.0, size: tuple[int, int] | Non
 
 
 def _origin(stream: av.VideoStream) -> float:
-    """Returns the time stamp of a stream's start in seconds: cameras and cuts do not always start at 0."""
+    """Returns the timestamp of a stream's start in seconds: recordings and cuts do not always start at 0."""
     return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
-    """Reads a picture (or a video's first frame) as (H, W, 3) uint8."""
+    """Reads an image (or a video's first frame) as (H, W, 3) uint8; raises UserError if it cannot be read."""
     for _, image in decode(path):
         return image
-    raise UserError(f"{path} holds no picture; replace or remove the file")
+    raise UserError(f"{path} holds no image; replace or remove the file")
 
 
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales (area average) to cover height x width and crops the middle: (h, w, 3) to (height, width, 3) uint8."""
+    """Scales (area average) to cover height x width and crops the centre: (h, w, 3) to (height, width, 3) uint8."""
     rows, columns = cover(image.shape[0], image.shape[1], height, width)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="AREA")
@@ -136,23 +139,23 @@ def at_rate(path: epath.PathLike, fps: float) -> Iterator[np.ndarray]:
 
 
 def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-    """The smallest size with the aspect ratio of rows x columns that covers height x width."""
+    """Returns the smallest (rows, columns) with the aspect ratio of rows x columns that covers height x width."""
     scale = max(height / rows, width / columns)
     return max(height, round(rows * scale)), max(width, round(columns * scale))
 
 
 def crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts the middle height x width out of (h, w, 3)."""
+    """Crops the central height x width out of (h, w, 3)."""
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
 
 
 def enlarge(video: np.ndarray, scale: int | None = None) -> np.ndarray:
-    """Repeats points until the shorter side is readable (or `scale` times); pads odd sides, which H.264 does not take.
+    """Enlarges a video by repeating pixels, and pads odd sides, which H.264 does not support.
 
     Args:
       video: (..., H, W, 3) uint8.
-      scale: whole factor; None chooses it.
+      scale: integer factor; None chooses the smallest whose result has a shorter side of at least READABLE pixels.
     """
     height, width = video.shape[-3:-1]
     times: int = scale or -(-READABLE // min(height, width))
@@ -162,7 +165,11 @@ def enlarge(video: np.ndarray, scale: int | None = None) -> np.ndarray:
 
 
 def video_bytes(video: np.ndarray, fps: float, format: str = "mp4", scale: int | None = None) -> bytes:
-    """Encodes (T, H, W, 3) uint8 as "mp4" (H.264 that browsers play), "webm" (VP9) or "gif"."""
+    """Encodes (T, H, W, 3) uint8 as "mp4" (H.264, playable in browsers), "webm" (VP9) or "gif".
+
+    Raises:
+      ValueError: `video` has another shape or dtype or no frames, or `format` is unknown.
+    """
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
         raise ValueError(f"a video must be (T, H, W, 3) uint8, not {video.shape} {video.dtype}")
     frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in enlarge(video, scale)]
@@ -232,7 +239,11 @@ def write_png(path: epath.PathLike, image: np.ndarray) -> None:
 
 
 def write_video(path: epath.PathLike, video: np.ndarray, fps: float, scale: int | None = None) -> None:
-    """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, atomically."""
+    """Writes (T, H, W, 3) uint8 as .mp4, .webm, .gif or a .png of its frames, atomically.
+
+    Raises:
+      UserError: the path has another ending, or cannot be written.
+    """
     ending = epath.Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
         raise UserError(f"{path} ends in {ending!r}; videos are written as {', '.join('.' + f for f in FORMATS)}")
@@ -243,12 +254,12 @@ def write_video(path: epath.PathLike, video: np.ndarray, fps: float, scale: int 
 
 
 def contact_sheet(videos: np.ndarray, captions: Sequence[str] | None = None, columns: int = 8) -> np.ndarray:
-    """Lays out videos, one a row, each under its caption, with up to `columns` of its frames in order of time.
+    """Lays out videos as rows of up to `columns` frames in temporal order, each below its caption.
 
     Args:
       videos: (N, T, H, W, 3) uint8.
       captions: N texts, or None.
-      columns: the most frames shown of each video, evenly spread.
+      columns: maximum number of frames per video, evenly spaced.
 
     Returns:
       (height, width, 3) uint8.

@@ -1,4 +1,4 @@
-"""The compute identity: ensemble and monolith cost the same, in integers that can be checked by hand."""
+"""The compute identity: whether ensemble and monolith cost the same training compute, in exact integers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """One training job.
+    """Compute of one training job.
 
     Attributes:
       name: "expert 0", "monolith", "router".
@@ -27,7 +27,7 @@ class TrainingCost:
 
 
 def identity(experts: Sequence[TrainingCost], monolith: TrainingCost, router: TrainingCost | None) -> dict[str, Any]:
-    """Sum over experts of steps x batch x FLOPs a clip, against the monolith's; integers, so "equal" is exact.
+    """Compares steps x batch x FLOPs per clip, summed over the experts, to the monolith's; "equal" is exact.
 
     The router's cost is reported beside the identity: the published comparison does not count it either.
     """
@@ -47,10 +47,10 @@ def identity(experts: Sequence[TrainingCost], monolith: TrainingCost, router: Tr
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The identity as one line, from `identity`."""
+    """Formats the result of `identity` as one line."""
     terms = " + ".join(f"{job['steps']} x {job['batch']} x {job['flops']}" for job in found["experts"])
-    one, sign = found["monolith"], "=" if found["equal"] else "is not"
+    monolith, sign = found["monolith"], "=" if found["equal"] else "is not"
     return (
-        f"steps x batch x FLOPs a clip: experts {terms} = {found['experts_total']:.6g} {sign} {one['total']:.6g} = "
-        f"{one['steps']} x {one['batch']} x {one['flops']} of the monolith"
+        f"steps x batch x FLOPs/clip: experts {terms} = {found['experts_total']:.6g} {sign} {monolith['total']:.6g} = "
+        f"{monolith['steps']} x {monolith['batch']} x {monolith['flops']} of the monolith"
     )

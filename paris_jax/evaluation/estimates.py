@@ -1,8 +1,8 @@
 """Scores with standard errors, paired differences of two models, and the winner.
 
-Every score of results.json is a dict {"value": float, "stderr": float, "n": int}, n counting clips, the unit that is
-drawn at random. Both models see the same clips, noise and prompts, so their difference is taken clip by clip: the
-difficulty of a clip cancels.
+Every score of results.json is a dict {"value": float, "stderr": float, "n": int}, where n is the number of clips, the
+sampling unit. Both models use the same clips, noise and prompts, so their difference is taken clip by clip, which
+cancels the difficulty of a clip.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 Z95 = 1.959964  # half width of a two-sided 95 % interval, in standard errors
-FEWEST = 8  # clips: below, a standard error is too uncertain itself for a verdict
+FEWEST = 8  # clips needed for a winner: with fewer, the standard error is itself too uncertain
 
 
 class Estimate(TypedDict):
@@ -21,7 +21,7 @@ class Estimate(TypedDict):
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """Mean of values (N,) and its standard error, the sample's standard deviation / sqrt(N); N must be 1 or more."""
+    """Mean of values (N,) and its standard error, the sample standard deviation / sqrt(N); needs N >= 1."""
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values has shape {values.shape}: must be (N,) with N >= 1")
@@ -30,7 +30,7 @@ def mean(values: np.ndarray) -> Estimate:
 
 
 def proportion(hits: np.ndarray) -> Estimate:
-    """Share of true hits (N,); the standard error is Wilson's, so that 0 of 20 or 20 of 20 does not look certain."""
+    """Share of true hits (N,); the standard error is Wilson's, so that it is not 0 for 0 of 20 or 20 of 20."""
     hits = np.asarray(hits, bool)
     n, p = len(hits), float(hits.mean())
     half = np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
@@ -46,11 +46,13 @@ def difference(first: np.ndarray, second: np.ndarray) -> Estimate:
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], n: int, groups: int = 16) -> Estimate:
-    """Value and delete-a-group jackknife standard error of a statistic of n clips that is no mean.
+    """Value and delete-a-group jackknife standard error of a statistic of n clips other than a mean.
 
     Args:
-      statistic: from the indices of the clips that are kept to a number.
-      n: clips; clip i belongs to group i % groups.
+      statistic: function of the indices of the retained clips.
+      n: number of clips; clip i belongs to group i % groups.
+      groups: number of groups.
+
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, ch. 11. (A bootstrap would repeat clips, which by
     itself raises a Frechet distance.)
     """
@@ -62,7 +64,7 @@ def jackknife(statistic: Callable[[np.ndarray], float], n: int, groups: int = 16
 
 
 def winner(delta: Estimate, better: Literal["lower", "higher"]) -> Literal["first", "second", "none"]:
-    """Who wins by the 95 % interval of delta = first - second; "none" if it holds 0 or rests on few clips."""
+    """Winner by the 95 % interval of delta = first - second; "none" if it contains 0 or n is below FEWEST."""
     if delta["n"] < FEWEST or not abs(delta["value"]) > Z95 * delta["stderr"]:
         return "none"
     return "first" if (delta["value"] > 0) == (better == "higher") else "second"

@@ -1,4 +1,4 @@
-"""Held-out clips in a stratified order, and sampling, velocity and routing of a model on them."""
+"""Held-out clips in stratified order, and a model's samples, velocity and routing on them."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from paris_jax.data.sources.shapes import ATTRIBUTES
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.evaluation.metrics.flow_loss import Velocity
 
-BATCH = 32  # prompts per batch; of one size, so that each model compiles once
+BATCH = 32  # prompts per batch; a fixed size, so that each model compiles once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Heldout:
     """Held-out clips, ordered so that every prefix has the clusters in their natural proportion.
 
     Attributes:
-      latents: (N, T, H, W, C) float32, the codec's, not normalised.
-      clusters: (N,) int, the nearest cluster of each.
-      ids, captions, attributes: N each; attributes are {} where the source knows none.
+      latents: (N, T, H, W, C) float32, as encoded by the codec, not normalised.
+      clusters: (N,) int, nearest cluster of each clip.
+      ids, captions, attributes: N each; attributes are {} if the source provides none.
     """
 
     ids: list[str]
@@ -35,19 +35,19 @@ class Heldout:
     @classmethod
     def order(cls, records: Iterable[Record], seed: int) -> "Heldout":
         """Shuffles by (seed, clip id), so that the order of the records does not matter, and stratifies by cluster."""
-        found = sorted(records, key=lambda r: hashlib.sha256(f"{seed}\n{r.id}".encode()).digest())
-        clusters = np.array([-1 if r.cluster is None else r.cluster for r in found])
-        place = np.zeros(len(found))
+        shuffled = sorted(records, key=lambda r: hashlib.sha256(f"{seed}\n{r.id}".encode()).digest())
+        clusters = np.array([-1 if r.cluster is None else r.cluster for r in shuffled])
+        rank = np.zeros(len(shuffled))
         for k in np.unique(clusters):
             members = np.flatnonzero(clusters == k)
-            place[members] = (np.arange(len(members)) + 0.5) / len(members)
-        chosen = [found[i] for i in np.argsort(place, kind="stable")]
+            rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+        ordered = [shuffled[i] for i in np.argsort(rank, kind="stable")]
         return cls(
-            ids=[r.id for r in chosen],
-            latents=np.stack([r.latent.astype(np.float32) for r in chosen]),
-            clusters=np.array([-1 if r.cluster is None else r.cluster for r in chosen]),
-            captions=[r.caption for r in chosen],
-            attributes=[_in_order(r.attributes) for r in chosen],
+            ids=[r.id for r in ordered],
+            latents=np.stack([r.latent.astype(np.float32) for r in ordered]),
+            clusters=np.array([-1 if r.cluster is None else r.cluster for r in ordered]),
+            captions=[r.caption for r in ordered],
+            attributes=[_in_order(r.attributes) for r in ordered],
         )
 
     def __len__(self) -> int:
@@ -59,30 +59,33 @@ class Heldout:
         )
 
     @property
-    def described(self) -> bool:
-        """Whether every clip has attributes that can be read back."""
+    def has_attributes(self) -> bool:
+        """Whether every clip has ground-truth attributes."""
         return all(self.attributes)
 
 
 def _in_order(attributes: dict[str, str]) -> dict[str, str]:
-    """The attributes in the order of the shapes' (records sort them by name), others last."""
-    known = [*ATTRIBUTES, *attributes]
-    return {name: attributes[name] for name in sorted(attributes, key=known.index)}
+    """Returns the attributes in the order of `ATTRIBUTES`, others last; records store them sorted by name."""
+    order = [*ATTRIBUTES, *attributes]
+    return {name: attributes[name] for name in sorted(attributes, key=order.index)}
 
 
 def sample(
     model: Ensemble,
     captions: list[str],
     noise: np.ndarray,
-    how: dict,
+    options: dict,
     advance: Callable[[int], object],
     cond: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples one video per caption from noise (N, T, H, W, C), batch by batch.
 
     Args:
-      how: keywords of `Ensemble.sample`.
-      advance: called with the number of videos after each batch.
+      model: ensemble to sample from.
+      captions: N prompts.
+      noise: (N, T, H, W, C) float32 initial noise.
+      options: keyword arguments of `Ensemble.sample`.
+      advance: called after each batch with its number of videos.
       cond: conditioning input (N, T, H, W, 1 + C), or None.
     Returns:
       videos (N, T', H', W', 3) float32 in [-1, 1] and routing (S, N, E) float32.
@@ -91,41 +94,47 @@ def sample(
     videos, routing = [], []
     for start in range(0, len(captions), size):
         index = np.minimum(np.arange(start, start + size), len(captions) - 1)
-        given = {} if cond is None else {"cond": jnp.asarray(cond[index])}
-        made = model.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **given, **how)
+        conditioning = {} if cond is None else {"cond": jnp.asarray(cond[index])}
+        samples = model.sample([captions[i] for i in index], noise=jnp.asarray(noise[index]), **conditioning, **options)
         count = min(size, len(captions) - start)
-        videos.append(made.videos[:count])
-        routing.append(made.routing[:, :count])
+        videos.append(samples.videos[:count])
+        routing.append(samples.routing[:, :count])
         advance(count)
     return np.concatenate(videos).astype(np.float32), np.concatenate(routing, axis=1).astype(np.float32)
 
 
-def velocity(model: Ensemble, captions: list[str], how: dict) -> Velocity:
-    """The model's velocity at (x, t, clip indices) for the clips' captions; `how` as in `Ensemble.velocity`."""
+def velocity(model: Ensemble, captions: list[str], options: dict) -> Velocity:
+    """Returns the model's velocity as a function of (x, t, clip indices), for the clips' captions.
+
+    Args:
+      model: ensemble to evaluate.
+      captions: N captions, which the clip indices select from.
+      options: keyword arguments of `Ensemble.velocity`.
+    """
     encoded = model.encode(captions)
 
-    def at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
+    def velocity_at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
         return np.asarray(
-            model.velocity(jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded), **how)
+            model.velocity(jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded), **options)
         )
 
-    return at
+    return velocity_at
 
 
 def route(model: Ensemble, captions: list[str], num_clusters: int) -> Velocity:
-    """The router's p(cluster) (B, K) at (x, t, clip indices); 0 for clusters whose expert is missing."""
+    """Returns the router's p(cluster), (B, K), as a function of (x, t, clip indices); 0 for clusters without expert."""
     encoded = model.encode(captions)
 
-    def at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
+    def weights_at(x: np.ndarray, t: np.ndarray, index: np.ndarray) -> np.ndarray:
         weights = np.zeros((len(x), num_clusters))
         weights[:, model.clusters] = model.route(
             jnp.asarray(x), jnp.asarray(t), jax.tree.map(lambda a: a[index], encoded)
         )
         return weights
 
-    return at
+    return weights_at
 
 
 def decode(model: Ensemble, latents: np.ndarray) -> np.ndarray:
-    """Codec latents (N, T, H, W, C) to videos (N, T', H', W', 3) float32 in [-1, 1]."""
+    """Decodes latents (N, T, H, W, C) to videos (N, T', H', W', 3) float32 in [-1, 1]."""
     return np.clip(model.codec.decode(latents), -1, 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Small SVG plots, drawn by hand so that they take their colours from the page (light or dark) and need no network.
+"""Writes small SVG plots directly, so that they take their colours from the page (light or dark) and need no network.
 
 A series is (name, CSS class, values); a class such as "ensemble" gets its colour in report.css.
 """
@@ -52,7 +52,7 @@ def lines(
     unit: str = "",
     mark: float | None = None,
 ) -> str:
-    """Means with 95 % bands over time bins; `edges` are the bins' borders, `mark` a dashed level to compare with."""
+    """Plots means with 95 % bands over timestep bins; `edges` are the bins' borders, `mark` a dashed level."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     x = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     y = _value_axis(series, unit, from_zero=unit == "share")
@@ -69,7 +69,7 @@ def lines(
 
 
 def differences(title: str, values: Sequence[Estimate | None], edges: Sequence[float], y_label: str) -> str:
-    """Paired differences over time bins with 95 % whiskers around zero; coloured by the model that has less."""
+    """Plots paired differences over timestep bins with 95 % whiskers, coloured by the model with the lower value."""
     series = Series("ensemble minus monolith", "neutral", values)
     x = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     y = _value_axis([series], "", around_zero=True)
@@ -78,15 +78,15 @@ def differences(title: str, values: Sequence[Estimate | None], edges: Sequence[f
         if e is None:
             continue
         px, half = x((a + b) / 2), Z95 * e["stderr"]
-        sure = abs(e["value"]) > half
-        style = ("ensemble" if e["value"] < 0 else "monolith") if sure else "neutral"
+        significant = abs(e["value"]) > half
+        style = ("ensemble" if e["value"] < 0 else "monolith") if significant else "neutral"
         parts.append(_whisker(px, y(e["value"] - half), y(e["value"] + half), style))
         parts.append(_dot(px, y(e["value"]), Series(series.name, style, values), e, ""))
     return _svg(title, parts, y_label)
 
 
 def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: str, unit: str = "") -> str:
-    """Groups of bars with 95 % whiskers, one group a name."""
+    """Plots groups of bars with 95 % whiskers, one group per name."""
     y = _value_axis(series, unit, from_zero=True)
     group = (WIDTH - LEFT - RIGHT) / len(names)
     width = min(group * 0.74 / len(series), 34)
@@ -111,7 +111,7 @@ def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: st
 
 
 def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]], x_label: str) -> str:
-    """Stacked shares over solver steps, one layer an expert; rows of `by_step` (S, K) sum to 1."""
+    """Plots stacked shares over solver steps, one layer per expert; rows of `by_step` (S, K) sum to 1."""
     count = len(by_step)
     x = Axis(0, count, LEFT, WIDTH - RIGHT)
     y = Axis(0, 1, HEIGHT - BOTTOM, TOP)
@@ -119,7 +119,7 @@ def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]],
     below = [0.0] * count
     for k, name in enumerate(names):
         above = [b + row[k] for b, row in zip(below, by_step, strict=True)]
-        # Steps are drawn as stairs: each one is a choice of its own, not a sample of a curve.
+        # Steps are drawn as stairs: each is a separate routing decision, not a sample of a curve.
         upper = [f"{x(s + d):.1f},{y(above[s]):.1f}" for s in range(count) for d in (0, 1)]
         lower = [f"{x(s + d):.1f},{y(below[s]):.1f}" for s in range(count) for d in (0, 1)]
         mean = sum(row[k] for row in by_step) / count
@@ -134,7 +134,7 @@ def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]],
 
 
 def interval(difference: Estimate, better: str | None, won: str) -> str:
-    """The 95 % interval of ensemble - monolith for a table row, turned so that right is the ensemble's side."""
+    """Draws the 95 % interval of ensemble - monolith for a table row; to the right, the ensemble is better."""
     width, middle, half = 170, 11, Z95 * difference["stderr"]
     value = -difference["value"] if better == "lower" else difference["value"]
     reach = max(abs(value) + half, 1e-12) * 1.1
@@ -150,15 +150,15 @@ def interval(difference: Estimate, better: str | None, won: str) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """(name, CSS class) pairs as a line of coloured marks."""
+    """Renders (name, CSS class) pairs as a legend of coloured marks."""
     items = "".join(f'<span><i class="swatch {style}"></i>{html.escape(name)}</span>' for name, style in entries)
     return f'<p class="legend">{items}</p>'
 
 
 def _value_axis(series: Sequence[Series], unit: str, from_zero: bool = False, around_zero: bool = False) -> Axis:
-    known = [e for s in series for e in s.values if e is not None]
-    low = min((e["value"] - Z95 * e["stderr"] for e in known), default=0.0)
-    high = max((e["value"] + Z95 * e["stderr"] for e in known), default=1.0)
+    estimates = [e for s in series for e in s.values if e is not None]
+    low = min((e["value"] - Z95 * e["stderr"] for e in estimates), default=0.0)
+    high = max((e["value"] + Z95 * e["stderr"] for e in estimates), default=1.0)
     if unit == "share":
         return Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     if from_zero:

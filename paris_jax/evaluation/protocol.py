@@ -1,4 +1,4 @@
-"""`paris-jax evaluate`: ensemble and monolith on the same held-out prompts, noise and times, and the report."""
+"""`paris-jax evaluate`: compares ensemble and monolith on the same held-out prompts, noise and timesteps."""
 
 import dataclasses
 import logging
@@ -52,7 +52,7 @@ def _evaluate(experiment: Experiment, run: RunFolder) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     if not experiment.data.heldout_fraction:
         raise UserError(
-            "config.data.heldout_fraction=0 sets no clips apart to evaluate on; raise it, with a new --workdir"
+            "config.data.heldout_fraction=0 holds out no clips for the evaluation; raise it, with a new --workdir"
         )
     check_ready(run)
     key = evaluation_hash(experiment, run)
@@ -78,22 +78,22 @@ def _evaluate(experiment: Experiment, run: RunFolder) -> None:
 
 
 def check_ready(run: RunFolder) -> None:
-    """Refuses a missing ensemble, monolith or held-out set, naming the command to run first."""
-    for folder, what, command in (
-        (run.heldout, "no held-out clips", "cluster"),
-        (run.ensemble, "no ensemble", "assemble"),
-        (run.export(MONOLITH), "no trained monolith", f"train {MONOLITH.arguments}"),
+    """Raises UserError if the held-out clips, ensemble or monolith are missing; names the command to run first."""
+    for folder, name, command in (
+        (run.heldout, "held-out split", "cluster"),
+        (run.ensemble, "ensemble", "assemble"),
+        (run.export(MONOLITH), "trained monolith", f"train {MONOLITH.arguments}"),
     ):
         if not manifest.exists(folder):
-            name, _, flags = command.partition(" ")
-            command = " ".join(filter(None, [f"paris-jax {name} --workdir={run}", flags]))
-            raise UserError(f"There is {what} at {folder}; run '{command}' first")
+            stage, _, flags = command.partition(" ")
+            command = " ".join(filter(None, [f"paris-jax {stage} --workdir={run}", flags]))
+            raise UserError(f"There is no {name} at {folder}; run '{command}' first")
 
 
 def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
-    """Hash of everything that decides the scores: settings, both models, held-out clips and classifier."""
+    """Returns the hash of everything that decides the scores: settings, both models, held-out clips and classifier."""
     folders = (run.ensemble, run.export(MONOLITH), run.heldout)
-    decisive = {
+    inputs = {
         "sampling": dataclasses.asdict(experiment.sampling),
         "evaluation": dataclasses.asdict(experiment.evaluation),
         "folders": [manifest.hash_file(folder / manifest.FILE_NAME) for folder in folders],
@@ -102,11 +102,11 @@ def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
         "versions": {name: manifest.versions()[name] for name in ("paris-jax", "jax", "flax")},
         "schema": results.SCHEMA,
     }
-    return hashing.hash_text(hashing.canonical_json(decisive))
+    return hashing.hash_text(hashing.canonical_json(inputs))
 
 
 class ResultCache:
-    """Cache of arrays, for an interrupted evaluation of the same hash."""
+    """Cache of arrays on disk, from which an interrupted evaluation of the same hash resumes."""
 
     def __init__(self, folder: epath.Path, key: str):
         self._folder, self._key = folder, key
@@ -114,16 +114,16 @@ class ResultCache:
     def get(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         path = self._folder / f"{name}-{self._key[:16]}.safetensors"
         if not path.exists():
-            # A file under its final name is complete: it is renamed last.
+            # A file under its final name is complete, because it is written under another name and renamed.
             manifest.write_atomically(path, safetensors.numpy.save(make()))
         return safetensors.numpy.load(path.read_bytes())
 
 
 class EvaluationRun:
-    """Both models, the held-out clips, and the measurements."""
+    """One evaluation: both models, the held-out clips, and the measurements."""
 
-    def __init__(self, experiment: Experiment, run: RunFolder, kept: ResultCache, progress: Progress):
-        self.experiment, self.run, self.kept, self.progress = experiment, run, kept, progress
+    def __init__(self, experiment: Experiment, run: RunFolder, cache: ResultCache, progress: Progress):
+        self.experiment, self.run, self.cache, self.progress = experiment, run, cache, progress
         settings = experiment.evaluation
         sampling = dataclasses.asdict(experiment.sampling)
         store = EncoderStore()
@@ -131,7 +131,7 @@ class EvaluationRun:
         self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, store=store, **sampling)
         self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
         self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
-        # As many real clips as prompts are set aside to measure distances to.
+        # The Frechet distance compares with other real clips, as many as there are prompts.
         self.count = min(settings.num_clips, len(self.heldout) // 2)
         if self.count < 2:
             raise UserError(
@@ -146,19 +146,19 @@ class EvaluationRun:
         elif experiment.sampling.routing == "threshold":
             self.routing["threshold"] = experiment.sampling.threshold
         rules = ("routing", "top_k", "threshold")
-        self.how = {name: value for name, value in sampling.items() if name not in rules}
+        self.options = {name: value for name, value in sampling.items() if name not in rules}
 
     def results(self, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns results.json (see evaluation/results.py) and the shown videos by model, uint8."""
+        """Returns the contents of results.json (see evaluation/results.py) and the shown videos by model, uint8."""
         videos, routing = self._videos()
-        made = self._losses()
+        losses = self._losses()
         classifier = AttributeClassifier.load()
-        classified = {who: scores.ClassifiedVideos(classifier, v) for who, v in videos.items()}
+        classified = {model: scores.ClassifiedVideos(classifier, v) for model, v in videos.items()}
         others = scores.ClassifiedVideos(classifier, heldout.decode(self.ensemble, self.others.latents))
         rows, by_attribute, left_out = self._scores(classified, others)
-        both = {model: made[model] for model in results.MODELS}
+        both = {model: losses[model] for model in results.MODELS}
         rows += [*scores.flow(both), scores.motion(videos)]
-        rows += [scores.cond_frames(kind, self._kept_errors(kind, videos)) for kind in self.experiment.masks.kinds]
+        rows += [scores.cond_frames(kind, self._cond_errors(kind, videos)) for kind in self.experiment.masks.kinds]
         num_clusters = self.experiment.clustering.num_clusters
         shown = self.experiment.evaluation.num_shown
         found = {
@@ -172,88 +172,92 @@ class EvaluationRun:
             "comparisons": rows,
             **scores.flow_curves(both, self.scored.clusters, num_clusters),
             "attribute_accuracy": by_attribute,
-            "router": scores.router(made["router"], self.scored.clusters),
+            "router": scores.router(losses["router"], self.scored.clusters),
             "expert_use": scores.expert_use(routing, self.ensemble.clusters, self.prompts.clusters),
             "compute": self._compute(),
             "shown": scores.shown_clips(self.prompts, classified, routing, shown),
         }
-        return found, {who: codecs.to_uint8(v[:shown]) for who, v in videos.items()}
+        return found, {model: codecs.to_uint8(v[:shown]) for model, v in videos.items()}
 
     def _videos(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Videos by model and of the prompts' own clips, and the ensemble's routing (S, N, E)."""
+        """Samples both models; returns videos by model, "real" for the prompts' clips, and the routing (S, N, E)."""
         noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))
         videos = {"real": heldout.decode(self.ensemble, self.prompts.latents)}
         routing = np.zeros(0)
-        both = (("ensemble", self.ensemble, self.how | self.routing), ("monolith", self.monolith, self.how))
-        for name, model, how in both:
+        for name, model, options in self._models():
             task = self.progress.add_task(f"sampling: {name}", total=self.count)
 
-            def draw(model=model, how=how, task=task) -> dict[str, np.ndarray]:
-                made = heldout.sample(
-                    model, self.prompts.captions, noise, how, lambda n: self.progress.advance(task, n)
+            def draw(model=model, options=options, task=task) -> dict[str, np.ndarray]:
+                samples = heldout.sample(
+                    model, self.prompts.captions, noise, options, lambda n: self.progress.advance(task, n)
                 )
-                return dict(zip(("videos", "routing"), made, strict=True))
+                return dict(zip(("videos", "routing"), samples, strict=True))
 
-            kept = self.kept.get(f"samples-{name}", draw)
+            samples = self.cache.get(f"samples-{name}", draw)
             self.progress.update(task, completed=self.count)
-            videos[name] = kept["videos"]
+            videos[name] = samples["videos"]
             if name == "ensemble":
-                routing = kept["routing"]
+                routing = samples["routing"]
         return videos, routing
 
-    def _kept_errors(self, kind: str, videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Errors of frames of the prompts' own clips that are given, (N,) of each model, and where they are not "
-        "given."""
+    def _models(self) -> tuple[tuple[str, Ensemble, dict[str, Any]], ...]:
+        """Returns name, model and sampling options of ensemble and monolith."""
+        return ("ensemble", self.ensemble, self.options | self.routing), ("monolith", self.monolith, self.options)
+
+    def _cond_errors(self, kind: str, videos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns each model's root-mean-square error (N,) on conditioning frames from the prompts' clips.
+
+        "unconditioned" is the error of the ensemble's samples without conditioning frames.
+        """
         count = min(self.count, heldout.BATCH)
         x_0 = jnp.asarray(self.ensemble.scale.normalise(self.prompts.latents[:count]))
         T = x_0.shape[1]
         mask = jnp.broadcast_to(cond_masks.of_kind(kind, T, prefix=T // 2), (count, T))
-        given, frames = np.asarray(cond_masks.cond_input(x_0, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
+        cond, frames = np.asarray(cond_masks.cond_input(x_0, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
         noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))[:count]
 
-        def error(made: np.ndarray) -> np.ndarray:
-            square = np.square(made[:count] - videos["real"][:count]).mean((2, 3, 4))
+        def error(sampled: np.ndarray) -> np.ndarray:
+            square = np.square(sampled[:count] - videos["real"][:count]).mean((2, 3, 4))
             return np.sqrt((square * frames).sum(1) / frames.sum(1))
 
-        errors = {"not given": error(videos["ensemble"])}
-        for name, model, how in (
-            ("ensemble", self.ensemble, self.how | self.routing),
-            ("monolith", self.monolith, self.how),
-        ):
-            task = self.progress.add_task(f"given {kind}: {name}", total=count)
+        errors = {"unconditioned": error(videos["ensemble"])}
+        for name, model, options in self._models():
+            task = self.progress.add_task(f"conditioning frames ({kind}): {name}", total=count)
 
-            def draw(model=model, how=how, task=task) -> dict[str, np.ndarray]:
+            def draw(model=model, options=options, task=task) -> dict[str, np.ndarray]:
                 captions = self.prompts.captions[:count]
-                made, _ = heldout.sample(model, captions, noise, how, lambda n: self.progress.advance(task, n), given)
-                return {"errors": error(made)}
+                sampled, _ = heldout.sample(
+                    model, captions, noise, options, lambda n: self.progress.advance(task, n), cond
+                )
+                return {"errors": error(sampled)}
 
-            errors[name] = self.kept.get(f"given-{kind}-{name}", draw)["errors"]
+            errors[name] = self.cache.get(f"given-{kind}-{name}", draw)["errors"]
             self.progress.update(task, completed=count)
         return errors
 
     def _losses(self) -> dict[str, Any]:
-        """Losses of both models and the router's hits (N, bins), all at the same points."""
+        """Returns the losses of both models and the router's hits (N, bins), all at the same points."""
         settings = self.experiment.evaluation
         latents = self.ensemble.scale.normalise(self.scored.latents)
         points = Points.draw(latents, self.scored.ids, settings.loss_timesteps, settings.seed)
         captions, batches = self.scored.captions, flow_loss.num_batches(points)
-        made: dict[str, Any] = {}
-        for name, model, how in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
+        losses: dict[str, Any] = {}
+        for name, model, options in (("ensemble", self.ensemble, self.routing), ("monolith", self.monolith, {})):
             advance = self._bar(f"held-out loss: {name}", batches)
 
-            def ask(model=model, how=how, advance=advance) -> dict[str, np.ndarray]:
-                asked = heldout.velocity(model, captions, how)
-                return dataclasses.asdict(flow_loss.heldout_losses(asked, points, advance=advance))
+            def measure(model=model, options=options, advance=advance) -> dict[str, np.ndarray]:
+                velocity = heldout.velocity(model, captions, options)
+                return dataclasses.asdict(flow_loss.heldout_losses(velocity, points, advance=advance))
 
-            made[name] = Losses(**self.kept.get(f"losses-{name}", ask))
+            losses[name] = Losses(**self.cache.get(f"losses-{name}", measure))
         advance = self._bar("router", batches)
         route = heldout.route(self.ensemble, captions, self.experiment.clustering.num_clusters)
 
         def hits() -> dict[str, np.ndarray]:
             return {"hits": flow_loss.router_hits(route, points, self.scored.clusters, advance=advance)}
 
-        made["router"] = self.kept.get("router", hits)["hits"]
-        return made
+        losses["router"] = self.cache.get("router", hits)["hits"]
+        return losses
 
     def _bar(self, name: str, total: int) -> Callable[[], None]:
         task = self.progress.add_task(name, total=total)
@@ -262,38 +266,37 @@ class EvaluationRun:
     def _scores(
         self, classified: dict[str, scores.ClassifiedVideos], others: scores.ClassifiedVideos
     ) -> tuple[list, dict | None, list[str]]:
-        """Attribute accuracy and Frechet distance, and why one of them was left out."""
+        """Returns the comparisons of attribute accuracy and Frechet distance, and the reasons for those left out."""
         rows, by_attribute, left_out = [], None, []
-        known = self.prompts.described and all(
+        shapes_only = self.prompts.has_attributes and all(
             a.keys() == ATTRIBUTES.keys() and all(v in ATTRIBUTES[k] for k, v in a.items())
             for a in self.prompts.attributes
         )
         note = ""
-        if known:
+        if shapes_only:
             row, by_attribute = scores.attribute_accuracy(self.prompts.attributes, classified)
             rows.append(row)
         else:
-            left_out.append("Attribute accuracy is left out: these clips carry no attributes to read back.")
-            note = "the classifier has seen shapes only, so on these clips the distance says little"
+            left_out.append("Attribute accuracy is left out: these clips do not have the attributes of the shapes.")
+            note = "the classifier was trained on shapes only, so the distance means little for these clips"
         if self.count >= scores.MIN_CLIPS:
             rows.append(scores.frechet(classified, others, note))
         else:
             left_out.append(
                 f"The Frechet distance (shapes classifier) is left out: it needs {scores.MIN_CLIPS} prompts and as "
-                "many "
-                f"other held-out clips; there are {len(self.heldout)} held-out clips and {self.count} prompts."
+                f"many other held-out clips; there are {len(self.heldout)} held-out clips and {self.count} prompts."
             )
         return rows, by_attribute, left_out
 
     def _compute(self) -> dict[str, Any]:
-        def job(name: str, part: NetworkManifest) -> compute.TrainingCost:
-            trained = part.training
-            if trained is None:
+        def job(name: str, network: NetworkManifest) -> compute.TrainingCost:
+            training = network.training
+            if training is None:
                 raise UserError(f"{name} has imported weights, whose training cost is not known; train it here")
-            return compute.TrainingCost(name, trained.steps, trained.global_batch_size, trained.flops_per_sample)
+            return compute.TrainingCost(name, training.steps, training.global_batch_size, training.flops_per_sample)
 
         experts = [
-            job(f"expert {k}", part) for k, part in ensemble_manifest.expert_manifests(self.run.ensemble).items()
+            job(f"expert {k}", network) for k, network in ensemble_manifest.expert_manifests(self.run.ensemble).items()
         ]
         monolith, router = (job(r.name, manifest.read(self.run.export(r), NetworkManifest)) for r in (MONOLITH, ROUTER))
         return compute.identity(experts, monolith, router)
@@ -314,12 +317,12 @@ class EvaluationRun:
             f"timestep shift {self.ensemble.timestep_shift:g}",
             "guidance": f"{sampling.guidance_scale:g}, inside the merge, with the same weights for both branches",
             "routing": f"{sampling.routing}{detail}",
-            "flow loss": f"{len(self.scored)} held-out clips x {bins} times, one in each of {bins} equal bins; "
-            f"noise and times from (seed {settings.seed}, clip id)",
+            "flow loss": f"{len(self.scored)} held-out clips x {bins} timesteps, one in each of {bins} equal bins; "
+            f"noise and timesteps from (seed {settings.seed}, clip id)",
             "Frechet distance": f"{self.count} videos per model, {self.count} other held-out clips; "
             f"{card['features']} features of the shapes classifier; not FVD",
-            "classifier": f"trained on {card['training_clips']:,} shapes; reads all attributes of "
-            f"{card['accuracy']['all']:.1%} of fresh clips right ({card['command']})",
+            "classifier": f"trained on {card['training_clips']:,} shapes; predicts all attributes of "
+            f"{card['accuracy']['all']:.1%} of fresh clips correctly ({card['command']})",
             "intervals": "95 %, normal; jackknife over 16 groups of clips for the Frechet distance",
             "device": jax.devices()[0].device_kind,
             "versions": manifest.versions(),

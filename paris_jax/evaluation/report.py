@@ -1,7 +1,7 @@
-"""report.html: one self-contained page a person likes to read, written from results.json and a few videos.
+"""Writes report.html: one self-contained page, made from results.json and a few videos.
 
-The words that never change stand in report.html beside this file. Styles, script, plots and videos are inlined, and a
-content security policy forbids every request, so the page looks the same by mail, from a bucket or in ten years.
+The fixed text is in report.html beside this file. Styles, script, plots and videos are inlined, and a content security
+policy forbids every request, so the page looks the same by mail, from a bucket or in ten years.
 """
 
 import base64
@@ -26,19 +26,19 @@ LABELS = {"real": "real clip", "ensemble": "ensemble", "monolith": "monolith"}  
 def write_report(
     results: Mapping[str, Any], videos: Mapping[str, np.ndarray], path: epath.PathLike, fps: float
 ) -> None:
-    """Writes the page.
+    """Writes the report as one HTML file.
 
     Args:
-      results: as described in results.py.
+      results: contents of results.json, as described in results.py.
       videos: model ("real", "ensemble", "monolith") -> (n, T, H, W, 3) uint8, the n clips of results["shown"].
-      path: the .html file.
-      fps: frames a second of the videos.
+      path: path of the .html file.
+      fps: frames per second of the videos.
     """
     manifest.write_atomically(path, render(results, videos, fps))
 
 
 def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float) -> str:
-    """The page as text; see `write_report`."""
+    """Returns the page as HTML text; see `write_report`."""
     compute, accuracy = results["compute"], results["attribute_accuracy"]
     experts = results["expert_use"]["clusters"]
     marks = [(f"expert {k}", _part(i)) for i, k in enumerate(experts)]
@@ -62,7 +62,7 @@ def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: fl
         expert_legend=plots.legend(marks),
         **_losses(results),
         **_routing(results, [name for name, _ in marks]),
-        compute_said=_compute_said(compute),
+        compute_said=_compute_sentence(compute),
         compute_rows=_compute_rows(compute),
         protocol="".join(_entry(name, value) for name, value in results["protocol"].items()),
         config_hash=html.escape(results["config_hash"][:16]),
@@ -83,7 +83,7 @@ def _part(index: int) -> str:
 
 
 def _first(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The three scores for the top of the page."""
+    """Returns the three scores shown at the top of the page."""
     return [c for c in comparisons if c["better"]][:3]
 
 
@@ -124,28 +124,30 @@ def _card(
     index: int, clip: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: float, experts: Sequence[int]
 ) -> str:
     figures = []
-    for model in (a for a in LABELS if a in videos):
+    for model in (label for label in LABELS if label in videos):
         data = base64.b64encode(video_io.video_bytes(np.asarray(videos[model][index]), fps)).decode()
-        asked, read = clip["asked"], clip["read"].get(model)
-        score = f"<span>{sum(read[n] == v for n, v in asked.items())}/{len(asked)}</span>" if read else ""
+        expected, predicted = clip["asked"], clip["read"].get(model)
+        correct = sum(predicted[name] == value for name, value in expected.items()) if predicted else 0
+        score = f"<span>{correct}/{len(expected)}</span>" if predicted else ""
         figures.append(
             f'<figure class="{model}"><video muted loop playsinline preload="auto" aria-label="{LABELS[model]}"'
             f' src="data:video/mp4;base64,{data}"></video><figcaption><span>{LABELS[model]}</span>{score}</figcaption>'
-            f"{_ticks(asked, read) if read else ''}</figure>"
+            f"{_ticks(expected, predicted) if predicted else ''}</figure>"
         )
-    said = ", ".join(f"expert {k} {u:.0%}" for k, u in zip(experts, clip["use"], strict=True) if u >= 0.005)
+    experts_used = ", ".join(f"expert {k} {u:.0%}" for k, u in zip(experts, clip["use"], strict=True) if u >= 0.005)
     return (
         f'<article class="card"><h3>{html.escape(clip["caption"])}</h3><div class="row">{"".join(figures)}</div>'
-        f'{_use_bar(clip["use"])}<p class="use-label">from cluster {clip["cluster"]}, answered by {said}</p></article>'
+        f'{_use_bar(clip["use"])}<p class="use-label">from cluster {clip["cluster"]}, sampled by {experts_used}</p>'
+        "</article>"
     )
 
 
-def _ticks(asked: Mapping[str, str], read: Mapping[str, str]) -> str:
+def _ticks(expected: Mapping[str, str], predicted: Mapping[str, str]) -> str:
     items = []
-    for name, value in asked.items():
-        right = "right" if read[name] == value else "wrong"
-        title = html.escape(f"{name}: asked {value}, read {read[name]}")
-        items.append(f'<li class="{right}" title="{title}">{html.escape(read[name])}</li>')
+    for name, value in expected.items():
+        style = "right" if predicted[name] == value else "wrong"
+        title = html.escape(f"{name}: prompt {value}, predicted {predicted[name]}")
+        items.append(f'<li class="{style}" title="{title}">{html.escape(predicted[name])}</li>')
     return f'<ul class="ticks">{"".join(items)}</ul>'
 
 
@@ -166,7 +168,7 @@ def _attribute_accuracy(by_attribute: Mapping[str, Any]) -> str:
         rows.append(f"<tr><td>{'<b>all at once</b>' if name == 'all' else html.escape(name)}</td>{cells}</tr>")
     return _template("report_attributes.html").substitute(
         legend=plots.legend([(s.name, s.style) for s in series]),
-        plot=plots.bars("Accuracy by attribute", names, series, "read as asked", "share"),
+        plot=plots.bars("Accuracy by attribute", names, series, "accuracy", "share"),
         rows="".join(rows),
     )
 
@@ -207,7 +209,7 @@ def _routing(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]
     series = Series("router", "ensemble", router["accuracy"])
     return {
         "router_plot": plots.lines(
-            "Router accuracy by time", [series], router["edges"], "right", "share", mark=router["chance"]
+            "Router accuracy by time", [series], router["edges"], "accuracy", "share", mark=router["chance"]
         ),
         "chance": f"{router['chance']:.0%}",
         "use_by_step": plots.shares("Expert use by step", names, use["by_step"], "solver step  (noise to clip)"),
@@ -215,15 +217,15 @@ def _routing(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]
     }
 
 
-def _compute_said(compute: Mapping[str, Any]) -> str:
+def _compute_sentence(compute: Mapping[str, Any]) -> str:
     if compute["equal"]:
-        said = "The sum over the experts and the monolith’s are <b>equal</b>, to the last operation."
+        text = "The sum over the experts and the monolith’s are <b>equal</b>, to the last operation."
     else:
-        said = f"<b>Not equal</b>: the experts spent {compute['ratio']:.4f} times the monolith’s compute."
+        text = f"<b>Not equal</b>: the experts spent {compute['ratio']:.4f} times the monolith’s compute."
     if compute["router"]:
         share = compute["router"]["total"] / compute["monolith"]["total"]
-        said += f" The router’s training comes on top ({share:.1%} of the monolith’s) and is not in the sum."
-    return said
+        text += f" The router’s training comes on top ({share:.1%} of the monolith’s) and is not in the sum."
+    return text
 
 
 def _compute_rows(compute: Mapping[str, Any]) -> str:
@@ -238,10 +240,10 @@ def _compute_rows(compute: Mapping[str, Any]) -> str:
 
 
 def _entry(name: str, value: Any) -> str:
-    return f"<dt>{html.escape(name)}</dt><dd>{html.escape(_say(value))}</dd>"
+    return f"<dt>{html.escape(name)}</dt><dd>{html.escape(_format(value))}</dd>"
 
 
-def _say(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_say(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {_format(v)}" for k, v in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,21 +1,21 @@
-"""results.json: what it holds, and the sentences that say who won.
+"""results.json: its schema, and the sentence that names the winners.
 
     schema         "paris_jax/evaluation/1"
     experiment     name;  config_hash, evaluation_hash: what was trained, and how it was sampled and scored
-    complete       false where a score had to be left out;  left_out: one sentence for each
-    protocol       name -> value in words or numbers: seeds, prompts, steps, guidance, counts, device, versions
+    complete       false if a score had to be left out;  left_out: one sentence for each, with the reason
+    protocol       name -> text or number: seeds, prompts, steps, guidance, counts, device, versions
     comparisons    list of {id, label, unit, better, ensemble, monolith, difference, winner, reference,
                    reference_label, note}
-                     better: "lower", "higher", or null where neither direction is better;  unit: "", "share" or a name
+                     better: "lower", "higher", or null if neither direction is better;  unit: "", "share" or a name
                      difference: ensemble - monolith, paired clip by clip;  winner: "ensemble", "monolith" or "none"
                      reference: the score of real held-out clips (floor or ceiling), or null
     loss_by_time, error_by_time
                    {edges (B + 1), ensemble [B], monolith [B], difference [B]}
     loss_by_cluster
-                   {clusters [K], ensemble [K], monolith [K], difference [K]}; null where no held-out clip is
+                   {clusters [K], ensemble [K], monolith [K], difference [K]}; null for clusters without held-out clips
     attribute_accuracy      {attribute: {ensemble, monolith, reference}}, or null without attributes
     router         {edges, accuracy [B], chance}: accuracy by time bin; chance is the share of the largest cluster
-    expert_use     {clusters [K], by_step [S][K], by_cluster {cluster of the prompt: [K]}}: mean weights
+    expert_use     {clusters [K], by_step [S][K], by_cluster {cluster of the prompt: [K]}}: mean routing weights
     compute        see compute.py
     shown          list of {id, caption, cluster, asked, read {model: {attribute: value}}, use [K]}; videos: report.html
 
@@ -46,7 +46,7 @@ def compare(
     note: str = "",
     smallest: float = 0.0,
 ) -> Comparison:
-    """One row of the comparison; see the module's docstring for the fields. A difference up to `smallest` is no win."""
+    """Returns one row of `comparisons` (fields: see the module); a difference of at most `smallest` has no winner."""
     won = winner(difference, better) if better and abs(difference["value"]) > smallest else "none"
     return {
         "id": name,
@@ -63,11 +63,11 @@ def compare(
 
 
 def headline(comparisons: list[Comparison]) -> str:
-    """One sentence from the numbers: who wins on what, by 95 % intervals of the paired difference."""
+    """Returns one sentence on which model wins which scores, by the 95 % interval of the paired difference."""
     scored = [c for c in comparisons if c["better"]]
     if not scored:
-        return "Nothing could be compared."
-    won = {who: [_short(c) for c in scored if c["winner"] == who] for who in (*MODELS, "none")}
+        return "No score could be compared."
+    won = {name: [_short(c) for c in scored if c["winner"] == name] for name in (*MODELS, "none")}
     first, second = sorted(MODELS, key=lambda model: -len(won[model]))
     if not won[first]:
         return f"No clear winner: ensemble and monolith are within error on all {len(scored)} scores."
@@ -80,7 +80,7 @@ def headline(comparisons: list[Comparison]) -> str:
 
 
 def format_estimate(estimate: Estimate | None, unit: str = "", signed: bool = False) -> str:
-    """Value and standard error with as many digits as the error supports: "0.482 ± 0.006", "71.9 ± 4.6 %"."""
+    """Formats value and standard error with as many digits as the error supports: "0.482 ± 0.006", "71.9 ± 4.6 %"."""
     if estimate is None:
         return "–"
     scale = 100 if unit == "share" else 1
@@ -92,7 +92,7 @@ def format_estimate(estimate: Estimate | None, unit: str = "", signed: bool = Fa
 
 
 def decimals(error: float) -> int:
-    """Decimals that show two digits of `error`, at most 5."""
+    """Returns the number of decimals that shows two digits of `error`, at most 5."""
     for digits in range(5):
         if error * 10**digits >= 9.5:
             return digits

@@ -1,4 +1,4 @@
-"""From arrays to results.json: every score of both models, with errors, paired differences and references."""
+"""Computes the entries of results.json: scores of both models with errors, paired differences and references."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,48 +15,52 @@ from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_est
 from paris_jax.evaluation.metrics.motion import mean_motion
 from paris_jax.evaluation.results import MODELS, Comparison
 
-MIN_CLIPS = 16  # clips below which a Frechet distance says nothing
+MIN_CLIPS = 16  # clips needed for a meaningful Frechet distance
 
 
 class ClassifiedVideos:
-    """One set of videos through the classifier: features (N, 64) and N dicts of predicted attributes."""
+    """Classifier outputs for one set of videos: features (N, 64) and N dicts of predicted attributes."""
 
     def __init__(self, classifier: AttributeClassifier, videos: np.ndarray):
         self.features, self.read = classifier.look(videos)
 
 
 def attribute_accuracy(
-    asked: list[dict[str, str]], classified: dict[str, ClassifiedVideos]
+    expected: list[dict[str, str]], classified: dict[str, ClassifiedVideos]
 ) -> tuple[Comparison, dict[str, Any]]:
-    """The comparison on all attributes at once, and the accuracy of each; `classified` by model and "real"."""
-    hits = {who: accuracies.hits(asked, seen.read) for who, seen in classified.items()}
-    shares = {who: accuracies.accuracy(found) for who, found in hits.items()}
+    """Returns the comparison on all attributes at once, and the accuracy of each attribute.
+
+    Args:
+      expected: attributes of the N prompts.
+      classified: classifier outputs of each model and of the prompts' own clips, "real".
+    """
+    hits = {model: accuracies.hits(expected, videos.read) for model, videos in classified.items()}
+    shares = {model: accuracies.accuracy(correct) for model, correct in hits.items()}
     by_attribute = {
         name: {**{model: shares[model][name] for model in MODELS}, "reference": shares["real"][name]}
         for name in shares["real"]
     }
-    everything = accuracies.ALL
     row = results.compare(
         "attribute_accuracy",
         "Attribute accuracy",
         "higher",
-        {model: shares[model][everything] for model in MODELS},
-        estimates.difference(hits["ensemble"][everything], hits["monolith"][everything]),
+        {model: shares[model][accuracies.ALL] for model in MODELS},
+        estimates.difference(hits["ensemble"][accuracies.ALL], hits["monolith"][accuracies.ALL]),
         unit="share",
-        reference=shares["real"][everything],
+        reference=shares["real"][accuracies.ALL],
         reference_label="ceiling: held-out clips",
-        note="every attribute read back as asked",
+        note="all predicted attributes as in the prompt",
     )
     return row, by_attribute
 
 
 def frechet(classified: dict[str, ClassifiedVideos], others: ClassifiedVideos, note: str) -> Comparison:
-    """Distance of each model, and of the prompts' own real clips, to as many `others` real clips.
+    """Compares the Frechet distances of each model, and of the prompts' own clips, to as many other real clips.
 
-    Small sets with a little less spread come out a little closer, even below the floor: measured, noise that nobody
-    would call better gains half a standard error of the floor. So a difference within that error wins nothing.
+    Small sets with slightly less spread have a slightly lower distance, even below the floor: in a measurement, noise
+    that is no improvement gained half a standard error of the floor. A difference within that error has no winner.
     """
-    features = {who: seen.features for who, seen in classified.items()}
+    features = {model: videos.features for model, videos in classified.items()}
     floor = frechet_estimate(features["real"], others.features)
     return results.compare(
         "frechet",
@@ -72,63 +76,63 @@ def frechet(classified: dict[str, ClassifiedVideos], others: ClassifiedVideos, n
 
 
 def motion(videos: dict[str, np.ndarray]) -> Comparison:
-    """Mean optical flow of each model and of the real clips."""
-    found = {who: mean_motion(v) for who, v in videos.items()}
+    """Compares the mean optical flow of each model's videos and of the real clips."""
+    flows = {model: mean_motion(v) for model, v in videos.items()}
     return results.compare(
         "motion",
         "Motion",
         None,
-        {model: estimates.mean(found[model]) for model in MODELS},
-        estimates.difference(found["ensemble"], found["monolith"]),
+        {model: estimates.mean(flows[model]) for model in MODELS},
+        estimates.difference(flows["ensemble"], flows["monolith"]),
         unit="px/frame",
-        reference=estimates.mean(found["real"]),
+        reference=estimates.mean(flows["real"]),
         reference_label="held-out clips",
         note="closest to real is best",
     )
 
 
 def cond_frames(kind: str, errors: dict[str, np.ndarray]) -> Comparison:
-    """Error of sampled frames against their conditioning frames, (N,) by model; "not given": sampled without them."""
+    """Compares errors (N,) of sampled frames to their conditioning frames; "unconditioned" is sampled without them."""
     return results.compare(
         f"kept_{kind}",
         f"Error of conditioning frames ({kind})",
         "lower",
         {model: estimates.mean(errors[model]) for model in MODELS},
         estimates.difference(errors["ensemble"], errors["monolith"]),
-        reference=estimates.mean(errors["not given"]),
+        reference=estimates.mean(errors["unconditioned"]),
         reference_label="ensemble without them",
-        note="root mean square of videos in [-1, 1]",
+        note="root mean square error of videos in [-1, 1]",
     )
 
 
-def flow(made: dict[str, Losses]) -> list[Comparison]:
-    """Held-out flow loss and velocity error over all times."""
+def flow(losses: dict[str, Losses]) -> list[Comparison]:
+    """Compares held-out flow loss and velocity error, averaged over all timesteps."""
     rows = []
     for field, label in (("loss", "Held-out flow loss"), ("error", "Held-out velocity error")):
-        per_clip = {model: getattr(made[model], field).mean(1) for model in MODELS}
+        per_clip = {model: getattr(losses[model], field).mean(1) for model in MODELS}
         means = {model: estimates.mean(values) for model, values in per_clip.items()}
         difference = estimates.difference(per_clip["ensemble"], per_clip["monolith"])
         rows.append(results.compare(field, label, "lower", means, difference))
     return rows
 
 
-def flow_curves(made: dict[str, Losses], clusters: np.ndarray, num_clusters: int) -> dict[str, Any]:
-    """The entries loss_by_time, error_by_time and loss_by_cluster."""
-    bins = made["ensemble"].loss.shape[1]
+def flow_curves(losses: dict[str, Losses], clusters: np.ndarray, num_clusters: int) -> dict[str, Any]:
+    """Returns the entries loss_by_time, error_by_time and loss_by_cluster."""
+    bins = losses["ensemble"].loss.shape[1]
     edges = [b / bins for b in range(bins + 1)]
     entries: dict[str, Any] = {}
     for field in ("loss", "error"):
-        values = {model: getattr(made[model], field) for model in MODELS}
+        values = {model: getattr(losses[model], field) for model in MODELS}
         values["difference"] = values["ensemble"] - values["monolith"]
-        entries[f"{field}_by_time"] = {"edges": edges, **{who: flow_loss.by_time(v) for who, v in values.items()}}
-    loss = {model: made[model].loss for model in MODELS}
+        entries[f"{field}_by_time"] = {"edges": edges, **{name: flow_loss.by_time(v) for name, v in values.items()}}
+    loss = {model: losses[model].loss for model in MODELS}
     loss["difference"] = loss["ensemble"] - loss["monolith"]
-    by_cluster = {who: flow_loss.by_cluster(v, clusters, num_clusters) for who, v in loss.items()}
+    by_cluster = {name: flow_loss.by_cluster(v, clusters, num_clusters) for name, v in loss.items()}
     return entries | {"loss_by_cluster": {"clusters": list(range(num_clusters)), **by_cluster}}
 
 
 def router(hits: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
-    """Accuracy by time bin of hits (N, bins)."""
+    """Returns the entry router: accuracy in each timestep bin, from hits (N, bins)."""
     bins = hits.shape[1]
     return {
         "edges": [b / bins for b in range(bins + 1)],
@@ -138,7 +142,7 @@ def router(hits: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
 
 
 def expert_use(routing: np.ndarray, experts: Sequence[int], clusters: np.ndarray) -> dict[str, Any]:
-    """Mean weights of routing (S, N, E) by step, and by the cluster (N,) of the prompt."""
+    """Returns the entry expert_use: mean weights of routing (S, N, E) by step and by the prompts' clusters (N,)."""
     return {
         "clusters": list(experts),
         "by_step": flow_loss.expert_use(routing).tolist(),
@@ -151,17 +155,17 @@ def expert_use(routing: np.ndarray, experts: Sequence[int], clusters: np.ndarray
 def shown_clips(
     prompts: Heldout, classified: dict[str, ClassifiedVideos], routing: np.ndarray, count: int
 ) -> list[dict[str, Any]]:
-    """Captions, attributes and expert usage of the first `count` videos, for the report."""
+    """Returns the entry shown: captions, attributes and expert usage of the first `count` videos."""
     clips = []
     for i in range(min(count, len(prompts))):
-        read = {who: seen.read[i] for who, seen in classified.items()} if prompts.described else {}
+        predicted = {m: videos.read[i] for m, videos in classified.items()} if prompts.has_attributes else {}
         clips.append(
             {
                 "id": prompts.ids[i],
                 "caption": prompts.captions[i],
                 "cluster": int(prompts.clusters[i]),
-                "asked": prompts.attributes[i] if prompts.described else {},
-                "read": read,
+                "asked": prompts.attributes[i] if prompts.has_attributes else {},
+                "read": predicted,
                 "use": routing[:, i].mean(0, dtype=np.float64).tolist(),
             }
         )

@@ -1,1 +1,1 @@
-"""Training jobs side by side on the devices of this machine."""
+"""Runs training jobs in parallel on the devices of this machine."""

@@ -10,22 +10,22 @@ import subprocess
 from paris_jax.errors import UserError
 
 KINDS = "auto, cpu, cpu:0,1, gpu:0,1 or tpu:0,1,2,3"
-# How libtpu names the chips of one process: x, y, z extents for each count that tiles a host.
+# libtpu's bounds of the chips of one process: x, y, z extents for each number of chips that tiles a host.
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Devices that processes may be given: of kind "gpu", "tpu" or "cpu" (its cores), by number.
+    """Devices to run processes on: "gpu", "tpu" or "cpu" (its cores), by number.
 
-    Without numbers it is the whole machine.
+    Without numbers, the whole machine.
     """
 
     kind: str
     numbers: tuple[str, ...] = ()
 
     def groups(self, num_roles: int) -> list["Devices"]:
-        """Disjoint groups of one size, at most one for each role."""
+        """Splits the devices into disjoint groups of equal size, at most one for each role."""
         if not self.numbers:
             return [self]
         size = max(1, len(self.numbers) // max(1, num_roles))
@@ -47,26 +47,26 @@ class Devices:
         return {"JAX_PLATFORMS": "cpu"}
 
     def pin(self) -> None:
-        """Keeps the calling thread, and every process that it starts, on these cores."""
+        """Pins the calling thread, and every process that it starts, to these cores."""
         if self.kind == "cpu" and self.numbers:
             os.sched_setaffinity(0, [int(n) for n in self.numbers])
 
     def __str__(self) -> str:
         """The devices as a shell prefix of a command."""
-        words = [f"{name}={value}" for name, value in self.environment().items()]
+        variables = [f"{name}={value}" for name, value in self.environment().items()]
         pinned = ["taskset", "-c", ",".join(self.numbers)] if self.kind == "cpu" and self.numbers else []
-        return " ".join([*words, *pinned])
+        return " ".join([*variables, *pinned])
 
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Makes this process reuse the memory it frees instead of returning it to the system, where glibc has the setting.
+    """Makes this process reuse freed memory instead of returning it to the system; needs glibc, else does nothing.
 
-    On a CPU, XLA asks for a step's temporary memory at every step. Given back each time, its pages are faulted in and
-    cleared again each time: a third of a training step of the shapes' network.
+    On a CPU, XLA allocates a step's temporary memory anew at every step. Pages that were returned to the system are
+    faulted in and cleared each time, which took a third of a training step of the shapes network.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -74,31 +74,35 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def find_devices(asked: str) -> Devices:
-    """Reads `--devices`: "auto" is all accelerators there are or, where there is none, the cores of the CPU."""
-    kind, _, listed = asked.partition(":")
+def find_devices(requested: str) -> Devices:
+    """Parses `--devices`: "auto" is all accelerators or, without any, the cores of the CPU.
+
+    Raises:
+      UserError: the value is malformed, or names cores that this process may not use.
+    """
+    kind, _, listed = requested.partition(":")
     numbers = tuple(listed.split(","))
     if kind in ("cpu", "gpu", "tpu") and listed:
         if not all(n.isdigit() for n in numbers) or len(set(numbers)) < len(numbers):
-            raise UserError(f"--devices={asked}: must name different devices by number, as in {kind}:0,1")
+            raise UserError(f"--devices={requested}: must name different devices by number, as in {kind}:0,1")
         if kind == "cpu" and not set(numbers) <= set(_cores()):
             raise UserError(
-                f"--devices={asked}: the cores that may be used here are {','.join(_cores()) or 'not known'}"
+                f"--devices={requested}: the cores that may be used here are {','.join(_cores()) or 'unknown'}"
             )
         return Devices(kind, numbers)
-    if asked not in ("auto", "cpu"):
-        raise UserError(f"--devices={asked}: must be {KINDS}")
-    wanted = os.environ.get("JAX_PLATFORMS", "") if asked == "auto" else "cpu"
-    if not wanted.startswith("cpu"):
-        if found := _gpus():
-            return Devices("gpu", found)
-        if found := _tpus():
-            return Devices("tpu", found)
+    if requested not in ("auto", "cpu"):
+        raise UserError(f"--devices={requested}: must be {KINDS}")
+    platforms = os.environ.get("JAX_PLATFORMS", "") if requested == "auto" else "cpu"
+    if not platforms.startswith("cpu"):
+        if gpus := _gpus():
+            return Devices("gpu", gpus)
+        if chips := _tpus():
+            return Devices("tpu", chips)
     return Devices("cpu", _cores())
 
 
 def _cores() -> tuple[str, ...]:
-    """The cores that this process may use; none where they cannot be known or given out (not Linux)."""
+    """Returns the cores that this process may use; empty on systems without CPU affinity (all but Linux)."""
     return tuple(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else ()
 
 

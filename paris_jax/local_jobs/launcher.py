@@ -1,6 +1,6 @@
-"""Commands as processes of their own, side by side on disjoint devices: nothing is exchanged between them.
+"""Runs commands as separate processes, in parallel on disjoint devices, without communication between them.
 
-A job that is preempted (exit code 75) starts again; one that is refused or dies stops the others, which save.
+A preempted job (exit code 75) is restarted; if a job fails in any other way, the others save and stop.
 """
 
 import collections
@@ -25,7 +25,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @dataclasses.dataclass(frozen=True)
 class LocalJob:
-    """One `paris-jax` command; `log` is the file its output is added to, instead of this terminal."""
+    """One `paris-jax` command; its output is appended to the file `log`, or goes to this terminal without one."""
 
     name: str
     arguments: tuple[str, ...]
@@ -37,7 +37,7 @@ class LocalJob:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A failed job, and its exit code (negative: the signal that killed it)."""
+    """A failed job and its exit code; a negative code is the signal that killed it."""
 
     job: LocalJob
     code: int
@@ -47,12 +47,12 @@ class Failure:
         if self.code < 0:
             hint = "; often there is not enough memory" if self.code == -9 else ""
             return f"{self.job.name} was killed by signal {-self.code}{hint}"
-        said = last_words(self.job.log).removeprefix("error: ") if self.job.log else ""
-        return f"{self.job.name}: {said or f'ended with exit code {self.code}'}"
+        error = last_words(self.job.log).removeprefix("error: ") if self.job.log else ""
+        return f"{self.job.name}: {error or f'ended with exit code {self.code}'}"
 
 
 class Launcher:
-    """Starts jobs, restarts preempted ones, and stops all when one fails or on request."""
+    """Starts jobs, restarts preempted ones, and stops all jobs when one fails or on request."""
 
     def __init__(self, program: Sequence[str], report: Callable[[str], None]):
         """`program` precedes a job's arguments; `report` is called with messages, from any thread."""
@@ -60,8 +60,8 @@ class Launcher:
         self.report = report
         self.failure: Failure | None = None
         self.stopped_by = 0  # the signal that stopped everything
-        self.began: dict[str, float] = {}  # when each job was first started, in seconds of time.perf_counter()
-        self.seconds: dict[str, float] = {}  # how long each job took that is done
+        self.began: dict[str, float] = {}  # first start of each job, from time.perf_counter()
+        self.seconds: dict[str, float] = {}  # duration of each completed job
         self._lock = threading.Lock()
         self._running: dict[subprocess.Popen[bytes], LocalJob] = {}
 
@@ -71,13 +71,13 @@ class Launcher:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """While this is open, signals ask all jobs to save and stop. For the main thread."""
+        """Handles SIGINT, SIGTERM and SIGHUP by making all jobs save and stop; must be entered on the main thread."""
 
-        def heard(number: int, _: object) -> None:
+        def handle(number: int, _: object) -> None:
             # In a thread, because the signal may arrive while the main thread holds the lock.
             threading.Thread(target=self.stop, args=(number,)).start()
 
-        previous = {number: signal.signal(number, heard) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -85,15 +85,15 @@ class Launcher:
                 signal.signal(number, handler)
 
     def stop(self, number: int) -> None:
-        """Asks every job to stop, and starts no other."""
+        """Makes every job save and stop because of signal `number`, and starts no more jobs."""
         with self._lock:
             first, self.stopped_by = not self.stopping, self.stopped_by or number
-            asked = self._stop_all()
-        if first and asked:
-            self.report(f"stopping; saving first: {', '.join(asked)}")
+            names = self._stop_all()
+        if first and names:
+            self.report(f"stopping; saving first: {', '.join(names)}")
 
     def run(self, job: LocalJob, devices: Devices) -> None:
-        """Runs a job to its end, restarting it when preempted; sets `failure` or `stopped_by` on failure."""
+        """Runs a job to completion and restarts it when preempted; if it fails, sets `failure` and stops the others."""
         while True:
             with self._lock:
                 if self.stopping:
@@ -119,13 +119,13 @@ class Launcher:
     def run_side_by_side(
         self, jobs: Sequence[LocalJob], groups: Sequence[Devices], watch: Callable[[], None], every: float = 1.0
     ) -> None:
-        """Gives each job, in their order, the first group of devices that is free, and calls `watch` meanwhile."""
+        """Runs each job, in order, on the next free group of devices, and calls `watch` every `every` seconds."""
         waiting = collections.deque(jobs)
 
         def work(devices: Devices) -> None:
             devices.pin()
             while waiting and not self.stopping:
-                with contextlib.suppress(IndexError):  # another group took the last one
+                with contextlib.suppress(IndexError):  # another thread took the last job
                     self.run(waiting.popleft(), devices)
 
         with concurrent.futures.ThreadPoolExecutor(len(groups)) as pool:
@@ -144,39 +144,39 @@ class Launcher:
         watch()
 
     def _start(self, job: LocalJob, devices: Devices) -> "subprocess.Popen[bytes]":
-        own = {"PYTHONUNBUFFERED": "1", "PARIS_JAX_JOIN_HOSTS": "0"}  # every job is one process
+        variables = {"PYTHONUNBUFFERED": "1", "PARIS_JAX_JOIN_HOSTS": "0"}  # every job is one process
         with contextlib.ExitStack() as stack:
             log = None
             if job.log:
-                own["COLUMNS"] = "120"  # of the lines in the log
+                variables["COLUMNS"] = "120"  # width of lines in the log
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(job.log.open("ab"))
                 log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {devices} {job}\n".encode())
                 log.flush()
             return subprocess.Popen(
                 [*self.program, *job.arguments],
-                env={**os.environ, **own, **devices.environment()},
+                env={**os.environ, **variables, **devices.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,
-                start_new_session=True,  # Ctrl-C reaches this launcher only, which asks the jobs to save and stop
+                start_new_session=True,  # Ctrl-C reaches only this launcher, which makes the jobs save and stop
             )
 
     def _stop_all(self) -> list[str]:
         for process in self._running:
-            process.send_signal(signal.SIGTERM)  # a training job saves on it and exits with 75
+            process.send_signal(signal.SIGTERM)  # on SIGTERM, a training job saves and exits with 75
         return [job.name for job in self._running.values()]
 
 
 def last_words(log: Path) -> str:
-    """The last error in a log or, without one, its last line; "" for an empty log."""
+    """Returns the last error of the latest start in a log or, without one, its last line; "" for an empty log."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - (1 << 14)))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    said: list[str] = []
+    latest: list[str] = []
     for line in filter(None, lines):
-        said = [] if line.startswith("== ") else [*said, line]
-    errors = [line for line in said if line.startswith("error: ")]
-    return ["", *said, *errors][-1]
+        latest = [] if line.startswith("== ") else [*latest, line]
+    errors = [line for line in latest if line.startswith("error: ")]
+    return ["", *latest, *errors][-1]

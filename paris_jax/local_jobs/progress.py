@@ -11,23 +11,26 @@ from paris_jax.config.experiment import Experiment
 from paris_jax.local_jobs.launcher import Launcher
 from paris_jax.training import metrics
 
-LINE_EVERY = 15.0  # seconds, where there is no terminal
+LINE_EVERY = 15.0  # seconds between lines without a terminal
 
 
 class RoleBars:
-    """One bar for each role: its steps, loss and time a step. A context manager; `update` reads the files again."""
+    """Progress bar of each role with its steps, loss and time per step; a context manager.
+
+    `update` reads the roles' metrics again.
+    """
 
     def __init__(
         self, console: Console, launcher: Launcher, experiment: Experiment, run: RunFolder, roles: Sequence[Role]
     ):
         self._console, self._launcher, self._run, self._roles = console, launcher, run, roles
         self._totals = {role.name: experiment.steps(role.kind) for role in roles}
-        self._old = {role.name: self._step(role) for role in roles}  # steps of an earlier, interrupted run
+        self._initial_steps = {role.name: self._step(role) for role in roles}  # steps of an earlier, interrupted run
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
         self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
         self._tasks = {
             role.name: self._bars.add_task(
-                role.name, total=self._totals[role.name], completed=self._old[role.name], note="waiting"
+                role.name, total=self._totals[role.name], completed=self._initial_steps[role.name], note="waiting"
             )
             for role in roles
         }
@@ -43,7 +46,7 @@ class RoleBars:
             self._bars.stop()
 
     def update(self) -> None:
-        states = [(role, *self._look(role)) for role in self._roles]
+        states = [(role, *self._state(role)) for role in self._roles]
         for role, step, note in states:
             self._bars.update(self._tasks[role.name], completed=step, note=note)
         now = time.perf_counter()
@@ -56,14 +59,14 @@ class RoleBars:
         line = metrics.newest(self._run.metrics(role))
         return int(line["step"]) if line else 0
 
-    def _look(self, role: Role) -> tuple[int, str]:
-        """The role's newest step, and its status text."""
+    def _state(self, role: Role) -> tuple[int, str]:
+        """Returns the role's newest step and its status text."""
         name = role.name
         if name not in self._launcher.began:
-            return self._old[name], "waiting"
+            return self._initial_steps[name], "waiting"
         line = metrics.newest(self._run.metrics(role))
         done = name in self._launcher.seconds
-        if line is None or (line["step"] == self._old[name] and not done):
-            return self._old[name], "starting"
+        if line is None or (line["step"] == self._initial_steps[name] and not done):
+            return self._initial_steps[name], "starting"
         note = f"loss {line['loss']:.4f}, {line['seconds_per_step'] * 1e3:.0f} ms a step"
         return int(line["step"]), f"done, {note}" if done else note

@@ -1,6 +1,6 @@
-"""`paris-jax quickstart`: every stage on this machine, the roles side by side, each a process of its own.
+"""`paris-jax quickstart`: runs every stage on this machine, with the roles in parallel.
 
-Stages are processes too, so that this one never holds a device that a role needs.
+Each role and each stage is a separate process, so that this one never holds a device that a role needs.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ PROGRAM = (sys.executable, "-m", "paris_jax")
 
 @dataclasses.dataclass(frozen=True)
 class JobGroups:
-    """The remaining work: stages before the roles, the roles, stages after them; and the completed stages."""
+    """The remaining stages before the roles, the roles, the stages after them; and the names of completed ones."""
 
     before: list[LocalJob]
-    roles: dict[Role, LocalJob]  # the longest first, so that none is left to run alone at the end
+    roles: dict[Role, LocalJob]  # the longest first, so that it does not run alone at the end
     after: list[LocalJob]
     done: list[str]
 
@@ -47,20 +47,23 @@ def quickstart(
     """Runs prepare, cluster, train (every role), assemble, sample and evaluate; resumes where it stopped.
 
     Args:
-      config: the flags that give a command this experiment; none where RUN/config.json holds it.
-      devices: what to run on, see `find_devices`.
-      dry_run: print the commands and their devices, run nothing.
+      experiment: config of the run.
+      run: run folder of all stages.
+      config: config flags of the commands; empty if RUN/config.json holds the experiment.
+      devices: devices to run on, see `find_devices`.
+      dry_run: prints the commands and their devices instead of running them.
 
     Raises:
-      UserError: a role failed, with its own message.
-      Preempted, KeyboardInterrupt: after SIGTERM or SIGINT, when every role has saved.
+      UserError: a role failed, or a stage was killed; the message is its error.
+      SystemExit: a stage failed and has printed its error.
+      Preempted, KeyboardInterrupt: every role has saved after SIGTERM or SIGINT.
     """
-    found = find_devices(devices)
+    available = find_devices(devices)
     plan = make_plan(experiment, run, config)
-    groups = found.groups(len(plan.roles))
-    whole = dataclasses.replace(found, numbers=()) if found.kind == "cpu" else groups[0]
+    groups = available.groups(len(plan.roles))
+    stage_devices = dataclasses.replace(available, numbers=()) if available.kind == "cpu" else groups[0]
     if dry_run:
-        _print_commands(plan, groups, whole)
+        _print_commands(plan, groups, stage_devices)
         return
     run.claim(experiment.to_dict(), experiment.hash)
     console = Console(highlight=False)
@@ -70,21 +73,21 @@ def quickstart(
         console.print(f"{name}: done already")
     with launcher.listening():
         for job in plan.before:
-            _stage(job, launcher, whole, console, times)
+            _stage(job, launcher, stage_devices, console, times)
         if plan.roles:
             _train(experiment, run, plan, launcher, groups, console, times)
         for job in plan.after:
-            _stage(job, launcher, whole, console, times)
+            _stage(job, launcher, stage_devices, console, times)
     console.rule("[bold]done")
     console.print(_table(times))
     if experiment.data.heldout_fraction:
         console.print(f"open {run.evaluation / 'report.html'}", soft_wrap=True)
-    again = shlex.join(["paris-jax", "sample", f"--ensemble={run.ensemble}", f"--prompt={PROMPTS[0]}"])
-    console.print(f"go on: {again}", soft_wrap=True)
+    command = shlex.join(["paris-jax", "sample", f"--ensemble={run.ensemble}", f"--prompt={PROMPTS[0]}"])
+    console.print(f"sample more: {command}", soft_wrap=True)
 
 
 def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> JobGroups:
-    """The commands of every stage that is not done; the evaluation, which knows best whether it is, is always there."""
+    """Returns the commands of all stages that are not done, and of evaluate, which detects itself that it is done."""
     workdir = f"--workdir={run}"
     stages = [("prepare", run.data), ("cluster", run.partition)]
     before = [LocalJob(name, (name, *config, workdir)) for name, folder in stages if not manifest.exists(folder)]
@@ -117,13 +120,13 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
         )
     if experiment.data.heldout_fraction:
         after.append(LocalJob("evaluate", ("evaluate", *config, workdir)))
-    left = {job.name for job in (*before, *todo.values(), *after)}
-    everything = ["prepare", "cluster", *(role.name for role in (monolith, *others)), "assemble"]
-    return JobGroups(before, todo, after, [name for name in everything if name not in left])
+    remaining = {job.name for job in (*before, *todo.values(), *after)}
+    names = ["prepare", "cluster", *(role.name for role in (monolith, *others)), "assemble"]
+    return JobGroups(before, todo, after, [name for name in names if name not in remaining])
 
 
 def _log(experiment: Experiment, run: RunFolder, role: Role) -> Path:
-    """Where a role's output goes: into its folder or, where that is a bucket, which cannot be added to, into /tmp."""
+    """Returns a role's log file: in its folder or, as files in a bucket cannot be appended to, in the temporary one."""
     if "://" not in str(run):
         return Path(run.log(role))
     return Path(tempfile.gettempdir()) / f"paris_jax-{experiment.hash[:12]}" / f"{role.name.replace(' ', '-')}.log"
@@ -147,8 +150,8 @@ def _train(
 ) -> None:
     kind = {"cpu": "core", "gpu": "GPU", "tpu": "chip"}[groups[0].kind]
     each = f", {len(groups[0].numbers)} {kind}(s) each" if groups[0].numbers else ""
-    how = f"{len(groups)} side by side{each}" if len(groups) > 1 else "in turn"
-    console.rule(f"[bold]train[/bold]: {len(plan.roles)} isolated processes, {how}  {sum(times.values()):.0f} s")
+    schedule = f"{len(groups)} side by side{each}" if len(groups) > 1 else "in turn"
+    console.rule(f"[bold]train[/bold]: {len(plan.roles)} isolated processes, {schedule}  {sum(times.values()):.0f} s")
     began = time.perf_counter()
     with RoleBars(console, launcher, experiment, run, list(plan.roles)) as bars:
         launcher.run_side_by_side(list(plan.roles.values()), groups, bars.update)
@@ -156,22 +159,22 @@ def _train(
     times["train"] = time.perf_counter() - began
     for job in plan.roles.values():
         console.print(
-            f"{job.name} is trained in {launcher.seconds[job.name]:.0f} s; its log: {job.log}", soft_wrap=True
+            f"{job.name} was trained in {launcher.seconds[job.name]:.0f} s; its log: {job.log}", soft_wrap=True
         )
 
 
 def _check(launcher: Launcher) -> None:
-    """Raises the failure that ended a launcher early."""
+    """Raises the error of a launcher that stopped early."""
     failure = launcher.failure
     if failure and (failure.job.log or failure.code < 0):
         log = f" (its log: {failure.job.log})" if failure.job.log else ""
-        raise UserError(f"{failure}{log}; when that is mended, run the same command again: the rest is saved")
+        raise UserError(f"{failure}{log}; fix that, then run the same command again: completed work is saved")
     if failure:
-        raise SystemExit(1)  # it has said why on this terminal
+        raise SystemExit(1)  # the stage has printed its error on this terminal
     if launcher.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if launcher.stopped_by:
-        raise Preempted("everything that was running has saved its state")
+        raise Preempted("all running jobs have saved their state")
 
 
 def _table(times: dict[str, float]) -> Table:
@@ -184,16 +187,16 @@ def _table(times: dict[str, float]) -> Table:
     return table
 
 
-def _print_commands(plan: JobGroups, groups: Sequence[Devices], whole: Devices) -> None:
+def _print_commands(plan: JobGroups, groups: Sequence[Devices], stage_devices: Devices) -> None:
     jobs = list(plan.roles.values())
-    blocks = [[f"{whole} {job}" for job in plan.before]]
+    blocks = [[f"{stage_devices} {job}" for job in plan.before]]
     if jobs:
         commands = [f"{devices} {job}" for devices, job in zip(groups, jobs, strict=False)]
         title = f"# {len(groups)} side by side:" if len(groups) > 1 else "# in turn:"
         blocks.append([title, *commands])
         if waiting := jobs[len(groups) :]:
-            then = ["# then, each on the devices of the first that is done:"] if len(groups) > 1 else []
-            same = "" if len(groups) > 1 else f"{groups[0]} "
-            blocks[-1] += [*then, *(f"{same}{job}" for job in waiting)]
-    blocks.append([f"{whole} {job}" for job in plan.after])
+            comment = ["# then, each on the next free group of devices:"] if len(groups) > 1 else []
+            prefix = "" if len(groups) > 1 else f"{groups[0]} "
+            blocks[-1] += [*comment, *(f"{prefix}{job}" for job in waiting)]
+    blocks.append([f"{stage_devices} {job}" for job in plan.after])
     print("\n\n".join("\n".join(block) for block in blocks if block))

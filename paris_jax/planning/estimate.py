@@ -45,7 +45,7 @@ class Planned:
 
     @property
     def flops(self) -> float:
-        """Of one step, without recomputation."""
+        """FLOPs of one training step, without recomputation."""
         return self.job.flops_per_sample * self.job.settings.global_batch_size
 
 
@@ -57,22 +57,27 @@ def plan(
     price: float | None,
     search: bool,
 ) -> dict[str, Planned]:
-    """Compiles the real step of each role for `target` and prints what it needs and what the run would take.
+    """Compiles the training step of each role for `target`; prints its memory, time and FLOPs, and the run's duration.
 
     Args:
-      experiment: whose networks, batch, mesh (data takes what fsdp, tensor and sequence leave) and steps are planned.
-      target: the slice of each role.
-      roles: which of expert, monolith and router.
-      mfu: of the chips' peak that steps are expected to reach; measure it where you can.
-      price: of a chip for an hour, in your money; nothing is said of prices otherwise.
-      search: also find the largest batch and the smallest slice that fit, or what makes it fit, by trying.
+      experiment: config of the networks, batch size, mesh (the data axis takes the devices that fsdp, tensor and
+        sequence leave) and steps.
+      target: slice of each role.
+      roles: any of "expert", "monolith" and "router".
+      mfu: expected model FLOPs utilization, a fraction of the chips' peak; measure it if you can.
+      price: price of one chip for one hour, in any currency; None prints no costs.
+      search: also compiles other configurations, to find the largest batch and the smallest slice that fit or, if the
+        job does not fit, changes that make it fit.
+
+    Returns:
+      The compiled job of each role.
     """
     console = Console(highlight=False)
     devices = target.devices()
     planned: dict[str, Planned] = {}
     for role in roles:
         job = _planned_job(experiment, target, role)
-        same = next((p for p in planned.values() if p.job.config == job.config), None)  # the monolith is an expert
+        same = next((p for p in planned.values() if p.job.config == job.config), None)  # an expert and the monolith
         planned[role] = dataclasses.replace(same, job=job) if same else _compile(job, target, devices)
     console.print(_memory(planned))
     console.print(_time(experiment, planned, mfu, price))
@@ -82,7 +87,7 @@ def plan(
         for role, found in planned.items():
             if role == "monolith" and "expert" in planned:
                 continue
-            for line in _look_further(found, devices):
+            for line in _suggestions(found, devices):
                 console.print(f"{role}: {line}", soft_wrap=True)
     return planned
 
@@ -121,17 +126,18 @@ def _memory(planned: dict[str, Planned]) -> Table:
 
 
 def step_seconds(p: Planned, mfu: float) -> tuple[float, float] | None:
-    """(roofline, expected) seconds of a step, or None where the chips' peak is not known.
+    """Returns (roofline, expected) seconds of a step, or None if the chips' peak is unknown.
 
-    The roofline is the larger of computing at peak, recomputation included, and of reading and writing the state.
+    The roofline is the larger of the time to compute at peak, recomputation included, and the time to read and write
+    the state.
     """
     chip = chip_named(p.slice.generation)
     if chip is None:
         return None
-    again = 4 / 3 if p.job.config.remat in ("full", "offload") else 1.0  # one more forward pass
-    computing = p.flops * again / (chip.peak * p.slice.size)
-    moving = 2 * p.footprint.arguments / chip.bandwidth
-    return max(computing, moving), p.flops / (mfu * chip.peak * p.slice.size)
+    recomputation = 4 / 3 if p.job.config.remat in ("full", "offload") else 1.0  # one more forward pass
+    compute = p.flops * recomputation / (chip.peak * p.slice.size)
+    traffic = 2 * p.footprint.arguments / chip.bandwidth
+    return max(compute, traffic), p.flops / (mfu * chip.peak * p.slice.size)
 
 
 def _time(experiment: Experiment, planned: dict[str, Planned], mfu: float, price: float | None) -> Table:
@@ -164,12 +170,15 @@ def _brief(number: float) -> str:
 
 
 def _notes(experiment: Experiment, mfu: float) -> Iterator[str]:
-    yield f"Text is counted at its longest, {experiment.text.max_tokens} tokens; jobs of one role run at the same time."
-    yield f"{mfu:.0%} MFU is assumed, not measured here; give what you measured as --mfu."
+    yield f"Text is counted at its maximum of {experiment.text.max_tokens} tokens; jobs of one role run in parallel."
+    yield f"{mfu:.0%} MFU is assumed, not measured; pass the value you measured as --mfu."
 
 
-def _look_further(found: Planned, devices: list) -> Iterator[str]:
-    """The largest batch and the smallest topology that fit, or the first change that makes it fit; each compiled."""
+def _suggestions(found: Planned, devices: list) -> Iterator[str]:
+    """Yields the largest batch and the smallest topology that fit, or changes up to the first that makes the job fit.
+
+    Compiles every candidate.
+    """
     if not found.footprint.fits:
         yield from _remedies(found, devices)
         return
@@ -192,13 +201,13 @@ def _with(job: Job, remat: str | None = None, **settings: int) -> Job:
 
 
 def _largest_batch(found: Planned, devices: list) -> int:
-    """Temporaries grow with the batch by the same amount for every row: two batches tell where the third must end."""
+    """Returns the largest batch that fits: memory is linear in the batch, so two compilations predict it."""
     assert found.footprint.memory
     rows = _rows(found)
     small = found.job.settings.global_batch_size
     double = _compile(_with(found.job, global_batch_size=2 * small), found.slice, devices).footprint.peak
-    each = max((double - found.footprint.peak) / small, 1.0)  # bytes a sample of the batch
-    batch = int(small + (MARGIN * found.footprint.memory - found.footprint.peak) / each) // rows * rows
+    per_sample = max((double - found.footprint.peak) / small, 1.0)  # bytes
+    batch = int(small + (MARGIN * found.footprint.memory - found.footprint.peak) / per_sample) // rows * rows
     while batch > small:
         if _compile(_with(found.job, global_batch_size=batch), found.slice, devices).footprint.fits:
             return batch
@@ -207,7 +216,7 @@ def _largest_batch(found: Planned, devices: list) -> int:
 
 
 def _rows(p: Planned) -> int:
-    """What a batch must be a multiple of: one sample for every share of it, of each batch that is accumulated."""
+    """Returns the divisor of every valid batch: one sample per data-parallel shard and accumulated batch."""
     settings = p.job.settings
     return p.slice.size // (settings.tensor * settings.sequence) * settings.grad_accum_steps
 
@@ -215,27 +224,27 @@ def _rows(p: Planned) -> int:
 def _smallest_slice(found: Planned) -> Planned:
     for shape in OFFERED[found.slice.generation]:
         smaller = Topology.parse(f"{found.slice.generation}:{shape}")
-        job = _over_all(found.job, smaller.size)
+        job = _with_full_fsdp(found.job, smaller.size)
         if smaller.size >= found.slice.size:
             break
         if job is None:
             continue
         devices = smaller.devices()
-        # More samples a device need more of what comes and goes: what is hopeless is not compiled.
+        # Temporaries grow with the samples per device: a topology that cannot fit is not compiled.
         least = (
             ShardedStep(job, devices).argument_bytes()
             + 0.8 * found.footprint.temporaries * found.slice.size / smaller.size
         )
         if least > (found.footprint.memory or math.inf):
             continue
-        tried = _compile(job, smaller, devices)
-        if tried.footprint.fits:
-            return tried
+        candidate = _compile(job, smaller, devices)
+        if candidate.footprint.fits:
+            return candidate
     return found
 
 
-def _over_all(job: Job, devices: int) -> Job | None:
-    """The same job with its parameters split over so many devices, or None where that does not divide."""
+def _with_full_fsdp(job: Job, devices: int) -> Job | None:
+    """Returns the job with its parameters sharded over this many devices, or None if the sizes do not divide."""
     fsdp, left = divmod(devices, job.settings.tensor * job.settings.sequence)
     rows = fsdp * job.settings.grad_accum_steps
     if left or not fsdp or job.settings.global_batch_size % rows or job.config.hidden % (fsdp * job.settings.sequence):
@@ -244,9 +253,9 @@ def _over_all(job: Job, devices: int) -> Job | None:
 
 
 def _remedies(found: Planned, devices: list) -> Iterator[str]:
-    """Tries what could make it fit: all devices for the parameters, then full recomputation, then smaller batches."""
-    needed, there = in_gib(found.footprint.peak), in_gib(found.footprint.memory or 0)
-    yield f"does not fit: {needed} are needed of each device, which has {there}"
+    """Tries to make the job fit by sharding over all devices, then full recomputation, then smaller batches."""
+    needed, available = in_gib(found.footprint.peak), in_gib(found.footprint.memory or 0)
+    yield f"does not fit: each device needs {needed} and has {available}"
     tried = found
     for _ in range(TRIES):
         job = _next_remedy(tried)
@@ -257,16 +266,16 @@ def _remedies(found: Planned, devices: list) -> Iterator[str]:
         yield f"tried {flags}: {in_gib(tried.footprint.peak)}{', which fits' if tried.footprint.fits else ''}"
         if tried.footprint.fits:
             return
-    yield "nothing that was tried fits; use a larger slice, or training.tensor, or training.sequence for long videos"
+    yield "no configuration tried fits; use a larger slice, or training.tensor, or training.sequence for long videos"
 
 
 def _next_remedy(tried: Planned) -> Job | None:
-    """The next job to try; its batch is chosen by how much the last one needed, cautiously."""
+    """Returns the next job to try, or None; estimates its batch conservatively from the last footprint."""
     job, need, settings = tried.job, tried.footprint, tried.job.settings
     memory, arguments, temporaries = need.memory or 0.0, need.arguments, need.temporaries
-    split = _over_all(job, tried.slice.size)
-    if split and split.settings.fsdp > settings.fsdp:
-        return split
+    sharded = _with_full_fsdp(job, tried.slice.size)
+    if sharded and sharded.settings.fsdp > settings.fsdp:
+        return sharded
     if job.config.remat in ("none", "named"):
         return _with(job, remat="full")  # compiling it shows how much it saves
     rows = _rows(tried)
@@ -282,6 +291,7 @@ def _changes(before: Job, after: Job) -> list[str]:
 
 
 def check_arguments(mfu: float, price: float | None) -> None:
+    """Raises UserError if the MFU or the price is out of range."""
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu={mfu}: must be above 0 and at most 1, such as 0.4")
     if price is not None and price < 0:

@@ -103,7 +103,7 @@ def test_two_processes_give_the_same_bytes(whole, tmp_path):
 def test_encoders_on_accelerators_are_one_processs_affair(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "describe_encoders", lambda *_: {"codec": {}, "text": {}, "features": {}})
     monkeypatch.setattr(stage.jax, "default_backend", lambda: "tpu")
-    with pytest.raises(UserError, match="--num_workers=2: these encoders work on the accelerators"):
+    with pytest.raises(UserError, match="--num_workers=2: these encoders run on the accelerators"):
         prepare(experiment(features={"name": "dinov2"}), RunFolder(tmp_path / "run"), processes=2)
     assert not (tmp_path / "run").exists()
 

@@ -100,7 +100,7 @@ def test_copies_are_the_chosen_records_with_their_cluster(tmp_path):
     copied = records.read_records(tmp_path / "out")
     for record, number, cluster in zip(copied, (7, 1, 10, 4, 2), (1, 0, 1, 0, 0), strict=True):
         assert_equal(record, make(number, cluster))
-    with pytest.raises(ValueError, match="must be as many"):
+    with pytest.raises(ValueError, match="the numbers must be equal"):
         records.copy_records(tmp_path / "data", [1, 2], [0], tmp_path / "out")
 
 

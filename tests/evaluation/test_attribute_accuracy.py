@@ -23,7 +23,7 @@ def test_counts_each_attribute_and_all_at_once():
 
 
 def test_unequal_counts_are_refused():
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="numbers must be equal"):
         attribute_accuracy.hits([{"colour": "red"}], [])
 
 

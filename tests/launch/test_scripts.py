@@ -110,7 +110,7 @@ class TestFindPython:
         executable(tmp_path / "bin/python3", '#!/bin/sh\ncase "$2" in *venv*) exit 1;; esac\n')
         found = self.find(tmp_path)
         assert found.returncode == 1
-        assert "python3 cannot make virtual environments" in found.stderr
+        assert "python3 cannot create virtual environments" in found.stderr
 
 
 class TestFindAccelerator:
@@ -177,7 +177,7 @@ class TestDeviceFlags:
         assert {"a", "b"} <= after
 
     def test_another_kind_is_refused(self):
-        assert "the first word must be gpu or tpu" in self.told("cpu", "true").stderr
+        assert "the first argument must be gpu or tpu" in self.told("cpu", "true").stderr
 
 
 class TestSlurm:
@@ -309,14 +309,14 @@ class TestTpuVm:
         path = beside_path(tmp_path / "bin")
         done = run("launch/tpu_vm.sh", "delete", *TPU_FLAGS, path=path)
         assert done.returncode == 1
-        assert "delete did not end well for: router;" in done.stderr
+        assert "delete failed for: router;" in done.stderr
         assert sorted(log.read_text().split()) == ["paris-expert-0", "paris-expert-1", "paris-monolith", "paris-router"]
 
     @pytest.mark.parametrize(
         ("command", "sentence"),
         [
-            (("start", *TPU_FLAGS), "The first word must be create, install"),
-            (("create", *EXPERIMENT), "--workdir is needed"),
+            (("start", *TPU_FLAGS), "The first argument must be create, install"),
+            (("create", *EXPERIMENT), "--workdir is required"),
             (("create", *TPU_FLAGS, "--workdir=runs/x"), "--workdir=runs/x: must be a gs:// folder"),
             (("create", *TPU_FLAGS, "--role=expert 7"), '--role=expert 7: must be one of "expert 0"'),
         ],

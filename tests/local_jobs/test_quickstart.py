@@ -164,7 +164,7 @@ def test_dry_run_prints_the_commands_and_their_devices(micro, tmp_path):
         f"CUDA_VISIBLE_DEVICES=0 paris-jax train {given} --role=monolith",
         f"CUDA_VISIBLE_DEVICES=1 paris-jax train {given} --role=expert --cluster=0",
         f"CUDA_VISIBLE_DEVICES=2 paris-jax train {given} --role=expert --cluster=1",
-        "# then, each on the devices of the first that is done:",
+        "# then, each on the next free group of devices:",
         f"paris-jax train {given} --role=expert --cluster=2",
         f"paris-jax train {given} --role=router",
     ]

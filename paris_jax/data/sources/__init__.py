@@ -1,1 +1,1 @@
-"""Where clips come from: one file for each kind of source."""
+"""Sources of clips: one file for each kind."""

@@ -1,4 +1,4 @@
-"""A clip: the item that every source of video yields."""
+"""The clip: the item that every source of video yields."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One captioned video cut.
+    """One captioned clip.
 
     Attributes:
       id: unique within its source, the same on every machine.
       video: (T, H, W, 3) uint8.
-      fps: frames a second.
-      caption: what is seen, in words.
-      attributes: what is truly in it, where the source knows; {} otherwise.
+      fps: frames per second.
+      caption: text that describes the video.
+      attributes: ground-truth attributes of the video; {} if the source provides none.
     """
 
     id: str

@@ -1,7 +1,7 @@
-"""Real video: a directory of mp4, webm, gif files or folders of frames, with captions, as a source of clips.
+"""Real video as a source of clips: a directory of video files or folders of frames, with captions.
 
-Captions stand in captions.csv or captions.jsonl (columns `file` and `caption`, paths relative to the directory), or in
-a .txt of the same name beside each video.
+Captions are read from captions.csv or captions.jsonl (columns `file` and `caption`, paths relative to the directory),
+or from a .txt file of the same name beside each video.
 """
 
 import csv
@@ -26,14 +26,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Where one clip lies in its video.
+    """Time span of one clip within its video, and the size to decode it at.
 
     Attributes:
-      number: of the clip within its video.
-      start: seconds into the video.
+      number: index of the clip within its video.
+      start: start of the clip, in seconds from the start of the video.
       size: (rows, columns) to scale to before cropping.
-      last: seconds at which the last frame of the clip begins to show.
-      slack: seconds that a frame's time may be off by rounding.
+      last: presentation time of the clip's last frame, in seconds.
+      slack: tolerance for rounded frame times, in seconds.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A clip of the directory: path of its video, relative and with forward slashes, its caption, and its place."""
+    """One clip of the directory: the relative path of its video (forward slashes), its caption and its cut."""
 
     name: str
     caption: str
@@ -54,10 +54,10 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Clips cut one after another out of every video of a directory, in order of name.
+    """Source of consecutive clips cut from every video of a directory, in order of name.
 
-    Videos are resampled to `fps` (the frame that is on show at each instant), scaled to cover height x width and
-    cropped to the middle. A folder of frames has no rate of its own: its frames are taken to be at `fps`.
+    Videos are resampled to `fps` (the frame displayed at each instant), scaled to cover height x width and cropped to
+    the centre. A folder of frames has no frame rate of its own and is assumed to be at `fps`.
     """
 
     path: str
@@ -69,10 +69,10 @@ class FolderSource:
 
     @classmethod
     def open(cls, path: epath.PathLike, frames: int, height: int, width: int, fps: float) -> "FolderSource":
-        """Finds every video and caption, and cuts.
+        """Finds all videos and captions of a directory and plans the cuts.
 
         Raises:
-          UserError: names the first file that is missing, broken, too short, or without a UTF-8 caption.
+          UserError: a file is missing, broken, too short, or without a UTF-8 caption; the message names the first.
         """
         root = epath.Path(path)
         if "://" in str(root):
@@ -89,8 +89,8 @@ class FolderSource:
         scenes = []
         for name in names:
             path = root / name
-            plan = cut_pictures(path, frames, fps) if path.is_dir() else cut_video(path, frames, height, width, fps)
-            scenes += [Scene(name, captions[name], cut) for cut in plan]
+            cuts = cut_pictures(path, frames, fps) if path.is_dir() else cut_video(path, frames, height, width, fps)
+            scenes += [Scene(name, captions[name], cut) for cut in cuts]
         return cls(str(root), frames, height, width, fps, tuple(scenes))
 
     def __len__(self) -> int:
@@ -108,18 +108,18 @@ class FolderSource:
         return (self[index] for index in range(len(self)))
 
     def first(self, count: int) -> "FolderSource":
-        """Returns the first `count` clips of this source."""
+        """Returns a source of the first `count` clips."""
         return dataclasses.replace(self, scenes=self.scenes[:count])
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and a digest of every clip's place and caption, so that a changed directory is noticed."""
+        """Returns the number of videos and a digest of all cuts and captions, which detects a changed directory."""
         digest = hashlib.sha256(repr(self.scenes).encode()).hexdigest()
         return {"name": "folder", "videos": len({scene.name for scene in self.scenes}), "digest": digest}
 
     def _read_video(self, path: epath.Path, cut: Cut) -> np.ndarray:
         wanted = cut.start + np.arange(self.frames) / self.fps
         chosen: list[np.ndarray] = []
-        shown, seconds = None, -np.inf  # the frame on show, and since when
+        shown, seconds = None, -np.inf  # the displayed frame and its time
         for next_seconds, image in video.decode(path, cut.start, cut.size):
             while shown is not None and len(chosen) < self.frames and wanted[len(chosen)] < next_seconds - cut.slack:
                 chosen.append(shown)
@@ -139,33 +139,33 @@ class FolderSource:
 
 
 def find(root: epath.Path, folder: str = "") -> list[str]:
-    """Returns the videos under a directory, and the folders that hold pictures, as relative names in order."""
-    found = []
+    """Returns the relative names of all videos and folders of frames under a directory, sorted."""
+    names = []
     for entry in sorted((root / folder).iterdir(), key=lambda entry: entry.name):
         name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            inside = find(root, name)  # a picture beside videos is a thumbnail, not a frame
-            found += inside or ([name] if pictures(entry) else [])
+            inside = find(root, name)  # images beside videos are thumbnails, not frames
+            names += inside or ([name] if pictures(entry) else [])
         elif entry.suffix.lower() in VIDEOS:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def pictures(folder: epath.Path) -> list[str]:
-    """Returns the names of the pictures in a folder, in the order of the numbers in them: 9.png before 10.png."""
+    """Returns the names of the images in a folder, in natural order: 9.png before 10.png."""
     names = (entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICTURES)
     return sorted(names, key=_in_order)
 
 
 def _in_order(name: str) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", name)  # text and digits in turn
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+    parts = re.split(r"(\d+)", name)  # text and digits alternate
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def cut_video(path: epath.Path, frames: int, height: int, width: int, fps: float) -> list[Cut]:
-    """Cuts a video into as many clips as it holds, end to end; refuses one that is shorter than a clip."""
+    """Cuts a video into consecutive clips; raises UserError if it is shorter than one clip."""
     footage = video.probe(path)
     length = frames / fps
     count = int((footage.duration + 1e-3) / length)
@@ -179,13 +179,13 @@ def cut_video(path: epath.Path, frames: int, height: int, width: int, fps: float
     cuts = []
     for number in range(count):
         start = number * length
-        on_show = np.searchsorted(footage.times - slack, start + (frames - 1) / fps, side="right") - 1
-        cuts.append(Cut(number, start, size, float(footage.times[max(on_show, 0)]), slack))
+        last = np.searchsorted(footage.times - slack, start + (frames - 1) / fps, side="right") - 1
+        cuts.append(Cut(number, start, size, float(footage.times[max(last, 0)]), slack))
     return cuts
 
 
 def cut_pictures(path: epath.Path, frames: int, fps: float) -> list[Cut]:
-    """Cuts a folder of frames likewise."""
+    """Cuts a folder of frames into consecutive clips; raises UserError if it holds fewer frames than one clip."""
     count = len(pictures(path))
     if count < frames:
         raise UserError(
@@ -196,7 +196,11 @@ def cut_pictures(path: epath.Path, frames: int, fps: float) -> list[Cut]:
 
 
 def read_captions(root: epath.Path, names: list[str]) -> dict[str, str]:
-    """Returns the caption of every video; refuses the first that has none, and a table that names no video of these."""
+    """Returns the caption of every video.
+
+    Raises:
+      UserError: a video has no caption, or a table cannot be read or names a file that does not exist.
+    """
     captions: dict[str, str] = {}
     for table in TABLES:
         if (root / table).exists():
@@ -244,11 +248,15 @@ def _read_jsonl(path: epath.Path) -> dict[str, str]:
 
 
 def _pairs(path: epath.Path, rows: Iterator[tuple[int, Any]]) -> dict[str, str]:
-    """Reads the columns `file` and `caption` of every row; refuses a row that lacks one or names a file again."""
+    """Returns the captions by file from rows with the columns `file` and `caption`.
+
+    Raises:
+      UserError: a row lacks a column or repeats a file; the message names its line.
+    """
     captions: dict[str, str] = {}
     for number, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "caption")):
-            raise UserError(f"{path}, line {number}: needs the columns file and caption; add what is missing")
+            raise UserError(f"{path}, line {number}: needs the columns file and caption; add the missing one")
         if row["file"] in captions:
             raise UserError(f"{path}, line {number}: names {row['file']!r} a second time; keep one line for each file")
         captions[row["file"]] = row["caption"]

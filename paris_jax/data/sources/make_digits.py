@@ -1,4 +1,4 @@
-"""Makes digits.npy, the handwriting of the `digits` world; needs scikit-learn.
+"""Writes digits.npy, the handwritten digits of the `digits` world; needs scikit-learn.
 
     python -m paris_jax.data.sources.make_digits
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def main() -> None:
-    """Writes (1797, 65) uint8: the label, then the 8 x 8 image in rows, ink from 0 to 16."""
+    """Writes (1797, 65) uint8: the label, then the 8 x 8 image row by row, ink from 0 to 16."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

@@ -1,8 +1,9 @@
-"""Captioned moving shapes, drawn on the spot: the embedded data set.
+"""The embedded data set: generates captioned videos of moving shapes.
 
 Three worlds that look and move differently: `flat` shapes sliding over light ground, `textured` sprites circling and
 swinging over coloured noise, and real handwritten `digits` drifting diagonally in the dark. Clip i is a pure function
-of (seed, i); captions follow a grammar that can be read back, so what was asked can be checked in what was made.
+of (seed, i); captions follow a grammar that `parse` inverts, so that generated videos can be checked against their
+prompts.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ COLOURS = {
     "cyan": (0, 200, 215),
 }
 ACCENT = (250, 250, 250)  # the second colour of a textured sprite
-GROUNDS = {  # two a world
+GROUNDS = {  # two for each world
     "white": (246, 246, 246),
     "grey": (196, 196, 196),
     "sandy": (150, 118, 78),
@@ -37,8 +38,8 @@ GROUNDS = {  # two a world
     "brown": (52, 28, 14),
 }
 NOISE = 26.0  # half the range of the coloured noise of sandy and stony ground, in levels of 255
-NOISE_CELLS = 5  # blotches along each side
-# How a direction is said. Straight ones slide, turns circle, swings go back and forth.
+NOISE_CELLS = 5  # cells of the noise along each side
+# Caption phrase of each direction: straight ("moving", "drifting"), circular, or back and forth.
 DIRECTIONS = {
     "left": "moving left",
     "right": "moving right",
@@ -53,18 +54,18 @@ DIRECTIONS = {
     "down left": "drifting down left",
     "down right": "drifting down right",
 }
-STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (down, right) of a straight word
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (rows, columns) of each straight word
 ADVERBS = {"slow": "slowly", "fast": "fast"}
 
 
 class World(NamedTuple):
-    """What exists in one world; lengths are shares of the shorter side of the picture."""
+    """Objects, directions and sizes of one world; lengths are fractions of the shorter side of the frame."""
 
     objects: tuple[str, ...]
     directions: tuple[str, ...]
     grounds: tuple[str, ...]
-    radius: dict[str, float]  # of the sprite, by size
-    travel: dict[str, float]  # straight: shares of the side a clip; textured: turns or swings a clip
+    radius: dict[str, float]  # of the sprite, by size name
+    travel: dict[str, float]  # per clip, by speed; straight: fraction of the side; textured: turns or swings
 
 
 SPECS = {
@@ -112,7 +113,7 @@ def _digits() -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def _phrases() -> dict[str, tuple[str, str, str]]:
-    """Returns, for each way to say object and direction together, the world, object and direction."""
+    """Returns (world, object, direction) for each caption phrase of an object and a direction."""
     return {f"{_noun(o)} {DIRECTIONS[d]}": (w, o, d) for w, s in SPECS.items() for o in s.objects for d in s.directions}
 
 
@@ -121,7 +122,7 @@ def _noun(name: str) -> str:
 
 
 def caption(attributes: dict[str, str]) -> str:
-    """Says what is seen, e.g. "a small red circle moving left slowly on a white ground"."""
+    """Returns the caption of these attributes, e.g. "a small red circle moving left slowly on a white ground"."""
     a = attributes
     return (
         f"a {a['size']} {a['colour']} {_noun(a['object'])} {DIRECTIONS[a['direction']]} {ADVERBS[a['speed']]}"
@@ -130,24 +131,24 @@ def caption(attributes: dict[str, str]) -> str:
 
 
 def parse(text: str) -> dict[str, str] | None:
-    """Reads a caption of the grammar back into its attributes; None for any other text."""
+    """Parses a caption of the grammar into its attributes; returns None for any other text."""
     words = text.lower().split()
     if len(words) < 8 or words[0] != "a" or words[-4:-2] != ["on", "a"] or words[-1] != "ground":
         return None
     speed = {adverb: name for name, adverb in ADVERBS.items()}.get(words[-5])
-    said = _phrases().get(" ".join(words[3:-5]))
-    if speed is None or said is None or words[1] not in SIZES or words[2] not in COLOURS:
+    phrase = _phrases().get(" ".join(words[3:-5]))
+    if speed is None or phrase is None or words[1] not in SIZES or words[2] not in COLOURS:
         return None
-    world, thing, direction = said
+    world, name, direction = phrase
     if words[-2] not in SPECS[world].grounds:
         return None
-    values = (world, thing, words[2], words[1], direction, speed, words[-2])
+    values = (world, name, words[2], words[1], direction, speed, words[-2])
     return dict(zip(ATTRIBUTES, values, strict=True))
 
 
 def draw_attributes(rng: np.random.Generator) -> dict[str, str]:
-    """Draws a world, then everything in it, each value as likely as the next."""
-    # Only Generator.random is used: its stream is simple enough to stay the same in every NumPy.
+    """Draws a world uniformly, then each attribute uniformly from that world's values."""
+    # Only Generator.random is used, because its stream is simple enough to stay the same across NumPy versions.
     chances = iter(rng.random(len(ATTRIBUTES)))
 
     def pick(values: tuple[str, ...]) -> str:
@@ -170,9 +171,10 @@ def draw_attributes(rng: np.random.Generator) -> dict[str, str]:
 def render(
     attributes: dict[str, str], seed: int | np.random.Generator, frames: int, height: int, width: int
 ) -> np.ndarray:
-    """Draws a clip of what `attributes` say; place, phase, handwriting and noise come from `seed`.
+    """Renders a clip with these attributes; position, phase, handwriting and noise are drawn from `seed`.
 
-    The whole sprite stays in the picture. Speed is travel per clip, so that it reads the same at every length.
+    The sprite stays entirely inside the frame. Speed is the distance per clip, so that it looks the same at every
+    number of frames.
 
     Returns:
       (T, H, W, 3) uint8, anti-aliased from exact distances, so that motion is smooth below one pixel.
@@ -197,7 +199,7 @@ def render(
 
 
 def _path(attributes, spec: World, chances, frames: int, size: tuple[int, int], radius: float) -> np.ndarray:
-    """Returns the sprite's centre (T, 2) float32 as (row, column), somewhere the whole path fits."""
+    """Returns the sprite's centre (T, 2) float32 as (row, column), with the whole path inside the frame."""
     side = min(size)
     time_T = np.linspace(0.0, 1.0, frames) if frames > 1 else np.zeros(1)
     direction, travel = attributes["direction"], spec.travel[attributes["speed"]]
@@ -213,14 +215,14 @@ def _path(attributes, spec: World, chances, frames: int, size: tuple[int, int], 
     else:
         step = np.sum([STEPS[word] for word in direction.split()], axis=0)
         offset_T2 = time_T[:, None] * step * travel * side
-    # Whole orbits fit around the centre of every start, straight paths between the edges.
+    # The range of start positions that keeps the sprite inside the frame along its whole path.
     low = radius - offset_T2.min(axis=0)
     high = np.asarray(size) - radius - offset_T2.max(axis=0)
     return (low + chances[:2] * np.maximum(high - low, 0.0) + offset_T2).astype(np.float32)
 
 
 def _ground(attributes, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns (H, W, 3) float32: plain, or with smooth coloured blotches in the textured world."""
+    """Returns the background, (H, W, 3) float32: plain, or with smooth coloured noise in the textured world."""
     plain = np.asarray(GROUNDS[attributes["ground"]], np.float32)
     if attributes["world"] != "textured":
         return np.broadcast_to(plain, (height, width, 3))
@@ -231,13 +233,13 @@ def _ground(attributes, rng: np.random.Generator, height: int, width: int) -> np
 
 @functools.cache
 def _interpolation(length: int) -> np.ndarray:
-    """Returns (length, NOISE_CELLS) weights that interpolate blotches linearly."""
+    """Returns (length, NOISE_CELLS) weights that interpolate the noise cells linearly."""
     place = np.linspace(0, NOISE_CELLS - 1, length)[:, None]
     return np.maximum(1 - np.abs(place - np.arange(NOISE_CELLS)), 0).astype(np.float32)
 
 
 def _sprite(name: str, u, v, radius: float, chance: float) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns how much of each pixel is sprite (T, H, W) in [0, 1], and how much of that has the accent colour."""
+    """Returns the sprite's coverage of each pixel, (T, H, W) in [0, 1], and the accent colour's share of it or None."""
     if name in DIGITS:
         images = _digits()[DIGITS.index(name)]
         return _ink(images[int(chance * len(images))], u, v), None
@@ -265,7 +267,7 @@ def _sprite(name: str, u, v, radius: float, chance: float) -> tuple[np.ndarray, 
 
 
 def _ink(image: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Samples an 8 x 8 image linearly where u and v are in [-1, 1]; nothing outside."""
+    """Samples an 8 x 8 image linearly where u and v are in [-1, 1]; 0 outside."""
     padded = np.pad(image, 2)
     row, column = np.clip(v * 4 + 5.5, 0.0, 10.99), np.clip(u * 4 + 5.5, 0.0, 10.99)
     top, left = row.astype(np.intp), column.astype(np.intp)

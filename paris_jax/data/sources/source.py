@@ -8,7 +8,7 @@ from paris_jax.errors import UserError, nearest
 
 
 class Source(Protocol):
-    """Clips by number. Picklable; the same clip for the same number on every machine."""
+    """An indexed source of clips: picklable, with the same clip at each index on every machine."""
 
     @property
     def fps(self) -> float: ...
@@ -21,14 +21,14 @@ class Source(Protocol):
 
 
 def source(data: Any) -> Source:
-    """Returns the source that the `data` section of an experiment names; refuses what it cannot read."""
+    """Returns the source that the `data` section of an experiment names; raises UserError if it is unusable."""
     if data.source == "shapes":
         return ShapesSource(data.seed, data.num_clips, data.num_frames, data.height, data.width, data.fps)
     if data.source == "folder":
         from paris_jax.data.sources.folder import FolderSource
 
-        found = FolderSource.open(data.path, data.num_frames, data.height, data.width, data.fps)
-        return found.first(data.num_clips) if data.num_clips else found
+        folder = FolderSource.open(data.path, data.num_frames, data.height, data.width, data.fps)
+        return folder.first(data.num_clips) if data.num_clips else folder
     raise UserError(
         f"data.source={data.source!r}: must be shapes or folder{nearest(data.source, ('shapes', 'folder'))}"
     )

@@ -1,4 +1,4 @@
-"""Attribute accuracy: attributes that the classifier predicts for a video against those of its prompt."""
+"""Attribute accuracy: compares the attributes that the classifier predicts for a video to those of its prompt."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,21 +9,29 @@ from paris_jax.evaluation.estimates import Estimate, proportion
 ALL = "all"  # every attribute of the clip at once
 
 
-def hits(asked: Sequence[Mapping[str, str]], read: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
-    """Compares attribute by attribute.
+def hits(expected: Sequence[Mapping[str, str]], predicted: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
+    """Compares predicted attributes to those of the prompts.
 
     Args:
-      asked, read: N dicts from attribute to value: of the prompts, all with the same attributes, and predicted.
+      expected: N dicts from attribute to value, of the prompts; all with the same attributes.
+      predicted: N dicts from attribute to value, of the videos.
+
     Returns:
-      for each attribute, and for `ALL`, whether the predicted value is the prompt's, (N,) bool.
+      For each attribute, and for `ALL`, whether the predicted value is the prompt's, (N,) bool.
+
+    Raises:
+      ValueError: the numbers of dicts differ, or there is none.
     """
-    if len(asked) != len(read) or not asked:
-        raise ValueError(f"{len(asked)} clips asked for and {len(read)} read: must be as many, and at least one")
-    right = {name: np.array([a[name] == r[name] for a, r in zip(asked, read, strict=True)]) for name in asked[0]}
-    right[ALL] = np.all(list(right.values()), axis=0)
-    return right
+    if len(expected) != len(predicted) or not expected:
+        raise ValueError(
+            f"{len(expected)} expected and {len(predicted)} predicted clips: the numbers must be equal and at least 1"
+        )
+    pairs = list(zip(expected, predicted, strict=True))
+    correct = {name: np.array([e[name] == p[name] for e, p in pairs]) for name in expected[0]}
+    correct[ALL] = np.all(list(correct.values()), axis=0)
+    return correct
 
 
-def accuracy(right: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    """Fraction of correct clips, by attribute and for `ALL`, with standard error; `right` from `hits`."""
-    return {name: proportion(values) for name, values in right.items()}
+def accuracy(correct: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """Fraction of correct clips, by attribute and for `ALL`, with standard error; `correct` is the result of `hits`."""
+    return {name: proportion(values) for name, values in correct.items()}

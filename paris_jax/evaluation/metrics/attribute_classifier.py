@@ -1,7 +1,7 @@
 """The shapes classifier: a small network that predicts the attributes of a clip, with features for a Frechet distance.
 
 It was trained on the embedded shapes alone (train_attribute_classifier.py), so its distance is called "Frechet
-distance (shapes classifier)": it is not FVD, compares with no published number, and says little about other footage.
+distance (shapes classifier)": it is not FVD, is not comparable to published numbers, and means little on other videos.
 """
 
 import functools
@@ -18,10 +18,10 @@ import safetensors.numpy
 WEIGHTS = Path(__file__).with_name("shapes_classifier.safetensors")
 CARD = Path(__file__).with_name("shapes_classifier.json")
 FRAMES, HEIGHT, WIDTH = 8, 20, 20  # size of the network's input; other sizes are resampled
-FEATURES = 64  # width of the layer whose output makes the Frechet distance
+FEATURES = 64  # width of the layer whose outputs are the features of the Frechet distance
 Parameters = dict[str, jax.Array]
-# Convolutions as (name, kernel (time, rows, columns), strides, channels out). Motion is seen in all frames at a lower
-# resolution, the object in a few frames at the full one.
+# Convolutions as (name, kernel (time, rows, columns), strides, output channels). One branch extracts motion from all
+# frames at a lower resolution, the other the object from a few frames at full resolution.
 _MOTION = (
     ("motion0", (3, 3, 3), (1, 2, 2), 24),
     ("motion1", (3, 3, 3), (2, 2, 2), 48),
@@ -39,7 +39,7 @@ _OBJECT_FRAMES = slice(1, None, 3)  # 1, 4 and 7 of 0 to 7
 
 
 def initialise(key: jax.Array, attributes: dict[str, tuple[str, ...]]) -> Parameters:
-    """Random float32 parameters with one head per attribute."""
+    """Returns random float32 parameters with one head per attribute."""
     shapes = {}
     for branch in (_MOTION, _OBJECT):
         channels = 3
@@ -69,12 +69,12 @@ def apply(parameters: Parameters, x_BTHWC: jax.Array) -> tuple[jax.Array, dict[s
     for branch, x in ((_MOTION, x_BTHWC), (_OBJECT, x_BTHWC[:, _OBJECT_FRAMES])):
         for name, _, strides, _ in branch:
             x = _convolve(parameters, name, x, strides)
-        # Maximum over a frame, averaged over frames, so that one bad frame does not decide.
+        # The maximum within each frame is averaged over frames, so that a single bad frame does not dominate.
         pooled += [x.mean((1, 2, 3)), x.max((2, 3)).mean(1)]
     features = _affine(parameters, "features", jnp.concatenate(pooled, axis=-1))
-    seen = jax.nn.relu(features)
+    hidden = jax.nn.relu(features)
     heads = [name.removesuffix(".weight") for name in parameters if name.startswith("head.") and ".weight" in name]
-    return features, {name.removeprefix("head."): _affine(parameters, name, seen) for name in heads}
+    return features, {name.removeprefix("head."): _affine(parameters, name, hidden) for name in heads}
 
 
 def _affine(parameters: Parameters, name: str, x: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def _affine(parameters: Parameters, name: str, x: jax.Array) -> jax.Array:
 
 
 def _convolve(parameters: Parameters, name: str, x: jax.Array, strides: tuple[int, int, int]) -> jax.Array:
-    """Convolution with half a kernel of padding, layer norm over channels without parameters, relu."""
+    """Convolution padded by half a kernel, layer norm over channels without parameters, ReLU."""
     weight = parameters[f"{name}.weight"]
     y = (_convolve_frames if weight.shape[0] == 1 else _convolve_clips)(weight, x, strides)
     y = y + parameters[f"{name}.bias"]
@@ -91,7 +91,7 @@ def _convolve(parameters: Parameters, name: str, x: jax.Array, strides: tuple[in
 
 
 def _convolve_frames(weight: jax.Array, x: jax.Array, strides: tuple[int, int, int]) -> jax.Array:
-    """Each frame on its own, with a kernel (1, rows, columns, in, out)."""
+    """Convolves each frame separately with a kernel (1, rows, columns, in, out)."""
     frames = x.reshape(-1, *x.shape[2:])
     padding = [(k // 2, k // 2) for k in weight.shape[1:3]]
     layout = ("NHWC", "HWIO", "NHWC")
@@ -100,7 +100,7 @@ def _convolve_frames(weight: jax.Array, x: jax.Array, strides: tuple[int, int, i
 
 
 def _convolve_clips(weight: jax.Array, x: jax.Array, strides: tuple[int, int, int]) -> jax.Array:
-    """In time and space, as shifted slices and one matrix product: on CPU XLA's own gradient takes twice as long."""
+    """Convolves in time and space, by one matrix product of shifted slices: on CPU, XLA's gradient is twice as slow."""
     padded = jnp.pad(x, [(0, 0), *((k // 2, k // 2) for k in weight.shape[:3]), (0, 0)])
     out = [-(-size // stride) for size, stride in zip(x.shape[1:4], strides, strict=True)]
     taps = []
@@ -111,10 +111,10 @@ def _convolve_clips(weight: jax.Array, x: jax.Array, strides: tuple[int, int, in
 
 
 class AttributeClassifier:
-    """The trained network.
+    """A trained classifier.
 
     Attributes:
-      attributes: the values of each head, by attribute.
+      attributes: possible values of each attribute.
     """
 
     def __init__(self, parameters: Parameters, attributes: dict[str, tuple[str, ...]]):
@@ -124,38 +124,45 @@ class AttributeClassifier:
 
     @classmethod
     def load(cls) -> "AttributeClassifier":
-        """The classifier that ships with the package."""
+        """Loads the classifier that ships with the package."""
         stored = safetensors.numpy.load_file(WEIGHTS)
         attributes = {name: tuple(values) for name, values in read_card()["attributes"].items()}
         return cls({name: jnp.asarray(value, jnp.float32) for name, value in stored.items()}, attributes)
 
     def look(self, videos: np.ndarray, batch: int = 32) -> tuple[np.ndarray, list[dict[str, str]]]:
-        """Features and read attributes of videos (N, T, H, W, 3) float in [-1, 1] of any T, H, W.
+        """Computes features and predicted attributes of videos.
+
+        Args:
+          videos: (N, T, H, W, 3) float in [-1, 1], of any T, H, W.
+          batch: number of videos per call of the network.
 
         Returns:
-          features (N, 64) float64 and N dicts from attribute to the most likely value.
+          Features (N, 64) float64 and N dicts from attribute to its most likely value.
+
+        Raises:
+          ValueError: `videos` has another shape, or no video.
         """
         if videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
             raise ValueError(f"videos has shape {videos.shape}: must be (N, T, H, W, 3) with N >= 1")
-        features, chosen = [], {name: [] for name in self.attributes}
+        features, predictions = [], {name: [] for name in self.attributes}
         for start in range(0, len(videos), batch):
             part = resample(videos[start : start + batch])
-            # One compiled shape: the last batch is filled up, and the filling dropped.
-            filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.float32)])
-            f, logits = self._apply(self._parameters, filled)
+            # The last batch is padded with zeros, so that the network compiles for one shape only.
+            padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.float32)])
+            f, logits = self._apply(self._parameters, padded)
             features.append(np.asarray(f, np.float64)[: len(part)])
             for name, value in logits.items():
-                chosen[name].append(np.asarray(value).argmax(-1)[: len(part)])
-        indices = {name: np.concatenate(parts) for name, parts in chosen.items()}
-        read = [{name: self.attributes[name][indices[name][i]] for name in indices} for i in range(len(videos))]
-        return np.concatenate(features), read
+                predictions[name].append(np.asarray(value).argmax(-1)[: len(part)])
+        indices = {name: np.concatenate(parts) for name, parts in predictions.items()}
+        values = [{name: self.attributes[name][indices[name][i]] for name in indices} for i in range(len(videos))]
+        return np.concatenate(features), values
 
 
 def resample(videos: np.ndarray) -> np.ndarray:
-    """Videos (N, T, H, W, 3) to (N, 8, 20, 20, 3) float32, values clipped to [-1, 1].
+    """Resamples videos (N, T, H, W, 3) to (N, 8, 20, 20, 3) float32, values clipped to [-1, 1].
 
-    Rows and columns by a triangle filter that widens when shrinking (anti-aliased); frames by linear interpolation from
-    the first to the last, because blurring over time would hide motion. Videos of the input size pass unchanged.
+    Rows and columns use a triangle filter that widens when shrinking (anti-aliased); frames are interpolated linearly
+    from the first to the last, because blurring over time would hide motion. Videos of the input size are unchanged.
     """
     videos = np.clip(np.asarray(videos, np.float32), -1, 1)
     _, frames, height, width, _ = videos.shape
@@ -165,19 +172,19 @@ def resample(videos: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _frame_weights(size: int) -> np.ndarray:
-    place = np.linspace(0, size - 1, FRAMES)[:, None]
-    return np.maximum(1 - np.abs(place - np.arange(size)), 0).astype(np.float32)
+    position = np.linspace(0, size - 1, FRAMES)[:, None]
+    return np.maximum(1 - np.abs(position - np.arange(size)), 0).astype(np.float32)
 
 
 @functools.cache
 def _pixel_weights(size: int, target: int) -> np.ndarray:
-    place = (np.arange(target)[:, None] + 0.5) * size / target - 0.5
-    weights = np.maximum(1 - np.abs(place - np.arange(size)) / max(size / target, 1.0), 0)
+    position = (np.arange(target)[:, None] + 0.5) * size / target - 0.5
+    weights = np.maximum(1 - np.abs(position - np.arange(size)) / max(size / target, 1.0), 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def read_card() -> dict[str, Any]:
-    """Training command and accuracy of the shipped classifier."""
+    """Reads the shipped classifier's card: its training command, attributes and accuracy."""
     return json.loads(CARD.read_text())
 
 
@@ -190,6 +197,6 @@ def generator_hash() -> str:
 
     digest = hashlib.sha256(json.dumps(shapes.ATTRIBUTES).encode())
     for clip in shapes.ShapesSource(seed=0, num_clips=24, frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0):
-        # Coarse levels: another machine's last bit in sin or exp must not count as another generator.
+        # Coarse levels, so that a different last bit of sin or exp on another machine does not change the hash.
         digest.update((clip.video // 16).tobytes() + json.dumps(clip.attributes).encode())
     return digest.hexdigest()

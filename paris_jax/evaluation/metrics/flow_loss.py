@@ -1,7 +1,7 @@
 """Held-out flow loss and velocity error of any velocity function, and router accuracy by timestep.
 
-The noise and times of a clip depend on (seed, clip id) only, so all models and runs share the same points. Timesteps
-are uniform in equal bins of [0, 1], one per bin and clip.
+The noise and timesteps of a clip depend on (seed, clip id) only, so all models and runs share the same points.
+Timesteps are uniform in equal bins of [0, 1], one per bin and clip.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Points:
     """Held-out clips with their timesteps and the seed of their noise.
 
     Attributes:
-      latents: (N, T, H, W, C) float32, normalised as the networks see them.
+      latents: (N, T, H, W, C) float32, normalised as for the networks.
       ids: N clip ids, which key the noise.
-      times: (N, bins) float32, times[:, b] in [b / bins, (b + 1) / bins).
-      seed: of noise and times.
+      times: (N, bins) float32 timesteps, times[:, b] in [b / bins, (b + 1) / bins).
+      seed: seed of noise and timesteps.
     """
 
     latents: np.ndarray
@@ -34,6 +34,7 @@ class Points:
 
     @classmethod
     def draw(cls, latents: np.ndarray, ids: Sequence[str], bins: int, seed: int) -> "Points":
+        """Draws one timestep per clip and bin; raises ValueError for latents of another shape or number."""
         if latents.ndim != 5 or len(latents) != len(ids):
             raise ValueError(
                 f"latents has shape {latents.shape} with {len(ids)} ids: must be (N, T, H, W, C) with N ids"
@@ -43,9 +44,9 @@ class Points:
         return cls(np.asarray(latents, np.float32), tuple(ids), times.astype(np.float32), seed)
 
     def batches(self, size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields (bin, clip indices (B,), x_t, t (B,), target velocity e - x_0); the last batch is filled with repeats.
+        """Yields (bin, clip indices (B,), x_t, t (B,), target velocity e - x_0); the last batch repeats its last clip.
 
-        A batch of one fixed size keeps compiled velocity functions at one shape.
+        Batches have one fixed size, so that velocity functions compile for one shape.
         """
         n, bins = self.times.shape
         for b in range(bins):
@@ -58,7 +59,7 @@ class Points:
                 yield b, index, (1 - s) * x0 + s * noise, t, noise - x0
 
     def noise(self, clip: int, time_bin: int) -> np.ndarray:
-        """(T, H, W, C) float32 standard normal, of (seed, clip id, bin) alone."""
+        """Draws standard normal noise (T, H, W, C) float32 that depends on (seed, clip id, bin) only."""
         generator = _generator(self.seed, self.ids[clip], f"noise {time_bin}")
         return generator.standard_normal(self.latents.shape[1:], np.float32)
 
@@ -84,7 +85,7 @@ class Losses:
 def heldout_losses(
     velocity: Velocity, points: Points, batch: int = 32, advance: Callable[[], None] | None = None
 ) -> Losses:
-    """Flow loss and velocity error of `velocity` at every point; `advance` is called once a batch."""
+    """Computes flow loss and velocity error of `velocity` at every point; calls `advance` after each batch."""
     loss, error = np.zeros(points.times.shape), np.zeros(points.times.shape)
     for b, index, x, t, target in points.batches(batch):
         residual = np.asarray(velocity(x, t, index), np.float64) - target
@@ -104,7 +105,7 @@ def by_time(values: np.ndarray) -> list[Estimate]:
 
 
 def by_cluster(values: np.ndarray, clusters: np.ndarray, num_clusters: int) -> list[Estimate | None]:
-    """Mean and standard error over the clips of each cluster, times averaged first; None where there is no clip."""
+    """Mean and standard error over the clips of each cluster, after averaging over timesteps; None without clips."""
     per_clip, clusters = values.mean(1), np.asarray(clusters)
     return [mean(per_clip[clusters == k]) if (clusters == k).any() else None for k in range(num_clusters)]
 
@@ -112,7 +113,7 @@ def by_cluster(values: np.ndarray, clusters: np.ndarray, num_clusters: int) -> l
 def router_hits(
     route: Velocity, points: Points, clusters: np.ndarray, batch: int = 32, advance: Callable[[], None] | None = None
 ) -> np.ndarray:
-    """Whether the router's first choice is the clip's own cluster at every point.
+    """Computes at every point whether the router's most likely cluster is the clip's own.
 
     Args:
       route: (x, t, clip indices) -> (B, K) probabilities.
@@ -129,7 +130,7 @@ def router_hits(
 
 
 def num_batches(points: Points, batch: int = 32) -> int:
-    """How often `advance` will be called."""
+    """Returns the number of batches, which is the number of calls of `advance`."""
     n, bins = points.times.shape
     return bins * -(-n // batch)
 

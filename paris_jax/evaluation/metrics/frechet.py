@@ -14,10 +14,10 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     needs no sqrtm (which is ill-conditioned below n = F + 1 clips, and whose result changed between scipy versions).
 
     Args:
-      first, second: (N, F) float features, N >= 2. The distance is biased upward by about 1/N, so two distances compare
-        only at equal N, and each needs the floor of real against real clips at that N beside it.
+      first, second: (N, F) float features, N >= 2. The distance is biased upward by about 1/N, so two distances are
+        comparable only at equal N, and each must be read against the floor of real against real clips at that N.
     Raises:
-      ValueError: shapes differ, or a feature is not finite.
+      ValueError: the shapes differ or are not (N, F), or a feature is not finite.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape != second.shape or first.ndim != 2 or len(first) < 2:

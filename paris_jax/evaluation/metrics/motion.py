@@ -1,7 +1,8 @@
-"""How much moves: mean optical flow in pixels a frame, by coarse-to-fine dense Lucas-Kanade.
+"""Amount of motion: mean optical flow in pixels per frame, by coarse-to-fine dense Lucas-Kanade.
 
-Frechet distances hardly see bad motion, so motion is printed beside them. It has no better direction: nearest to the
-held-out clips is best. The estimator is our own choice, so its numbers compare only with each other.
+Frechet distances are insensitive to bad motion, so motion is reported beside them. Neither more nor less motion is
+better: closest to the held-out clips is best. The estimator is our own choice, so its numbers compare only with each
+other.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 _LUMA = np.array([0.299, 0.587, 0.114])
 _WINDOW = 5  # pixels; the flow is taken as constant within it
 _ITERATIONS = 4
-# Added to the structure tensor: pixels without texture, whose motion cannot be seen, get a flow of zero.
+# Added to the structure tensor, so that pixels without texture, whose motion is undetermined, get a flow of zero.
 _FLATNESS = 1e-3
 
 
@@ -18,9 +19,9 @@ def mean_motion(videos: np.ndarray, levels: int = 2) -> np.ndarray:
 
     Args:
       videos: (N, T, H, W, 3) float in [-1, 1].
-      levels: of the image pyramid; each doubles the displacement that is found (about 2 pixels at one level).
+      levels: levels of the image pyramid; each doubles the largest detectable displacement (about 2 pixels at one).
     Returns:
-      (N,) float64, pixels a frame, averaged over pixels and frame pairs; zero where there is one frame only.
+      (N,) float64, pixels per frame, averaged over pixels and frame pairs; zero for a single frame.
     """
     if videos.ndim != 5 or videos.shape[-1] != 3:
         raise ValueError(f"videos has shape {videos.shape}: must be (N, T, H, W, 3)")
@@ -51,12 +52,12 @@ def optical_flow(first: np.ndarray, second: np.ndarray, levels: int = 2) -> np.n
     return flow
 
 
-def _lucas_kanade_step(a: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Least-squares flow from a to b in windows, (B, H, W) -> (B, H, W, 2); at most one pixel an iteration.
+def _lucas_kanade_step(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Least-squares flow from a to b in windows, (B, H, W) -> (B, H, W, 2); at most one pixel per iteration.
 
-    Pixels that are not `seen` in b, because they left the picture, do not count.
+    Pixels that left the frame in b, where `inside` is false, do not count.
     """
-    rows, columns = (seen * slope for slope in np.gradient((a + b) / 2, axis=(1, 2)))
+    rows, columns = (inside * slope for slope in np.gradient((a + b) / 2, axis=(1, 2)))
     change = b - a
     rr, cc, rc = _box(rows * rows) + _FLATNESS, _box(columns * columns) + _FLATNESS, _box(rows * columns)
     rt, ct = _box(rows * change), _box(columns * change)
@@ -88,15 +89,15 @@ def _grow(flow: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _warp(image: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """image(p + flow(p)) by bilinear interpolation, edges repeated, and whether p + flow(p) is in the picture."""
+    """image(p + flow(p)) by bilinear interpolation, edges repeated, and whether p + flow(p) is inside the frame."""
     batch, height, width = image.shape
     row = np.arange(height)[:, None] + flow[..., 0]
     column = np.arange(width) + flow[..., 1]
-    seen = (row >= -0.5) & (row <= height - 0.5) & (column >= -0.5) & (column <= width - 0.5)
+    inside = (row >= -0.5) & (row <= height - 0.5) & (column >= -0.5) & (column <= width - 0.5)
     row, column = np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)
     r, c = np.minimum(row.astype(int), height - 2), np.minimum(column.astype(int), width - 2)
     dr, dc = row - r, column - c
     b = np.arange(batch)[:, None, None]
     top = image[b, r, c] * (1 - dc) + image[b, r, c + 1] * dc
     bottom = image[b, r + 1, c] * (1 - dc) + image[b, r + 1, c + 1] * dc
-    return top * (1 - dr) + bottom * dr, seen
+    return top * (1 - dr) + bottom * dr, inside

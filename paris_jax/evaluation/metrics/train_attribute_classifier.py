@@ -1,8 +1,8 @@
 """Trains the shapes classifier: `python -m paris_jax.evaluation.metrics.train_attribute_classifier`.
 
-About a quarter of an hour on one free CPU core; writes shapes_classifier.safetensors and its card beside this file.
-Every
-clip is seen once, with blur, noise, contrast and brightness of a mild random strength: imperfect clips are read too.
+Takes about a quarter of an hour on one free CPU core; writes shapes_classifier.safetensors and its card beside this
+file. Every clip is used once, with mild random blur, noise, contrast and brightness, so that the classifier also works
+on imperfect clips.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from paris_jax.data.sources.shapes import ATTRIBUTES, ShapesSource
 from paris_jax.evaluation.metrics import attribute_classifier
 
 COMMAND = "python -m paris_jax.evaluation.metrics.train_attribute_classifier"
-FRESH_SEED = 1_000_003  # of the clips that measure accuracy; training uses the flag's seed
+FRESH_SEED = 1_000_003  # seed of the clips that measure accuracy; training uses the flag's
 
 
 def main() -> None:
-    """Trains, measures on fresh clips, writes the weights and the card."""
+    """Trains the classifier, measures its accuracy on fresh clips, and writes the weights and the card."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--seed", type=int, default=20_000, help="of the clips and of the initial parameters")
+    parser.add_argument("--seed", type=int, default=20_000, help="seed of the clips and of the initial parameters")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--fresh_clips", type=int, default=4000, help="clips that measure accuracy")
+    parser.add_argument("--fresh_clips", type=int, default=4000, help="number of clips that measure accuracy")
     flags = parser.parse_args()
 
     began = time.monotonic()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def train(seed: int, steps: int, batch: int) -> attribute_classifier.Parameters:
-    """Returns trained float32 parameters, the average over the last steps."""
+    """Returns trained float32 parameters, averaged over the last steps."""
     key = jax.random.key(seed)
     parameters = attribute_classifier.initialise(key, ATTRIBUTES)
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, steps), b2=0.98, weight_decay=1e-3)
@@ -75,7 +75,7 @@ def train(seed: int, steps: int, batch: int) -> attribute_classifier.Parameters:
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(parameters, state, averaged, key, video, labels):
-        loss, gradient = jax.value_and_grad(_loss)(parameters, _worsen(key, video), labels)
+        loss, gradient = jax.value_and_grad(_loss)(parameters, _degrade(key, video), labels)
         updates, state = optimizer.update(gradient, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
         averaged = jax.tree.map(lambda a, p: a + 0.02 * (p - a), averaged, parameters)
@@ -83,9 +83,9 @@ def train(seed: int, steps: int, batch: int) -> attribute_classifier.Parameters:
 
     began = time.monotonic()
     averaged = jax.tree.map(jnp.copy, parameters)
-    drawn = batches(seed, batch)
+    training_batches = batches(seed, batch)
     for i in range(steps):
-        video, labels = next(drawn)
+        video, labels = next(training_batches)
         parameters, state, averaged, loss = step(
             parameters, state, averaged, jax.random.fold_in(key, i + 1), video, labels
         )
@@ -95,33 +95,33 @@ def train(seed: int, steps: int, batch: int) -> attribute_classifier.Parameters:
 
 
 def batches(seed: int, batch: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Endless batches of new clips, three in five of them digits: handwriting is by far the hardest to read."""
+    """Yields endless batches of new clips, three in five of them digits, which are by far the hardest to classify."""
     source = ShapesSource(
         seed, 1 << 40, attribute_classifier.FRAMES, attribute_classifier.HEIGHT, attribute_classifier.WIDTH, fps=8.0
     )
-    found = (source[i] for i in itertools.count())
-    kept = (clip for i, clip in enumerate(found) if clip.attributes["world"] == "digits" or i % 3 == 0)
+    clips = (source[i] for i in itertools.count())
+    selected = (clip for i, clip in enumerate(clips) if clip.attributes["world"] == "digits" or i % 3 == 0)
     while True:
-        yield stack([next(kept) for _ in range(batch)])
+        yield stack([next(selected) for _ in range(batch)])
 
 
 def stack(clips: list[Clip]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Video (B, 8, 20, 20, 3) uint8 and, for each attribute, the index of each clip's value."""
+    """Stacks clips: video (B, 8, 20, 20, 3) uint8 and, for each attribute, the index of each clip's value."""
     labels = {
         name: np.array([values.index(clip.attributes[name]) for clip in clips]) for name, values in ATTRIBUTES.items()
     }
     return np.stack([clip.video for clip in clips]), labels
 
 
-def _worsen(key: jax.Array, video: jax.Array) -> jax.Array:
-    """uint8 to [-1, 1], with blur, contrast, brightness and noise of a random strength per clip."""
+def _degrade(key: jax.Array, video: jax.Array) -> jax.Array:
+    """Converts uint8 to [-1, 1] and adds blur, contrast, brightness and noise of random strength per clip."""
     x = video.astype(jnp.float32) / 127.5 - 1
     keys = jax.random.split(key, 5)
     shape = (len(x), 1, 1, 1, 1)
     padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
     rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
     blurred = (rows[:, :, :, :-2] + 2 * rows[:, :, :, 1:-1] + rows[:, :, :, 2:]) / 4
-    # Half of the clips stay sharp: real held-out clips are read by the same network.
+    # Half of the clips stay sharp, because the same network classifies real held-out clips.
     amount = jnp.clip(jax.random.uniform(keys[0], shape, minval=-0.6, maxval=0.6), 0)
     x = x + amount * (blurred - x)
     x = x * jax.random.uniform(keys[1], shape, minval=0.85, maxval=1.1)
@@ -141,18 +141,18 @@ def _loss(parameters: attribute_classifier.Parameters, x: jax.Array, labels: dic
 
 
 def accuracy(trained: attribute_classifier.AttributeClassifier, seed: int, count: int) -> dict[str, float]:
-    """Share of undisturbed fresh clips whose attribute is read right, by attribute and for "all" at once."""
+    """Returns the share of clean fresh clips that are classified correctly, by attribute and for "all" at once."""
     source = ShapesSource(
         seed, count, attribute_classifier.FRAMES, attribute_classifier.HEIGHT, attribute_classifier.WIDTH, fps=8.0
     )
     video, labels = stack(list(source))
-    _, read = trained.look(video.astype(np.float32) / 127.5 - 1)
-    right = {
-        name: np.array([r[name] == ATTRIBUTES[name][label] for r, label in zip(read, labels[name], strict=True)])
+    _, predicted = trained.look(video.astype(np.float32) / 127.5 - 1)
+    correct = {
+        name: np.array([p[name] == ATTRIBUTES[name][label] for p, label in zip(predicted, labels[name], strict=True)])
         for name in ATTRIBUTES
     }
-    right["all"] = np.all(list(right.values()), axis=0)
-    return {name: round(float(hits.mean()), 4) for name, hits in right.items()}
+    correct["all"] = np.all(list(correct.values()), axis=0)
+    return {name: round(float(hits.mean()), 4) for name, hits in correct.items()}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ Exit codes: 0 done, 75 preempted (run the same command again), 1 a user's error 
 """
 
 import errno
+import functools
 import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -203,10 +204,10 @@ def _error(message: object) -> int:
     return ERROR
 
 
-def _unraisable(error: Any) -> None:
+def _unraisable(hook: Callable[[Any], Any], error: Any) -> None:
     """Silences the many unraisable errors of one checkpoint that could not be written; the command reports it once."""
     if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(error)
+        hook(error)
 
 
 def has_abandoned_work() -> bool:
@@ -220,7 +221,7 @@ def start() -> None:
     from paris_jax.local_jobs.devices import keep_freed_memory
 
     keep_freed_memory()
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only gets escapes for the rest
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

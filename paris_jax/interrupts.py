@@ -25,6 +25,7 @@ def listen() -> None:
     for number in TERMINATIONS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
+    sys.unraisablehook = _unraisable
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -36,19 +37,38 @@ def stop(*_: Any) -> NoReturn:
     raise Preempted("what was finished is kept")
 
 
+def _unraisable(error: Any) -> None:
+    """Sends a signal again whose exception was lost: the handler ran inside a callback of the garbage collector."""
+    number = {Preempted: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(error.exc_type)
+    if number is None:
+        sys.__unraisablehook__(error)
+        return
+    if number == signal.SIGINT:
+        _sent_again.append(number)
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+_sent_again: list[int] = []  # interrupts that the watching thread must not count
+
+
 def _watch(read: int) -> None:
     """Ends the process at a second Ctrl-C, or where a termination did not end it in time."""
     interrupts = 0
     while True:
         for number in os.read(read, 64):
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and _sent_again:
+                _sent_again.pop()
+            elif number == signal.SIGINT:
                 interrupts += 1
                 if interrupts > 1:
                     exit_now(INTERRUPTED, "interrupted again; ended at once")
             elif number in TERMINATIONS and signal.getsignal(number) is stop:
                 late = threading.Timer(GRACE, exit_now, (PREEMPTED, "preempted; run the same command again"))
                 late.daemon = True
-                late.start()
+                with contextlib.suppress(RuntimeError):  # the process is ending already
+                    late.start()
 
 
 def exit_now(code: int, message: str = "") -> NoReturn:

@@ -52,13 +52,15 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
     try:
         with contextlib.suppress(OSError):
             path.write_text(f"process {os.getpid()} (paris-jax {_command()}, since {time.strftime('%H:%M:%S')})")
-        _delete_partial_files(output)
+        delete_partial_files(output)
         yield
     finally:
-        if not lock:
-            with contextlib.suppress(OSError):
-                path.unlink()  # while it is held: who waits for it notices, and takes the next one
-        held.release()
+        try:
+            if not lock:
+                with contextlib.suppress(OSError):
+                    path.unlink()  # while it is held: who waits for it notices, and takes the next one
+        finally:
+            held.release()
         with contextlib.suppress(OSError):  # a command that was refused has written nothing
             for folder in absent:
                 folder.rmdir()
@@ -80,7 +82,7 @@ def _owner(path: Path) -> str:
     return "another process"
 
 
-def _delete_partial_files(output: Path) -> None:
+def delete_partial_files(output: Path) -> None:
     """Deletes files that `manifest.write_atomically` and its like began in an output, and did not finish."""
     folders = [output, *(folder for folder in output.rglob("*") if folder.is_dir())] if output.is_dir() else []
     beside = [output.parent.glob(f".{output.name}.*.partial")] if not output.is_dir() else []

@@ -265,6 +265,7 @@ def _write(samples: Samples, paths: list[epath.Path], output: Output, console: C
     for path, one in zip(paths, [samples] if whole else [samples[i] for i in range(len(samples))], strict=True):
         with contextlib.nullcontext() if output.out else locks.only_writer(path.parent / "names", wait=True):
             if not output.out:
+                locks.delete_partial_files(path)
                 path = _free(path.parent, path.stem, written, path.suffix)
             written.append(epath.Path(one.save(path)))
         console.print(f"wrote {written[-1]}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Conditioning masks: which latent frames condition a network, for image-to-video and video continuation.
 
-A network has an input for them, (B, T, H, W, 1 + C): the mask, 1 for a conditioning frame, and its clean latent
-(Open-Sora 2.0, arXiv 2503.09642). The noised latent and the loss are those of text-to-video.
+The network reads them from an extra input, (B, T, H, W, 1 + C): the mask, 1 for a conditioning frame, and the clean
+latent (Open-Sora 2.0, arXiv 2503.09642). The noised latent and the loss are the same as for text-to-video.
 """
 
 import jax
@@ -12,26 +12,27 @@ MASK_KINDS = ("none", "first", "last", "both", "prefix")
 
 
 def of_kind(kind: str, frames: int, prefix: int | jax.Array = 1) -> jax.Array:
-    """The conditioning frames of a kind of mask, (T,) bool; `prefix` is the length of a "prefix"."""
+    """The mask of one of `MASK_KINDS`, (T,) bool; `prefix` is the number of frames of a "prefix" mask."""
     T = jnp.arange(frames)
     first, last = prefix > T if kind == "prefix" else T < 1, frames - 1 <= T
     return {"none": T < 0, "last": last, "both": first | last}.get(kind, first)
 
 
 def draw(keys_B: jax.Array, weights: tuple[float, ...], frames: int) -> jax.Array:
-    """A mask for each key, (B, T) bool: a kind with chances as `weights`, in the order of `MASK_KINDS`.
+    """Draws a mask for each key, (B, T) bool.
 
-    A prefix has a uniform length that leaves at least one frame to sample; a single latent frame has no mask.
+    The probability of a kind is proportional to its entry in `weights`, in the order of `MASK_KINDS`. The length of a
+    prefix is uniform and leaves at least one frame to sample. A single latent frame is never a conditioning frame.
     """
-    chances = jnp.cumsum(jnp.asarray(weights) / sum(weights))[:-1]
+    cumulative = jnp.cumsum(jnp.asarray(weights) / sum(weights))[:-1]
 
-    def one(key: jax.Array) -> jax.Array:
-        which, length = jax.random.split(key)
-        kind = jnp.searchsorted(chances, jax.random.uniform(which), side="right")
-        prefix = jax.random.randint(length, (), 1, max(frames, 2))
+    def draw_one(key: jax.Array) -> jax.Array:
+        kind_key, length_key = jax.random.split(key)
+        kind = jnp.searchsorted(cumulative, jax.random.uniform(kind_key), side="right")
+        prefix = jax.random.randint(length_key, (), 1, max(frames, 2))
         return jnp.stack([of_kind(k, frames, prefix) for k in MASK_KINDS])[kind] & (frames > 1)
 
-    return jax.vmap(one)(keys_B)
+    return jax.vmap(draw_one)(keys_B)
 
 
 def cond_input(x_0: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """Guidance: combines the velocities under several conditions into one.
 
-Every method takes two velocities (B, ...), with the text and without it, each merged over the experts. With
-conditioning frames both velocities use them, and a third one uses neither text nor frames (Open-Sora 2.0):
+Every method takes two velocities (B, ...), with and without the text, each merged over the experts. With conditioning
+frames, both velocities use them, and a third velocity uses neither text nor frames (Open-Sora 2.0):
 
     v = v_00 + g_img (v_i0 - v_00) + g_txt (v_it - v_i0) = [v_i0 + g_txt (v_it - v_i0)] + (g_img - 1) (v_i0 - v_00)
 
 Classifier-free guidance is linear in the velocities: guiding each expert or their weighted sum gives the same result.
-The other methods are not linear, and apply to the velocity of the ensemble.
+The other methods are not linear; they apply to the velocity of the ensemble.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Strength:
     """The strength of guidance: scalars that change without recompilation.
 
     Attributes:
-      scale: of the text; 1 disables guidance.
+      scale: text guidance scale; 1 disables guidance.
       low, high: the guidance interval of timesteps; outside it only the conditional branch is computed.
       rescale: fraction, in [0, 1], of the guided velocity that is rescaled to the conditional standard deviation.
-      momentum, norm_threshold, eta: of projected guidance.
-      image_scale: of conditioning frames; 1 disables image guidance.
+      momentum, norm_threshold, eta: parameters of projected guidance (`projected`).
+      image_scale: guidance scale of the conditioning frames; 1 disables image guidance.
       text_oscillates, image_oscillates: from step `STEADY` on, guide at every other step only.
       ramp: the image scale grows linearly over the frames, from 1 to a last value that decays to 1 over the steps.
     """
@@ -49,12 +49,12 @@ class Strength:
     def at(self, t_B: jax.Array, step: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
         """Whether text and image guidance apply at each timestep and step: two (B,) bool.
 
-        Guidance applies inside the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724), except at the low steps of
-        an oscillation.
+        Guidance applies inside the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724), except at the unguided steps
+        of an oscillation.
         """
         within = (t_B >= self.low) & (t_B <= self.high)
-        low = jnp.asarray((step >= STEADY) & (step % 2 == 1))
-        return within & ~(low & self.text_oscillates), within & ~(low & self.image_oscillates)
+        unguided = jnp.asarray((step >= STEADY) & (step % 2 == 1))
+        return within & ~(unguided & self.text_oscillates), within & ~(unguided & self.image_oscillates)
 
     def image_scales(self, step: jax.Array | int, steps: jax.Array | int, frames: int) -> jax.Array:
         """The image guidance scale of each latent frame, (T,)."""
@@ -67,9 +67,9 @@ def classifier_free(conditional: jax.Array, unconditional: jax.Array, scale: flo
     return unconditional + scale * (conditional - unconditional)
 
 
-def by_image(known: jax.Array, unknown: jax.Array, scales_T: jax.Array) -> jax.Array:
+def by_image(with_frames: jax.Array, without_frames: jax.Array, scales_T: jax.Array) -> jax.Array:
     """The image guidance term added to a guided velocity: (scale - 1) (v_i0 - v_00), (B, T, ...)."""
-    return path.per_sample(scales_T - 1, known[0]) * (known - unknown)
+    return path.per_sample(scales_T - 1, with_frames[0]) * (with_frames - without_frames)
 
 
 def rescaled(v: jax.Array, conditional: jax.Array, rescale: float | jax.Array) -> jax.Array:
@@ -77,11 +77,11 @@ def rescaled(v: jax.Array, conditional: jax.Array, rescale: float | jax.Array) -
 
     Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
     """
-    spread, guided = _spread(conditional), _spread(v)
-    return v * (1 + rescale * (spread / jnp.maximum(guided, 1e-12) - 1))
+    std, guided_std = _std(conditional), _std(v)
+    return v * (1 + rescale * (std / jnp.maximum(guided_std, 1e-12) - 1))
 
 
-def _spread(v: jax.Array) -> jax.Array:
+def _std(v: jax.Array) -> jax.Array:
     return jnp.std(v.astype(jnp.float32), axis=tuple(range(1, v.ndim)), keepdims=True)
 
 
@@ -93,32 +93,33 @@ def projected(
     strength: Strength,
     before: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), in the predicted data.
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), applied to the predicted data.
 
     The update is the difference D_text - D_null of the predictions D = x - t v plus `momentum` times the running sum of
     the earlier differences. Its norm over a sample is clipped to `norm_threshold`, and its component parallel to D_text
     is scaled by `eta`.
 
     Args:
-      conditional, unconditional, x: (B, ...).
+      conditional, unconditional: (B, ...) velocities.
+      x: (B, ...) noised samples.
       t_B: (B,) timesteps.
-      before: (B, ...) the running sum; initialise it with zeros.
+      before: (B, ...) running sum of the earlier steps; zeros at the first.
 
     Returns:
-      The guided velocity, and the running sum.
+      The guided velocity (B, ...), and the running sum (B, ...) for the next step.
     """
     t = path.per_sample(t_B, x)
     data = path.data_from_velocity(x, conditional, t_B)
-    difference = unconditional - conditional  # of the predicted data, by t
+    difference = unconditional - conditional  # (D_text - D_null) / t
     running = t * difference + strength.momentum * before
     axes = tuple(range(1, x.ndim))
 
     def norm(a: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.sum(jnp.square(a), axis=axes, keepdims=True))
 
-    # By t again, whose limit at t = 0 is the difference itself.
+    # From data to velocity: divided by t; the limit at t = 0 is the difference itself.
     update = jnp.where(t > 0, running / jnp.where(t > 0, t, 1.0), difference)
     update = update * jnp.minimum(1.0, strength.norm_threshold / jnp.maximum(norm(running), 1e-12))
     direction = data / jnp.maximum(norm(data), 1e-12)
-    along = jnp.sum(update * direction, axis=axes, keepdims=True) * direction
-    return conditional - (strength.scale - 1) * (update - along + strength.eta * along), running
+    parallel = jnp.sum(update * direction, axis=axes, keepdims=True) * direction
+    return conditional - (strength.scale - 1) * (update - parallel + strength.eta * parallel), running

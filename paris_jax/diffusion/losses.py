@@ -35,5 +35,5 @@ def cross_entropy(logits_BK: jax.Array, cluster_B: jax.Array) -> jax.Array:
 
 def by_time_bin(values_B: jax.Array, t_B: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
     """Sums and counts of a per-sample value in equal bins of the timestep: two arrays (bins,) float32."""
-    member = jax.nn.one_hot(jnp.clip((t_B * bins).astype(jnp.int32), 0, bins - 1), bins)
-    return values_B @ member, member.sum(0)
+    bin_one_hot = jax.nn.one_hot(jnp.clip((t_B * bins).astype(jnp.int32), 0, bins - 1), bins)
+    return values_B @ bin_one_hot, bin_one_hot.sum(0)

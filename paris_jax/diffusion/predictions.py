@@ -1,12 +1,12 @@
 """Prediction types of a network, and their conversion to the velocity of the linear path.
 
-A noise-predicting network (DDPM; Ho et al. 2020, Nichol and Dhariwal 2021) was trained on the cosine path
+A noise-predicting network (DDPM; Ho et al. 2020, Nichol and Dhariwal 2021) is trained on the cosine path
 
     x_s = cos(pi s / 2) x_0 + sin(pi s / 2) e        e^(x_s, s)        s in [0, 1], s = 0 data, s = 1 noise
 
-A point of the linear path, divided by its norm's factor sqrt((1 - t)^2 + t^2), is the point of that path with the same
-ratio of data to noise: tan(pi s / 2) = t / (1 - t). The network predicts there, and its prediction is merged as a
-velocity (Heterogeneous experts, arXiv 2603.06741):
+A point of the linear path divided by sqrt((1 - t)^2 + t^2) is the point of the cosine path with the same
+signal-to-noise ratio: tan(pi s / 2) = t / (1 - t). The network predicts the noise at that point, and the prediction is
+converted to a velocity before the merge (Heterogeneous experts, arXiv 2603.06741):
 
     x_0^ = clip((x_s - sin e^) / max(cos, 0.01), -20, 20)        v = e^ - x_0^
 """
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from paris_jax.diffusion import path
 
-# Names, and their description in the manifest of an exported network.
+# Prediction type -> its description in the manifest of an exported network.
 PREDICTIONS = {
     "velocity": "velocity v = e - x_0",
     "noise": "noise e at x_s = cos(pi s / 2) x_0 + sin(pi s / 2) e",
 }
 SMALLEST_SHARE = 0.01  # lower bound of the data coefficient, by which a prediction is divided
-LARGEST_DATA = 20.0  # clipping bound of the predicted data, in its standard deviations
+LARGEST_DATA = 20.0  # clipping bound of the predicted data, in standard deviations of the data
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B, ...), t (B,)) -> prediction (B, ...)
 
 
@@ -37,11 +37,11 @@ def cosine(x_0: jax.Array, noise: jax.Array, s_B: jax.Array) -> jax.Array:
 def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
     """The velocity of the linear path at (x_t, t) from a network that predicts noise on the cosine path."""
     norm = jnp.sqrt(jnp.square(1 - t_B) + jnp.square(t_B))
-    share, angle = (1 - t_B) / norm, jnp.arctan2(t_B, 1 - t_B)
+    data_coefficient, angle = (1 - t_B) / norm, jnp.arctan2(t_B, 1 - t_B)
     x_s = x_t / path.per_sample(norm, x_t)
     noise = network(x_s, angle * (2 / jnp.pi))
     data = x_s - path.per_sample(t_B / norm, x_t) * noise
-    data = data / path.per_sample(jnp.maximum(share, SMALLEST_SHARE), x_t)
+    data = data / path.per_sample(jnp.maximum(data_coefficient, SMALLEST_SHARE), x_t)
     return noise - jnp.clip(data, -LARGEST_DATA, LARGEST_DATA)
 
 

@@ -45,7 +45,7 @@ def euler(
 def heun(velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise):
     """Second order (explicit trapezoid): two evaluations of the guided velocity.
 
-    The guidance state is that of the first evaluation: it is updated once a step, as with every solver.
+    The second evaluation does not change the guidance state, which every solver updates once per step.
     """
     first, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
     second, _ = velocity_of(x + (at.t_next - at.t) * first, at.t_next, at.index, guidance_state)
@@ -55,7 +55,7 @@ def heun(velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Ar
 def adams_bashforth(
     velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise
 ):
-    """Second order from one evaluation: the line through this velocity and the last one, for steps of any size.
+    """Second order with one evaluation: extrapolates linearly from the last two velocities; steps of any size.
 
     x <- x + h ((1 + r/2) v_n - (r/2) v_{n-1}),  r = h_n / h_{n-1}; the first step is Euler's.
     """
@@ -70,9 +70,9 @@ def dpm_solver(
 ):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) on the linear path.
 
-    Second order in l = log((1 - t) / t) for the predicted data D = x - t v, from one evaluation:
+    Second order in l = log((1 - t) / t) for the predicted data D = x - t v, with one evaluation:
     x <- (t_next / t) x + (1 - t_next / t) (D_n + h_n / (2 h_{n-1}) (D_n - D_{n-1})),  h the steps of l.
-    The first two steps and the last, where a step of l is infinite, are of first order.
+    The first two steps and the last are of first order, as their steps of l are infinite.
     """
     v, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
     data, ratio = path.data_from_velocity(x, v, at.t), at.t_next / at.t
@@ -118,11 +118,11 @@ class State:
     """The state of a solver between two steps.
 
     Attributes:
-      x: the noised samples.
-      history: the array a multistep method needs from the last step, like x.
+      x: (B, ...) noised samples.
+      history: array that a multistep method keeps from the last step, with the shape of x.
       guidance_state: carried by the velocity field, any pytree.
-      data: x_0 as predicted at the last step, like x; zeros before the first.
-      traces: of the field at every step and evaluation, stacked on two leading axes (S, EVALUATIONS); zeros for
+      data: x_0 as predicted at the last step, with the shape of x; zeros before the first.
+      traces: traces of the field at every step and evaluation, stacked on two leading axes (S, EVALUATIONS); zeros for
         later steps.
     """
 

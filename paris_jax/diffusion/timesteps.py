@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-CAPACITY_STEPS = 64  # compiled samplers hold a multiple of it, so that another number of steps does not recompile
+CAPACITY_STEPS = 64  # compiled samplers hold a multiple of this, so that another number of steps does not recompile
 
 
 def shift(t: jax.Array, factor: float) -> jax.Array:
@@ -38,7 +38,7 @@ def capacity(num_steps: int) -> int:
 
 
 def padded(values: jax.Array, size: int) -> jax.Array:
-    """Values of each step or timestep, padded with zeros to (size,). A schedule stays one: it ends at its first 0."""
+    """Values per step or timestep, padded with zeros to (size,). A padded schedule still ends at its first 0."""
     return jnp.pad(values, (0, size - values.shape[0]))
 
 

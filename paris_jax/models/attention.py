@@ -1,6 +1,6 @@
 """Attention for every block: dispatch to the fastest kernel, and attention patterns over a video.
 
-Padding is at the end of the keys and given as lengths, which cuDNN's flash attention takes (a dense mask it does not).
+Padding is at the end of the keys and passed as lengths: cuDNN's flash attention accepts lengths but no dense mask.
 """
 
 import functools
@@ -20,7 +20,7 @@ BLOCKS = (512, 256, 128)  # block sizes of the TPU kernel, in tokens
 
 
 def pattern(name: str, frames: int, positions: int) -> Callable[..., jax.Array]:
-    """An attention pattern of PATTERNS over T frames of P positions each, followed by text tokens."""
+    """The attention pattern "joint" or "factorised", over T frames of P positions each, followed by text tokens."""
     return {"joint": attend, "factorised": functools.partial(factorised, frames=frames, positions=positions)}[name]
 
 
@@ -33,12 +33,14 @@ def factorised(
     frames: int,
     positions: int,
 ) -> jax.Array:
-    """Attention in two steps: P T (P + L + T) products, `attend` (P T + L)^2, of P positions, T frames, L text tokens.
+    """Factorised attention: within each frame and the text, then along time at each position.
 
-    Each position attends to its own frame and the text, then to the result of the same position in every frame:
-    one softmax over all frames and positions is replaced by p(frame) p(position | frame). Queries and keys of both
-    steps are the same, so the parameters are those of joint attention, whose weights fit; for a single frame it is
-    joint attention. The text, which follows the video, attends to everything.
+    Each position attends to its own frame and the text, then to the results of the same position in all frames: the
+    softmax over all frames and positions becomes p(frame) p(position | frame). Both steps use the same queries and
+    keys, so the parameters are those of joint attention and its weights can be loaded; for a single frame the result is
+    joint attention. The text, which follows the video, attends to all tokens.
+
+    For P positions, T frames and L text tokens it takes P T (P + L + T) query-key products; `attend` takes (P T + L)^2.
     """
     (B, S, H, D), N = q_BNHD.shape, frames * positions
 
@@ -48,13 +50,13 @@ def factorised(
         text = jnp.broadcast_to(x_BSHD[:, None, N:], (B, frames, S - N, H, D))
         return jnp.concatenate([video, text], axis=2).reshape(B * frames, positions + S - N, H, D)
 
-    def by_place(x: jax.Array) -> jax.Array:
+    def by_position(x: jax.Array) -> jax.Array:
         return x.reshape(B, frames, positions, H, D).swapaxes(1, 2).reshape(B * positions, frames, H, D)
 
     length = None if length_B is None else jnp.repeat(length_B - (N - positions), frames)
     video = attend(q_BNHD[:, :N].reshape(B * frames, positions, H, D), by_frame(k_BNHD), by_frame(v_BNHD), length)
     if frames > 1:
-        video = attend(by_place(q_BNHD[:, :N]), by_place(k_BNHD[:, :N]), by_place(video))
+        video = attend(by_position(q_BNHD[:, :N]), by_position(k_BNHD[:, :N]), by_position(video))
         video = video.reshape(B, positions, frames, H, D).swapaxes(1, 2)
     text = attend(q_BNHD[:, N:], k_BNHD, v_BNHD, length_B)
     return jnp.concatenate([video.reshape(B, N, H, D), text], axis=1)
@@ -63,7 +65,7 @@ def factorised(
 def attend(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the first `length` keys of each sample; returns (B, N, H, D).
 
-    Where queries are the tokens that are attended to, what those beyond `length` get is not defined.
+    In self-attention, the outputs of queries beyond `length` are undefined.
     """
     # Heads are independent: an all-to-all exchanges a shard of the tokens for all tokens of a shard of the heads.
     q_BNHD, k_BSHD, v_BSHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BSHD, v_BSHD))
@@ -89,7 +91,7 @@ def _lengths(x_BNHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
 
 
 def _platform() -> str:
-    """The platform of the mesh compiled for, which may be absent here; without a mesh, of this process."""
+    """The platform of the current mesh, whose devices this machine may lack; without a mesh, JAX's default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
@@ -99,20 +101,20 @@ def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Ker
     """Chooses a kernel and logs the choice once, with the reason for any fallback."""
     choice: Kernel = "xla"
     if keys <= head_width:
-        reason = f"the weights of {keys} keys take no more memory than a query"
+        reason = f"the attention weights over {keys} keys take no more memory than the queries"
     elif platform == "tpu" and keys < BLOCKS[-1]:
-        reason = f"the TPU's flash kernel works on {BLOCKS[-1]} tokens at once, and here are {keys}"
+        reason = f"the TPU's flash kernel needs at least {BLOCKS[-1]} keys, not {keys}"
     elif platform == "tpu":
         choice, reason = "pallas", "flash attention"
     elif platform not in ("gpu", "cuda"):
-        reason = f"there is no flash attention for {platform}"
+        reason = f"no flash attention for {platform}"
     elif dtype not in ("bfloat16", "float16"):
         reason = f"cuDNN's kernel takes 16-bit floats, not {dtype}"
     elif head_width % 8 or head_width > 128:
         reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:
         choice, reason = "cudnn", "flash attention"
-    # On a CPU there is no choice.
+    # A CPU has one kernel only, so the choice is no news.
     logger.log(logging.DEBUG if platform == "cpu" else logging.INFO, "attention: %s (%s)", choice, reason)
     return choice
 
@@ -124,9 +126,9 @@ def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.A
         return kernel(q_BNHD, k_BSHD, v_BSHD, length_B)
     heads = axes_that_divide(mesh, q_BNHD.shape, "batch", None, "attending", None)
     specs = (heads, heads, heads, axes_that_divide(mesh, length_B.shape, "batch"))
-    free = set(mesh.axis_names) - set(mesh.manual_axes)
-    split = jax.shard_map(kernel, axis_names=free, in_specs=specs, out_specs=heads, check_vma=False)
-    return split(q_BNHD, k_BSHD, v_BSHD, length_B)
+    automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    sharded = jax.shard_map(kernel, axis_names=automatic, in_specs=specs, out_specs=heads, check_vma=False)
+    return sharded(q_BNHD, k_BSHD, v_BSHD, length_B)
 
 
 def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array) -> jax.Array:
@@ -159,7 +161,7 @@ def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
 def _plain(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
     """Attention in plain matrix products for any platform, with the backward pass of flash attention.
 
-    Differentiated by itself, softmax would go over all pairs of tokens three times more.
+    Automatic differentiation of the softmax would take three more passes over all pairs of tokens.
     """
     return _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B)[0]
 
@@ -168,8 +170,8 @@ def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
     scores_BHNS = jnp.einsum("BNHD,BSHD->BHNS", q_BNHD, k_BSHD, preferred_element_type=jnp.float32)
     scores_BHNS = scores_BHNS * q_BNHD.shape[-1] ** -0.5
     if length_B is not None:
-        counts_BS = jnp.arange(k_BSHD.shape[1]) < length_B[:, None]
-        scores_BHNS = jnp.where(counts_BS[:, None, None], scores_BHNS, jnp.finfo(jnp.float32).min)
+        valid_BS = jnp.arange(k_BSHD.shape[1]) < length_B[:, None]
+        scores_BHNS = jnp.where(valid_BS[:, None, None], scores_BHNS, jnp.finfo(jnp.float32).min)
     weights_BHNS = jnp.exp(scores_BHNS - scores_BHNS.max(-1, keepdims=True))  # unnormalised softmax
     sums_BNH1 = weights_BHNS.sum(-1).transpose(0, 2, 1)[..., None]
     weights_BHNS = weights_BHNS.astype(v_BSHD.dtype)
@@ -187,12 +189,12 @@ def _plain_backward(saved, gradient_BNHD):
     gradient_BNHD = gradient_BNHD / sums_BNH1
     means_BHN1 = (gradient_BNHD * attended_BNHD).sum(-1).transpose(0, 2, 1)[..., None]
     gradient_BNHD = gradient_BNHD.astype(dtype)
-    of_weights_BHNS = jnp.einsum("BNHD,BSHD->BHNS", gradient_BNHD, v_BSHD, preferred_element_type=jnp.float32)
-    of_scores_BHNS = (weights_BHNS * (of_weights_BHNS - means_BHN1) * scale).astype(dtype)
-    of_q_BNHD = jnp.einsum("BHNS,BSHD->BNHD", of_scores_BHNS, k_BSHD)
-    of_k_BSHD = jnp.einsum("BHNS,BNHD->BSHD", of_scores_BHNS, q_BNHD)
-    of_v_BSHD = jnp.einsum("BHNS,BNHD->BSHD", weights_BHNS, gradient_BNHD)
-    return of_q_BNHD, of_k_BSHD, of_v_BSHD, None
+    d_weights_BHNS = jnp.einsum("BNHD,BSHD->BHNS", gradient_BNHD, v_BSHD, preferred_element_type=jnp.float32)
+    d_scores_BHNS = (weights_BHNS * (d_weights_BHNS - means_BHN1) * scale).astype(dtype)
+    d_q_BNHD = jnp.einsum("BHNS,BSHD->BNHD", d_scores_BHNS, k_BSHD)
+    d_k_BSHD = jnp.einsum("BHNS,BNHD->BSHD", d_scores_BHNS, q_BNHD)
+    d_v_BSHD = jnp.einsum("BHNS,BNHD->BSHD", weights_BHNS, gradient_BNHD)
+    return d_q_BNHD, d_k_BSHD, d_v_BSHD, None
 
 
 _plain.defvjp(_plain_forward, _plain_backward)

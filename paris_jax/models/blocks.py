@@ -82,8 +82,8 @@ class HeadNorm(nnx.Module):
 def to_heads(projection: nnx.Linear, x: jax.Array) -> jax.Array:
     """Projects tokens to fused heads, under the checkpoint name that rematerialisation uses.
 
-    The barrier keeps XLA from fusing the split into the product, for which a TPU would transpose every such matrix of a
-    stack into a copy (21 GiB for three experts of 11.89B parameters).
+    The barrier keeps XLA from fusing the split into the product: on a TPU, that would copy every such matrix of a stack
+    in transposed form (21 GiB for three experts of 11.89B parameters).
     """
     return jax.lax.optimization_barrier(checkpoint_name(projection(x), "projected"))
 
@@ -140,7 +140,7 @@ class Stream(nnx.Module):
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Stacks `count` blocks: every parameter has a leading layer axis, and each layer its own initial values."""
+    """Stacks `count` blocks: every parameter has a leading layer axis, and every layer its own initial values."""
     # Without the metadata, optimizer moments would be sharded over the layer axis.
     build = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None})
     return build(rngs.split(count))
@@ -167,15 +167,15 @@ UNROLLED = 2  # stacks of up to this many blocks are unrolled instead of scanned
 def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
-    One or two are written out, which a CPU runs faster.
+    Stacks of up to `UNROLLED` blocks are unrolled, which is faster on a CPU.
 
     Args:
       blocks: from `stacked`; called as block(*carry, *shared) -> carry.
-      carry: tuple of activations (B, N, D) handed from block to block.
-      remat: what the backward pass computes again instead of keeping it, a key of REMAT.
-      *shared: inputs that every block sees.
-      member: () int32, of whose parameters the blocks are made, where each has a leading axis of several networks.
-        Layer by layer they are read where they lie: no network is copied to be used.
+      carry: tuple of activations (B, N, D) passed from block to block.
+      remat: rematerialisation in the backward pass, a key of REMAT.
+      *shared: inputs common to all blocks.
+      member: () int32, the network to run where every parameter has a leading axis of several networks. Its layers are
+        read in place, one at a time: no network is copied.
     """
     graph, layers = nnx.split(blocks)
 
@@ -197,19 +197,19 @@ def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member
 
 
 def _scan_member(run: Callable[[Any, Any], Any], stack: Any, member: jax.Array, carry: Any) -> Any:
-    """Runs the blocks of one network of a stack; offloaded blocks are fetched while the one before runs."""
+    """Runs the blocks of one network of a stack; each offloaded block is fetched while the previous one runs."""
     depth = stacks.depth(stack)
-    numbers = jnp.arange(depth)
+    indices = jnp.arange(depth)
     if not stacks.on_host(stack):
 
-        def body(carry: Any, number: jax.Array) -> tuple[Any, None]:
-            return run(carry, stacks.widened(stacks.fetch(stack, member, number))), None
+        def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            return run(carry, stacks.widened(stacks.fetch(stack, member, index))), None
 
-        return jax.lax.scan(body, carry, numbers, unroll=depth if depth <= UNROLLED else 1)[0]
+        return jax.lax.scan(body, carry, indices, unroll=depth if depth <= UNROLLED else 1)[0]
 
-    def ahead(both: Any, number: jax.Array) -> tuple[Any, None]:
-        carry, layer = both
-        following = stacks.fetch(stack, member, jnp.minimum(number + 1, depth - 1))
-        return (run(carry, stacks.widened(layer)), following), None
+    def prefetching_body(state: Any, index: jax.Array) -> tuple[Any, None]:
+        carry, layer = state
+        next_layer = stacks.fetch(stack, member, jnp.minimum(index + 1, depth - 1))
+        return (run(carry, stacks.widened(layer)), next_layer), None
 
-    return jax.lax.scan(ahead, (carry, stacks.fetch(stack, member, numbers[0])), numbers)[0][0]
+    return jax.lax.scan(prefetching_body, (carry, stacks.fetch(stack, member, indices[0])), indices)[0][0]

@@ -1,8 +1,8 @@
 """The spatiotemporal DiT: a FLUX-style MM-DiT over packed video latents (Paris 2.0; Open-Sora 2.0, arXiv 2503.09642).
 
-Video and text tokens have their own weights in the double-stream blocks and share them in the single-stream ones; they
-attend jointly in both, or frame by frame and then along time (`attention.factorised`). Positions are rotary over
-(t, h, w); text stands at position zero. Time and pooled text modulate every block.
+Video and text tokens have their own weights in the double-stream blocks and share them in the single-stream ones.
+Attention is joint in both, or factorised into space and time (`attention.factorised`). Position embeddings are rotary
+over (t, h, w); text tokens have position zero. The timestep and the pooled text modulate every block.
 
 Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, N video tokens, L text tokens,
 D width.
@@ -39,7 +39,7 @@ PATCH = 2  # rows and columns of the latent that make one token, as published
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Sizes of a spatiotemporal DiT; the published ones are in `models/presets.py`."""
+    """Sizes of a spatiotemporal DiT; presets are in `config/network.py`."""
 
     channels: int  # of the latent, C
     text_width: int
@@ -48,18 +48,18 @@ class DiTConfig:
     heads: int
     double_blocks: int
     single_blocks: int
-    rope_axes: tuple[int, int, int]  # features of a head turned by t, h, w; their sum is the head width
+    rope_axes: tuple[int, int, int]  # features of a head rotated by t, h, w; their sum is the head width
     mlp_ratio: int = 4
     theta: float = 1e4
-    remat: str = "none"  # what the backward pass computes again: a key of `blocks.REMAT`
+    remat: str = "none"  # rematerialisation in the backward pass: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
     cond_frames: bool = False  # whether the network has an input for conditioning frames (image-to-video)
-    prediction_type: str = "velocity"  # or "noise", of a DDPM: a name in `diffusion.predictions`
-    attention: str = "joint"  # who attends to whom: a name in `attention.PATTERNS`
+    prediction_type: str = "velocity"  # or "noise" (DDPM): a key of `diffusion.predictions.PREDICTIONS`
+    attention: str = "joint"  # or "factorised": the attention pattern (`attention.pattern`)
 
 
 def video_tokens(latent_shape: tuple[int, ...]) -> int:
-    """How many tokens a latent (T, H, W, C) makes, N."""
+    """The number of video tokens N of a latent (T, H, W, C)."""
     T, H, W, _ = latent_shape
     return T * (H // PATCH) * (W // PATCH)
 
@@ -94,7 +94,7 @@ def embed_video(video_in: nnx.Linear, cond_in: nnx.Linear | None, x_BTHWC: jax.A
 
 
 class DoubleBlock(nnx.Module):
-    """Video and text streams with weights of their own and one attention."""
+    """Double-stream block: separate weights for video and text, joint attention."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         self.video = Stream(config, rngs)
@@ -109,14 +109,14 @@ class DoubleBlock(nnx.Module):
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
         N = video.shape[1]
-        seen_v = constrain(attended[:, :N], "batch", "tokens", "heads", None)
-        seen_t = constrain(attended[:, N:], "batch", None, "heads", None)
-        video = constrain(self.video.update(video, seen_v, gates_v), "batch", "tokens", None)
-        return video, constrain(self.text.update(text, seen_t, gates_t), "batch", None, None)
+        attended_v = constrain(attended[:, :N], "batch", "tokens", "heads", None)
+        attended_t = constrain(attended[:, N:], "batch", None, "heads", None)
+        video = constrain(self.video.update(video, attended_v, gates_v), "batch", "tokens", None)
+        return video, constrain(self.text.update(text, attended_t, gates_t), "batch", None, None)
 
 
 class SingleBlock(nnx.Module):
-    """Video and text as one sequence; attention and MLP in parallel."""
+    """Single-stream block: video and text as one sequence, attention and MLP in parallel."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         dtype, D, M = jnp.dtype(config.dtype), config.hidden, config.mlp_ratio * config.hidden
@@ -138,7 +138,7 @@ class SingleBlock(nnx.Module):
 
 
 class SpatiotemporalDiT(nnx.Module):
-    """v(x_t, t, text): the velocity of a noised video latent, or what else `config.prediction_type`."""
+    """Predicts the velocity v(x_t, t, text) of a noised video latent, or its noise (`config.prediction_type`)."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden
@@ -162,17 +162,17 @@ class SpatiotemporalDiT(nnx.Module):
         cond_BTHWX: jax.Array | None = None,
         member: jax.Array | None = None,
     ) -> jax.Array:
-        """The velocity at (x_t, t) given the text, and frames to keep.
+        """The network's prediction at (x_t, t), conditioned on the text and on conditioning frames.
 
         Args:
-          x_BTHWC: noised latent, unit scale; H and W even.
-          t_B: time in [0, 1], 1 is noise.
-          tokens_BLX: text tokens, padded at the end.
-          length_B: int32, tokens that count (1 to L); the rest is never attended to.
-          pooled_BP: pooled text vector.
-          cond_BTHWX: frames that are given, X = 1 + C: their mask, 1 or 0, then their latent (`diffusion.masks`); None
-            where there are none.
-          member: which of several networks this is, where the blocks hold all of them (`functional.apply_member`).
+          x_BTHWC: noised latent of unit scale; H and W even.
+          t_B: timesteps in [0, 1], 1 is noise.
+          tokens_BLX: text embedding, padded at the end.
+          length_B: int32, number of text tokens without padding (1 to L); padding is never attended to.
+          pooled_BP: pooled text embedding.
+          cond_BTHWX: conditioning frames, X = 1 + C: mask (1 or 0) and clean latent (`diffusion.cond_masks`); None for
+            no conditioning frames.
+          member: () int32, the network to run where the blocks hold several (`functional.apply_member`).
 
         Returns:
           (B, T, H, W, C) float32.
@@ -182,7 +182,7 @@ class SpatiotemporalDiT(nnx.Module):
         video = constrain(embed_video(self.video_in, self.cond_in, x_BTHWC, cond_BTHWX), "batch", "tokens", None)
         text = self.text_in(tokens_BLX.astype(dtype))
         condition = self.conditioning(t_B, pooled_BP)
-        # Video first: padding is then at the end of the joint sequence, where attention kernels want it.
+        # Video first: padding is then at the end of the joint sequence, as the attention kernels require.
         N, length = video.shape[1], length_B + video.shape[1]
         rope = _rope(T, H // PATCH, W // PATCH, text.shape[1], config.rope_axes, config.theta)
         shared = condition, rope, length, pattern(config.attention, T, N // T)
@@ -200,6 +200,6 @@ def _build(block: type, config: Any, rngs: nnx.Rngs) -> nnx.Module:
 
 @functools.lru_cache(maxsize=64)
 def _rope(frames: int, rows: int, columns: int, text: int, axes: tuple[int, int, int], theta: float) -> Any:
-    """Rotary tables of the joint sequence: video tokens by place and time, then text at position zero."""
+    """Rotary tables of the joint sequence: video tokens by frame, row and column, then text at position zero."""
     ids = np.concatenate([positions.video_positions(frames, rows, columns), np.zeros((text, 3), np.float32)])
     return positions.rotary_table(ids, axes, theta)

@@ -15,7 +15,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts devices: a whole chip on all of these."""
+    """One JAX device, which is a whole chip for every kind listed here."""
 
     name: str  # as in topology names: "v5p"
     kind: str  # prefix of `device_kind`
@@ -52,11 +52,11 @@ def forward_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...
 
     Args:
       latent_shape: (T, H, W, C).
-      text_length: text tokens a sample, padding included (the router reads none).
+      text_length: text tokens per sample, padding included (the router reads none).
     """
     N, D, M = video_tokens(latent_shape), config.hidden, config.mlp_ratio
     patch = latent_shape[-1] * PATCH * PATCH
-    read = patch + (latent_shape[-1] + 1) * PATCH * PATCH * config.cond_frames
+    inputs = patch + (latent_shape[-1] + 1) * PATCH * PATCH * config.cond_frames
     conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
     final = 2 * D * 2 * D  # modulation
     L = 1 if isinstance(config, RouterConfig) else text_length
@@ -67,10 +67,10 @@ def forward_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...
     layers = 2 * S * D * D * (4 + 2 * M) + 4 * pairs * D
     if isinstance(config, RouterConfig):
         block = layers + 2 * D * 6 * D
-        return 2 * N * read * D + conditioning + config.blocks * block + final + 2 * D * config.clusters
+        return 2 * N * inputs * D + conditioning + config.blocks * block + final + 2 * D * config.clusters
     double = layers + 2 * 2 * D * 6 * D
     single = layers + 2 * D * 3 * D
-    embed = 2 * N * read * D + 2 * L * config.text_width * D
+    embed = 2 * N * inputs * D + 2 * L * config.text_width * D
     return (
         embed + conditioning + config.double_blocks * double + config.single_blocks * single + final + 2 * N * D * patch
     )

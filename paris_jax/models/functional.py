@@ -1,7 +1,7 @@
 """Networks as pure functions of a nested dictionary of arrays.
 
-A network is described by its config; its parameters are plain data, so that jit, optax, Orbax and safetensors all see
-the same tree, and dispatch costs nothing per module.
+A config describes a network; its parameters are plain data, so that jit, optax, Orbax and safetensors all see the same
+tree, and a call has no overhead per module.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def abstract(config: Config) -> Params:
 def apply(config: Config, params: Params, *inputs: jax.Array | None, **named: jax.Array) -> jax.Array:
     """The network's output; see `SpatiotemporalDiT.__call__` and `Router.__call__` for the inputs.
 
-    A config of another kind brings its own `apply(params, *inputs)`, and says what it `predicts` and whether it takes
-    `cond_frames`: an analytic velocity field, for one.
+    A config of any other type, such as an analytic velocity field, has its own `apply(params, *inputs)`, and the fields
+    `prediction_type` and `cond_frames`.
     """
     if not isinstance(config, DiTConfig | RouterConfig):
         return config.apply(params, *inputs)
@@ -56,10 +56,10 @@ def apply(config: Config, params: Params, *inputs: jax.Array | None, **named: ja
 
 
 def apply_member(config: Config, stacks: Params, member: jax.Array, *inputs: jax.Array | None) -> jax.Array:
-    """The output of one of several networks of a kind, with parameters stacked on a leading axis.
+    """The output of one of several networks with the same config, their parameters stacked on a leading axis.
 
-    `member`, a () int32, may differ from call to call. The blocks are read layer by layer where they lie, the few
-    parameters outside of them are copied: beside a pass that is next to nothing, in time and in memory.
+    `member` is a traced () int32. The blocks are read in place, layer by layer; the few parameters outside them are
+    copied, which costs little time and memory compared to a forward pass.
     """
     params = {name: a if name in BLOCKS else jax.tree.map(lambda x: x[member], a) for name, a in stacks.items()}
     return apply(config, params, *inputs, **({"member": member} if isinstance(config, DiTConfig) else {}))
@@ -79,11 +79,11 @@ def from_names(flat: dict[str, Any]) -> Params:
     return unflatten_dict(flat, sep=".")
 
 
-def network_config(chosen: NetworkSettings, **given: Any) -> DiTConfig:
-    """A preset with its overrides, for a latent and text encoder given as `channels`, `text_width`, `pooled_width`."""
-    return DiTConfig(**dataclasses.asdict(chosen.resolve()), attention=chosen.attention, **given)
+def network_config(chosen: NetworkSettings, **fields: Any) -> DiTConfig:
+    """The config of a preset with its overrides; `fields` are the others: `channels`, `text_width`, `pooled_width`."""
+    return DiTConfig(**dataclasses.asdict(chosen.resolve()), attention=chosen.attention, **fields)
 
 
-def router_config(chosen: RouterSettings, **given: Any) -> RouterConfig:
-    """A router preset for a latent, text encoder and number of clusters."""
-    return RouterConfig(**dataclasses.asdict(ROUTER_PRESETS[chosen.preset]), attention=chosen.attention, **given)
+def router_config(chosen: RouterSettings, **fields: Any) -> RouterConfig:
+    """The config of a router preset; `fields` are the others: `channels`, `pooled_width`, `clusters`."""
+    return RouterConfig(**dataclasses.asdict(ROUTER_PRESETS[chosen.preset]), attention=chosen.attention, **fields)

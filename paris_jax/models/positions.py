@@ -14,7 +14,7 @@ def video_positions(frames: int, rows: int, columns: int) -> np.ndarray:
 
 
 def rotary_table(positions_N3: np.ndarray, axes: tuple[int, int, int], theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines for `rotate`, each (N, sum(axes) // 2) float32: axis i turns `axes[i]` features of a head.
+    """Cosines and sines for `rotate`, each (N, sum(axes) // 2) float32: axis i rotates `axes[i]` features of a head.
 
     Su et al. 2021 per axis; position zero (the text of FLUX.1) is the identity.
     """
@@ -31,8 +31,8 @@ def rotate(x_BNHD: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.n
     pairs = x_BNHD.astype(jnp.float32).reshape(*x_BNHD.shape[:-1], -1, 2)
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
     first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return turned.reshape(x_BNHD.shape).astype(x_BNHD.dtype)
+    rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return rotated.reshape(x_BNHD.shape).astype(x_BNHD.dtype)
 
 
 def time_features(t_B: jax.Array, width: int, scale: float = 1000.0, longest: float = 10000.0) -> jax.Array:

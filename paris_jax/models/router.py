@@ -21,7 +21,7 @@ from paris_jax.models.sharding_rules import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Sizes of a router; presets are in `models/presets.py`."""
+    """Sizes of a router; presets are in `config/network.py`."""
 
     channels: int
     pooled_width: int
@@ -35,7 +35,7 @@ class RouterConfig:
     remat: str = "none"
     dtype: str = "float32"
     cond_frames: bool = False  # whether the network has an input for conditioning frames
-    attention: str = "joint"  # attention pattern: a name in `attention.PATTERNS`
+    attention: str = "joint"  # or "factorised": the attention pattern (`attention.pattern`)
 
 
 class RouterBlock(Stream):
@@ -67,7 +67,7 @@ class Router(nnx.Module):
     ) -> jax.Array:
         """Logits over the clusters, (B, K) float32, of noised latents at timesteps t in [0, 1].
 
-        `cond_BTHWX` holds frames that are given, as in `SpatiotemporalDiT`.
+        `cond_BTHWX` holds the conditioning frames, as in `SpatiotemporalDiT`.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, H, W, _ = x_BTHWC.shape

@@ -2,8 +2,8 @@
 
 The mesh of a job is (data, fsdp, tensor, sequence). `data` and `fsdp` split the batch, `fsdp` and `sequence` the stored
 parameters (Rajbhandari et al. 2020), `tensor` the heads and hidden features (Shoeybi et al. 2019), and `sequence` the
-tokens of long videos between attentions, inside which it splits heads too (Jacobs et al. 2023). XLA's partitioner
-inserts the communication. Optimizer moments and EMA have the sharding of their parameter.
+tokens of long videos outside attention and the heads inside it (Jacobs et al. 2023). XLA's partitioner inserts the
+communication. Optimizer moments and EMA have the sharding of their parameter.
 """
 
 import math
@@ -55,16 +55,16 @@ SMALLEST_SPLIT = 2**14  # elements; sharding a smaller array costs more than it 
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The PartitionSpec of a parameter on a mesh of these sizes, by its name (`a.b.c`, as in files)."""
-    ends = [end for end in PARAMETER_RULES if name == end or name.endswith("." + end)]
-    if not ends or math.prod(shape) < SMALLEST_SPLIT:
+    """The PartitionSpec of a parameter on a mesh of these axis sizes, by its name (`a.b.c`, as in files)."""
+    matches = [suffix for suffix in PARAMETER_RULES if name == suffix or name.endswith("." + suffix)]
+    if not matches or math.prod(shape) < SMALLEST_SPLIT:
         return PartitionSpec()
-    named = PARAMETER_RULES[max(ends, key=len)]
-    return spec((None,) * (len(shape) - len(named)) + named, sizes)
+    axes = PARAMETER_RULES[max(matches, key=len)]
+    return spec((None,) * (len(shape) - len(axes)) + axes, sizes)
 
 
 def spec(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The PartitionSpec of named axes, without the axes of the mesh that split nothing."""
+    """The PartitionSpec of named axes, without mesh axes of size 1."""
     split = [tuple(m for m in ACTIVATION_RULES[name] if sizes.get(m, 1) > 1) if name else () for name in axes]
     while split and not split[-1]:
         split.pop()
@@ -72,10 +72,10 @@ def spec(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpe
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says how an activation is split, one name for each of its axes; on no mesh, and on one device, says nothing.
+    """Constrains the sharding of an activation: one name of `ACTIVATION_RULES`, or None, for each of its axes.
 
-    Axes of the mesh that are split by hand around this code are not named; nor are those that do not divide an axis of
-    the array: a sampler's few rows are whole where training's batch is split.
+    Returns `x` unchanged without a mesh or on one device. Manual mesh axes (`jax.shard_map`) are left out. An axis of
+    the array that its mesh axes do not divide is replicated, such as the small batch of a sampler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -84,7 +84,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def axes_that_divide(mesh: jax.sharding.AbstractMesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-    """How an array of this shape is split, see `constrain`."""
+    """The PartitionSpec of an array of this shape by the rules of `constrain`."""
     sizes = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
     def divides(name: str | None, length: int) -> bool:

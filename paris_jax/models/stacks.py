@@ -1,8 +1,8 @@
 """Stacked networks: reading the layers of one network in place, from device or host memory.
 
-A stack holds the blocks of every network, (members, layers, ...). Its matrices may be 8-bit integers with a scale for
-each output; and it may lie in the host's memory, from where a layer at a time comes to the device, the next one while
-the one before is at work. Nothing else has to know.
+A stack holds the blocks of every network, (members, layers, ...). Its matrices may be int8 with a scale for each
+output. It may be offloaded to host memory: layers are then fetched one at a time, the next one while the current one
+runs (`blocks.scan_blocks`).
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """Matrices (..., inputs, outputs) as values * scale: int8, and float32 (..., 1, outputs).
+    """Quantised matrices (..., inputs, outputs): int8 values times a float32 scale (..., 1, outputs).
 
-    The values may be `words`, four of them each.
+    The values may be packed four to an int32 (`words`).
     """
 
     values: Any
@@ -27,45 +27,46 @@ class Int8:
 
     @classmethod
     def of(cls, matrices: np.ndarray) -> "Int8":
-        """Rounds to the nearest of 255 steps, the last being the largest weight of each output."""
+        """Rounds to 255 levels, -127 to 127, with the largest absolute weight of each output at 127."""
         values = np.empty(matrices.shape, np.int8)
         scale = np.empty((*matrices.shape[:-2], 1, matrices.shape[-1]), np.float32)
-        for each in np.ndindex(matrices.shape[:-2]):  # one at a time: all in float32 would double the memory
-            matrix = matrices[each].astype(np.float32)
-            largest = np.abs(matrix).max(-2, keepdims=True) / 127
-            scale[each] = np.where(largest > 0, largest, 1)
-            values[each] = np.round(matrix / scale[each])
+        for index in np.ndindex(matrices.shape[:-2]):  # one at a time: all in float32 would double the memory
+            matrix = matrices[index].astype(np.float32)
+            step = np.abs(matrix).max(-2, keepdims=True) / 127
+            scale[index] = np.where(step > 0, step, 1)
+            values[index] = np.round(matrix / scale[index])
         return cls(values, scale)
 
     def matrix(self) -> Any:
+        """The dequantised matrices, float32 (..., inputs, outputs)."""
         values = self.values if self.values.dtype == jnp.int8 else _bytes(self.values)
         return values.astype(jnp.float32) * self.scale
 
 
 def words(values: np.ndarray) -> np.ndarray:
-    """int8 (..., inputs, outputs) as int32 (..., inputs / 4, outputs): of 4 x 32 rows, a quarter in each byte of words.
+    """Packs int8 (..., inputs, outputs) into int32 (..., inputs / 4, outputs), a quarter of every 4 x 32 rows per byte.
 
-    A TPU tiles bytes in its host's memory otherwise than where it cuts them, and would bring the whole stack over, and
-    back, for every layer; words it cuts where they lie. 32 rows are the height of a tile of bytes, so that no row moves
-    inside its tile when the quarters are put one below another again.
+    A TPU tiles int8 arrays in host memory differently from their slices, so that fetching one layer would copy the
+    whole stack to the device and back; it slices int32 in place. An int8 tile has 32 rows, so unpacking, which stacks
+    the quarters again, moves no row within its tile.
     """
     rows = _rows(values.shape[-2] // 4)
     quarters = values.reshape(*values.shape[:-2], -1, 4, rows, values.shape[-1])
-    together = np.ascontiguousarray(np.moveaxis(quarters, -3, -1)).view("<i4")
-    return together.reshape(*values.shape[:-2], -1, values.shape[-1])
+    packed = np.ascontiguousarray(np.moveaxis(quarters, -3, -1)).view("<i4")
+    return packed.reshape(*values.shape[:-2], -1, values.shape[-1])
 
 
-def _bytes(words: jax.Array) -> jax.Array:
+def _bytes(packed: jax.Array) -> jax.Array:
     """The inverse of `words`: int32 (rows, outputs) as int8 (4 rows, outputs)."""
-    count, outputs = words.shape
-    blocks = words.reshape(-1, _rows(count), outputs)
-    quarters = [((blocks << left) >> 24).astype(jnp.int8) for left in (24, 16, 8, 0)]
+    count, outputs = packed.shape
+    blocks = packed.reshape(-1, _rows(count), outputs)
+    quarters = [((blocks << shift) >> 24).astype(jnp.int8) for shift in (24, 16, 8, 0)]
     return jnp.stack(quarters, 1).reshape(4 * count, outputs)
 
 
-def _rows(words: int) -> int:
-    """The number of consecutive rows that are unpacked together."""
-    return math.gcd(words, 32)
+def _rows(packed_rows: int) -> int:
+    """The number of consecutive rows that are packed and unpacked together: 32 where it divides."""
+    return math.gcd(packed_rows, 32)
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +74,7 @@ def _rows(words: int) -> int:
 class OnHost:
     """An array in host memory, with one leading axis for the layers of all members, (members * layers, ...).
 
-    A TPU copies from there what is cut along one axis only.
+    A TPU can fetch a slice from host memory along one axis only.
     """
 
     layers: Any
@@ -101,16 +102,16 @@ def fetch(stack: Any, member: jax.Array, layer: jax.Array) -> Any:
     """One layer of one network, on the device."""
     layers = depth(stack)
 
-    def of(leaf: Any) -> jax.Array:
+    def fetch_leaf(leaf: Any) -> jax.Array:
         if _is_on_host(leaf):
             piece = jax.lax.dynamic_index_in_dim(leaf.layers, member * layers + layer, keepdims=False)
             return jax.device_put(piece, jax.memory.Space.Device)
         start, size = (member, layer, *(0,) * (leaf.ndim - 2)), (1, 1, *leaf.shape[2:])
         return jax.lax.dynamic_slice(leaf, start, size).reshape(leaf.shape[2:])
 
-    return jax.tree.map(of, stack, is_leaf=_is_on_host)
+    return jax.tree.map(fetch_leaf, stack, is_leaf=_is_on_host)
 
 
 def widened(layer: Any) -> Any:
-    """A layer with its matrices dequantised to floats, as a block takes it."""
+    """A layer with its matrices dequantised to float32, as its block expects them."""
     return jax.tree.map(lambda leaf: leaf.matrix() if _is_int8(leaf) else leaf, layer, is_leaf=_is_int8)

@@ -12,8 +12,12 @@ from paris_jax import cli
 
 # Blocks in compiled code, in which Python runs no signal handler of the main thread.
 BLOCK = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'
-# Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
-HEAR = "import hashlib, os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# Where tests run behind a shell or nohup, Ctrl-C or SIGHUP may be ignored, and would be by the command.
+HEAR = """
+import hashlib, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
 SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 
 
@@ -84,6 +88,34 @@ main()
     process.send_signal(number)
     rest = end(process)
     assert process.returncode == code and "Traceback" not in rest
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(number, code, tmp_path):
+    lost = """
+import gc, time
+from paris_jax import cli
+def collected(phase, info):
+    if phase == "start" and not once:
+        once.append(True)
+        os.kill(os.getpid(), int(sys.argv.pop()))
+        time.sleep(0.1)
+once = []
+def status(call):
+    gc.callbacks.append(collected)
+    gc.collect()
+    time.sleep(60)
+cli.COMMANDS["status"] = cli.COMMANDS["status"].__class__("", (), cli.COMMANDS["status"].define, status)
+sys.argv, number = sys.argv[:-1], sys.argv[-1]
+from paris_jax import __main__, cli
+run = cli.run
+cli.run = lambda arguments: (sys.argv.append(number), run(arguments))[1]
+__main__.main()
+"""
+    process = start(lost, "status", f"--workdir={tmp_path}", str(int(number)))
+    rest = end(process)
+    assert process.returncode == code and "Traceback" not in rest, rest
+    assert "run the same command again" in rest
 
 
 BLOCKED = f"""

@@ -220,7 +220,7 @@ def test_the_slow_kernel_is_chosen_with_a_reason(caplog):
         assert attention.implementation("cpu", "float32", 64, 999) == "xla"
         assert attention.implementation("tpu", "bfloat16", 128, 999) == "pallas"
         assert attention.implementation("tpu", "bfloat16", 64, 100) == "xla"
-    assert "float32" in caplog.text and "256" in caplog.text and "here are 100" in caplog.text
+    assert "float32" in caplog.text and "256" in caplog.text and "at least 128 keys, not 100" in caplog.text
 
 
 @pytest.mark.parametrize("blocks", [(2, 0), (0, 2)])

@@ -130,7 +130,7 @@ class TestSample:
     def test_out_of_room(self, finished, undisturbed):
         with no_file_larger_than(500), pytest.raises(UserError, match=r"Cannot write .*\.mp4 .*free some space"):
             sample(str(finished.ensemble), self.PROMPTS)
-        assert not list(Path(finished.samples).iterdir())
+        assert not list(Path(finished.samples).rglob("*"))
         self.ends_whole(finished, undisturbed)
 
 

@@ -120,6 +120,7 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(number, code, micro, ru
     arguments = command(run, experiment, "--role=expert", "--cluster=0")
     python, _, _, *arguments = arguments
     hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    hear += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     process = subprocess.Popen(
         [python, "-c", f"{hear}from paris_jax.__main__ import main; main()", *arguments],
         stderr=subprocess.PIPE,

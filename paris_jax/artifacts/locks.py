@@ -82,8 +82,11 @@ def _owner(path: Path) -> str:
     return "another process"
 
 
-def delete_partial_files(output: Path) -> None:
+def delete_partial_files(output: epath.PathLike) -> None:
     """Deletes files that `manifest.write_atomically` and its like began in an output, and did not finish."""
+    if not safe_files.is_local(output):
+        return
+    output = Path(output)
     folders = [output, *(folder for folder in output.rglob("*") if folder.is_dir())] if output.is_dir() else []
     beside = [output.parent.glob(f".{output.name}.*.partial")] if not output.is_dir() else []
     for partial in (p for found in (*(f.glob(".*.partial") for f in folders), *beside) for p in found):

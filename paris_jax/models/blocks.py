@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from paris_jax.models import stacks
 from paris_jax.models.positions import time_features
+from paris_jax.models.sharding_rules import constrain
 
 TIME_FEATURES = 256
 
@@ -65,7 +66,10 @@ class Modulation(nnx.Module):
         self.count = count
 
     def __call__(self, condition_BD: jax.Array) -> list[jax.Array]:
-        return jnp.split(self.out(nnx.silu(condition_BD)), self.count, axis=-1)
+        # Split over `heads`, pieces cross shards, and XLA's partitioner mixes up samples on meshes with data, fsdp and
+        # tensor above 1 (docs/design.md).
+        modulation_BX = constrain(self.out(nnx.silu(condition_BD)), "batch", None)
+        return jnp.split(modulation_BX, self.count, axis=-1)
 
 
 class HeadNorm(nnx.Module):

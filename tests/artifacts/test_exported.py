@@ -1,4 +1,4 @@
-"""Admission: any altered, missing, extra or non-finite file is refused by name, and parts must belong together."""
+"""Validation of exported networks: altered, missing, extra or non-finite files and mismatched networks are refused."""
 
 import dataclasses
 import json
@@ -20,18 +20,18 @@ EXPERT = Role("expert", 1)
 
 @pytest.fixture
 def run(finished):
-    """A trained run folder that may be damaged."""
+    """A trained run folder that a test may damage."""
     return finished
 
 
 def rewrite(folder: Path, change):
-    """Replaces the weights by changed ones, with a manifest that agrees: what a hostile maker would send."""
+    """Replaces the weights and updates the manifest to match, as an attacker would."""
     arrays = change(dict(safetensors.numpy.load_file(folder / exported.WEIGHTS)))
     safetensors.numpy.save_file(arrays, folder / exported.WEIGHTS)
-    edit_manifest(folder, lambda m: m["files"][exported.WEIGHTS].update(promise(folder / exported.WEIGHTS)))
+    edit_manifest(folder, lambda m: m["files"][exported.WEIGHTS].update(size_and_hash(folder / exported.WEIGHTS)))
 
 
-def promise(path: Path):
+def size_and_hash(path: Path):
     return {"bytes": path.stat().st_size, "sha256": manifest.hash_file(path)}
 
 
@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_refused(run):
         ensemble_manifest.read(run.ensemble)
 
 
-def test_a_cut_file_is_refused(run):
+def test_a_truncated_file_is_refused(run):
     weights = Path(run.export(EXPERT)) / exported.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"model.safetensors has \d+ bytes where its manifest promises"):
@@ -111,19 +111,19 @@ def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told,
         ("ensemble", lambda m: m.pop("sampling"), r"ensemble/manifest.json: .* missing required field `sampling`"),
     ],
 )
-def test_an_altered_manifest_is_refused_by_what_is_wrong_with_it(what, change, told, run):
+def test_an_altered_manifest_is_refused_with_the_reason(what, change, told, run):
     edit_manifest(run.export(EXPERT) if what == "part" else run.ensemble, change)
     with pytest.raises(UserError, match=told):
         ensemble_manifest.read(run.ensemble)
 
 
-def test_every_problem_is_told_at_once(run):
+def test_all_problems_are_reported_at_once(run):
     rewrite(Path(run.export(EXPERT)), lambda arrays: {name: a * np.nan for name, a in arrays.items()})
     with pytest.raises(UserError, match=r"and \d+ more"):
         exported.read(run.export(EXPERT))
 
 
-def test_a_part_exchanged_after_admission_is_refused(run):
+def test_a_network_replaced_after_assembly_is_refused(run):
     edit_manifest(Path(run.export(EXPERT)), lambda m: m.update(note="retrained"))
     with pytest.raises(UserError, match=r"is not the network that .*/ensemble names"):
         ensemble_manifest.read(run.ensemble)
@@ -139,13 +139,13 @@ def test_a_part_exchanged_after_admission_is_refused(run):
         ("fps", lambda m: m.update(fps=99.0)),
     ],
 )
-def test_a_part_of_another_space_is_refused_naming_the_field(field, change, run, micro):
+def test_a_network_with_another_latent_or_text_contract_is_refused_by_field(field, change, run, micro):
     edit_manifest(Path(run.export(EXPERT)), change)
     with pytest.raises(UserError, match=f"does not belong with .* its {field} is "):
         assemble(micro, run)
 
 
-def test_an_expert_in_another_ones_place_is_refused(run, micro):
+def test_an_expert_in_the_folder_of_another_cluster_is_refused(run, micro):
     shutil.rmtree(run.export(EXPERT))
     shutil.copytree(run.export(Role("expert", 2)), run.export(EXPERT))
     with pytest.raises(UserError, match="is the expert of cluster 2, not of cluster 1"):
@@ -174,24 +174,24 @@ def test_a_run_folder_of_another_config_is_refused(run, micro):
         assemble(other, run)
 
 
-def test_a_part_trained_with_another_config_is_refused(run, micro):
+def test_a_network_trained_with_another_config_is_refused(run, micro):
     edit_manifest(run.export(EXPERT), lambda m: m.update(config_hash="0" * 64))
     with pytest.raises(UserError, match=r"experts/1/export was trained with another config than .*config.json"):
         assemble(micro, run)
 
 
-def test_parts_with_another_shift_of_times_do_not_belong_together(run, micro):
+def test_networks_with_different_timestep_shifts_are_refused(run, micro):
     edit_manifest(run.export(EXPERT), lambda m: m.update(timestep_shift=3.0))
     with pytest.raises(UserError, match=r"its timestep_shift is (3.0 instead of 2.0|2.0 instead of 3.0)"):
         assemble(micro, run)
 
 
-def test_an_ensemble_that_is_not_there_is_refused_with_the_way_to_make_it(tmp_path):
+def test_a_missing_ensemble_is_refused_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match=r"no ensemble at .*; make it with 'paris-jax assemble"):
         ensemble_manifest.read(tmp_path / "ensemble")
 
 
-def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog):
+def test_assembling_again_logs_it_and_keeps_the_manifest(run, micro, caplog):
     before = (Path(run.ensemble) / manifest.FILE_NAME).read_bytes()
     with caplog.at_level("INFO"):
         assemble(micro, run)
@@ -199,14 +199,14 @@ def test_assembling_again_says_so_and_gives_the_same_manifest(run, micro, caplog
     assert (Path(run.ensemble) / manifest.FILE_NAME).read_bytes() == before
 
 
-def test_half_precision_parts_are_read_back_to_their_rounding(run, tmp_path):
-    part = exported.read(run.export(EXPERT))
+def test_a_bfloat16_export_is_read_back_exactly_as_rounded(run, tmp_path):
+    network = exported.read(run.export(EXPERT))
     names = [*(k for k in ensemble_manifest.SHARED if k != "conventions"), "role", "cluster"]
-    content = {name: getattr(part.manifest, name) for name in names}
-    exported.write(tmp_path / "half", part.config, part.params, "", "bfloat16", **content)
-    read = exported.read(tmp_path / "half").params["video_in"]["kernel"]
-    expected = part.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(read, expected)
+    content = {name: getattr(network.manifest, name) for name in names}
+    exported.write(tmp_path / "half", network.config, network.params, "", "bfloat16", **content)
+    kernel = exported.read(tmp_path / "half").params["video_in"]["kernel"]
+    expected = network.params["video_in"]["kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(kernel, expected)
 
 
 def test_an_unknown_bundled_ensemble_is_refused():

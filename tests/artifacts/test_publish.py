@@ -1,4 +1,4 @@
-"""An ensemble as one folder: whole without its run, read from a hub's cache too, and refused where it cannot be."""
+"""Publishing an ensemble as one folder: it needs no run folder and loads from a Hugging Face cache."""
 
 import json
 import re
@@ -24,12 +24,12 @@ from paris_jax.evaluation.protocol import evaluate
 PROMPT = "a small red circle moving left slowly on a white ground"
 
 
-def drawn(path):
+def sample_videos(path):
     return np.asarray(Ensemble.load(path).sample(PROMPT, num_inference_steps=2).videos)
 
 
-def as_a_hub_keeps_it(folder: Path, cache: Path) -> Path:
-    """The folder as snapshots of links to blobs, with the files that a hub adds."""
+def copy_to_hub_cache(folder: Path, cache: Path) -> Path:
+    """Copies the folder into the layout of a Hugging Face cache: a snapshot of links to blobs, and the hub's own files."""
     snapshot, blobs = cache / "snapshots" / "0a1b", cache / "blobs"
     blobs.mkdir(parents=True)
     for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
@@ -41,13 +41,13 @@ def as_a_hub_keeps_it(folder: Path, cache: Path) -> Path:
     return snapshot
 
 
-def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
-    expected, weights = drawn(finished.ensemble), (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes()
+def test_a_published_ensemble_needs_no_run_folder_and_gives_the_same_samples(finished, tmp_path):
+    expected, weights = sample_videos(finished.ensemble), (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes()
     assert cli.run(["export", f"--ensemble={finished.ensemble}", f"--out={tmp_path}/published"]) == 0
     shutil.rmtree(finished.path)
-    snapshot = as_a_hub_keeps_it(tmp_path / "published", tmp_path / "cache")
+    snapshot = copy_to_hub_cache(tmp_path / "published", tmp_path / "cache")
     shutil.rmtree(tmp_path / "published")
-    np.testing.assert_array_equal(drawn(snapshot), expected)
+    np.testing.assert_array_equal(sample_videos(snapshot), expected)
     (snapshot.parent / "config.json").write_text('{"model_type": "of somebody else"}')
     assert Output().paths(str(snapshot), ["a ball"], [0])[0] == epath.Path(
         "samples/a-ball-seed0.mp4"
@@ -55,13 +55,13 @@ def test_what_is_published_needs_no_run_and_draws_the_same(finished, tmp_path):
     assert (snapshot / "experts" / "1" / exported.WEIGHTS).read_bytes() == weights
     card = (snapshot / stage.CARD).read_text()
     for k in range(3):
-        trained = json.loads((snapshot / "experts" / str(k) / manifest.FILE_NAME).read_text())
-        steps = trained["training"]["steps"]
-        assert f"| expert {k} | {trained['parameters'] / 1e6:.2f}M | velocity | {steps} steps of" in card
+        described = json.loads((snapshot / "experts" / str(k) / manifest.FILE_NAME).read_text())
+        steps = described["training"]["steps"]
+        assert f"| expert {k} | {described['parameters'] / 1e6:.2f}M | velocity | {steps} steps of" in card
     assert "codec `pixels`" in card
 
 
-def test_a_copy_that_was_cut_short_is_made_again(finished, tmp_path, monkeypatch):
+def test_an_interrupted_copy_is_made_again(finished, tmp_path, monkeypatch):
     out = tmp_path / "published"
     monkeypatch.setattr(stage, "card", lambda found: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -70,10 +70,10 @@ def test_a_copy_that_was_cut_short_is_made_again(finished, tmp_path, monkeypatch
     (out / "experts" / "0" / exported.WEIGHTS).write_bytes(b"half")
     monkeypatch.undo()
     publish(finished.ensemble, out)
-    np.testing.assert_array_equal(drawn(out), drawn(finished.ensemble))
+    np.testing.assert_array_equal(sample_videos(out), sample_videos(finished.ensemble))
 
 
-def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_path):
+def test_republishing_keeps_every_byte_and_the_provenance(tmp_path):
     publish("bundled:shapes", tmp_path / "a")
     publish(tmp_path / "a", tmp_path / "b")
     for name in ("manifest.json", "README.md", "router/model.safetensors", "experts/2/manifest.json"):
@@ -81,8 +81,8 @@ def test_a_published_ensemble_can_be_published_again_with_how_it_was_made(tmp_pa
     assert manifest.read(tmp_path / "b", EnsembleManifest).provenance["licence"] == "Apache-2.0"
 
 
-def test_what_is_published_names_no_machine(finished, micro, tmp_path):
-    """Neither its manifests nor its card tell where it was trained, nor do reports."""
+def test_published_files_and_reports_name_no_machine(finished, micro, tmp_path):
+    """Manifests, model cards and reports hold no path and no host name of the machine that trained."""
     publish(finished.ensemble, tmp_path / "published")
     evaluate(micro, finished)
     folders = tmp_path / "published", tmp_path / "run" / "evaluation"
@@ -95,9 +95,9 @@ def test_what_is_published_names_no_machine(finished, micro, tmp_path):
             assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", data.decode()), path
 
 
-def test_a_card_is_made_of_known_names_and_numbers(finished, micro):
-    """Text of a stranger, which could be Markdown or HTML, reaches no card."""
-    evil = "</td>](x) <script>"
+def test_a_model_card_holds_only_known_names_and_numbers(finished, micro):
+    """Free text in a manifest, which could be Markdown or HTML, is not copied into the card."""
+    injected = "</td>](x) <script>"
 
     def change(value):
         value["training"] = {
@@ -106,20 +106,20 @@ def test_a_card_is_made_of_known_names_and_numbers(finished, micro):
             "clips": 5,
             "flops_per_sample": 6,
             "seed": 0,
-            "x": evil,
+            "x": injected,
         }
-        value |= {"versions": {"python": evil}, "note": evil, "source": evil}
+        value |= {"versions": {"python": injected}, "note": injected, "source": injected}
         return value
 
     for k in range(3):
         path = finished.export(Role("expert", k)) / manifest.FILE_NAME
         manifest.write_json(path, change(manifest.read_json(path)))
     assemble(micro, finished)
-    found = ensemble_manifest.read(finished.ensemble)
-    assert evil not in stage.card(found) and "3 steps of 4 clips" in stage.card(found)
+    ensemble = ensemble_manifest.read(finished.ensemble)
+    assert injected not in stage.card(ensemble) and "3 steps of 4 clips" in stage.card(ensemble)
 
 
-def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_path):
+def test_invalid_sources_and_outputs_are_refused_and_nothing_is_written(finished, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear")
     with pytest.raises(UserError, match=r"mine holds diary.txt, which is no part of this; choose another --out"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_published_is_refused_and_nothing_written(finished, tmp_p
         (["--ensemble=nowhere", "--out=x"], "There is no ensemble at nowhere"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(flags, said, tmp_path, monkeypatch, capsys):
+def test_invalid_combinations_of_flags_are_refused(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.run(["export", *flags]) == 1
     assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Commands that are killed and run again, and two commands at once, in one run folder."""
+"""Commands that are killed and rerun, and concurrent commands in one run folder."""
 
 import concurrent.futures
 import multiprocessing
@@ -27,7 +27,7 @@ from tests.torture import commands, contents, start_of, survive
 
 @pytest.fixture(scope="session")
 def whole(trained, tmp_path_factory):
-    """A run folder with every part that a command starts from."""
+    """A run folder with the inputs of every command."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(trained.path, folder)
     export_weights(str(trained.export(Role("expert", 0))), "bfl", str(folder / "expert.safetensors"))
@@ -35,14 +35,14 @@ def whole(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["prepare", "cluster", "assemble", "publish", "export", "import"])
-def test_a_command_killed_at_any_file_operation_ends_as_if_undisturbed(name, micro, whole, tmp_path, exhaustive):
+def test_a_command_killed_at_any_file_operation_and_rerun_gives_the_same_files(name, micro, whole, tmp_path, exhaustive):
     parts, command = commands(micro, whole)[name]
     every = 1 if exhaustive or name not in ("prepare", "cluster") else 5
     assert survive(start_of(whole, parts, tmp_path / "start"), tmp_path, command, every)
 
 
-def perform(name: str, folder: str) -> str:
-    """Runs a command in a process of its own; its refusal, or "" when it is done."""
+def run_command(name: str, folder: str) -> str:
+    """Runs a command; returns the message of its UserError, or "" on success."""
     experiment, run = Experiment.from_config(micro_config()), RunFolder(folder)
     try:
         if name == "train":
@@ -57,21 +57,21 @@ def perform(name: str, folder: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def two():
-    """Runs two commands at once in two processes, and returns their refusals."""
+def run_both():
+    """Runs two commands at the same time in two processes; returns their error messages."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-        list(pool.map(abs, range(2)))  # starts both
+        list(pool.map(abs, range(2)))  # starts both processes
 
-        def both(one: str, other: str, folder: Path) -> list[str]:
-            calls = [pool.submit(perform, name, str(folder)) for name in (one, other)]
+        def run(one: str, other: str, folder: Path) -> list[str]:
+            calls = [pool.submit(run_command, name, str(folder)) for name in (one, other)]
             return [call.result(timeout=120) for call in calls]
 
-        yield both
+        yield run
 
 
-EVERYTHING = ("config.json", "data", "partition", "experts", "router", "monolith", "ensemble")
-ONCE = ("config.json", "data", "partition")
+ALL_PARTS = ("config.json", "data", "partition", "experts", "router", "monolith", "ensemble")
+INPUTS = ("config.json", "data", "partition")
 
 
 @pytest.mark.parametrize(
@@ -80,39 +80,39 @@ ONCE = ("config.json", "data", "partition")
         ("prepare", "prepare", ()),
         ("cluster", "cluster", ("config.json", "data")),
         ("prepare", "cluster", ()),
-        ("train", "assemble", EVERYTHING),
-        ("assemble", "assemble", EVERYTHING[:-1]),
-        ("publish", "publish", EVERYTHING),
-        ("export", "export", EVERYTHING),
+        ("train", "assemble", ALL_PARTS),
+        ("assemble", "assemble", ALL_PARTS[:-1]),
+        ("publish", "publish", ALL_PARTS),
+        ("export", "export", ALL_PARTS),
         ("import", "import", ("expert.safetensors",)),
-        pytest.param("train", "train", ONCE, marks=pytest.mark.exhaustive),
-        pytest.param("evaluate", "evaluate", EVERYTHING, marks=pytest.mark.exhaustive),
-        pytest.param("evaluate", "assemble", EVERYTHING, marks=pytest.mark.exhaustive),
-        pytest.param("sample", "assemble", EVERYTHING, marks=pytest.mark.exhaustive),
+        pytest.param("train", "train", INPUTS, marks=pytest.mark.exhaustive),
+        pytest.param("evaluate", "evaluate", ALL_PARTS, marks=pytest.mark.exhaustive),
+        pytest.param("evaluate", "assemble", ALL_PARTS, marks=pytest.mark.exhaustive),
+        pytest.param("sample", "assemble", ALL_PARTS, marks=pytest.mark.exhaustive),
     ],
 )
-def test_two_commands_at_once_leave_what_they_would_one_after_the_other(one, other, parts, two, whole, tmp_path):
-    alone, together = (start_of(whole, parts, tmp_path / name) for name in ("alone", "together"))
+def test_two_concurrent_commands_give_the_files_of_a_sequential_run(one, other, parts, run_both, whole, tmp_path):
+    sequential, concurrent_run = (start_of(whole, parts, tmp_path / name) for name in ("alone", "together"))
     for name in (one, other):
-        assert perform(name, str(alone)) == ""
-    refusals = [said for said in two(one, other, together) if said]
-    for said in refusals:  # the second one, or one that came before its turn
-        assert "is being written by" in said or "is not there yet" in said, said
-    for name in (one, other):  # again, in their order
-        assert perform(name, str(together)) == ""
-    assert contents(together) == contents(alone)
+        assert run_command(name, str(sequential)) == ""
+    messages = [message for message in run_both(one, other, concurrent_run) if message]
+    for message in messages:  # the command that found the lock held, or whose input was not there yet
+        assert "is being written by" in message or "is not there yet" in message, message
+    for name in (one, other):  # rerun in order
+        assert run_command(name, str(concurrent_run)) == ""
+    assert contents(concurrent_run) == contents(sequential)
 
 
-def test_samples_of_two_commands_get_names_of_their_own(two, whole, tmp_path):
-    folder = start_of(whole, EVERYTHING, tmp_path / "run")
-    assert two("sample", "sample", folder) == ["", ""]
+def test_concurrent_sample_commands_write_different_file_names(run_both, whole, tmp_path):
+    folder = start_of(whole, ALL_PARTS, tmp_path / "run")
+    assert run_both("sample", "sample", folder) == ["", ""]
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "a-red-ball-seed0-2.mp4",
         "a-red-ball-seed0.mp4",
     ]
 
 
-def test_the_lock_of_a_killed_process_is_free(tmp_path):
+def test_the_lock_of_a_killed_process_is_released(tmp_path):
     code = f"""
 import sys, time
 from paris_jax.artifacts import locks
@@ -123,8 +123,8 @@ with locks.only_writer({str(tmp_path / "out")!r}):
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
-    told = rf"out is being written by process {holder.pid} \(paris-jax cluster, since \d\d:\d\d:\d\d\); wait for it"
-    with pytest.raises(UserError, match=told), locks.only_writer(tmp_path / "out"):
+    message = rf"out is being written by process {holder.pid} \(paris-jax cluster, since \d\d:\d\d:\d\d\); wait for it"
+    with pytest.raises(UserError, match=message), locks.only_writer(tmp_path / "out"):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -135,13 +135,13 @@ with locks.only_writer({str(tmp_path / "out")!r}):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_place_that_cannot_be_locked_is_left_to_the_command(tmp_path):
+def test_an_output_that_cannot_be_locked_raises_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     with locks.only_writer(tmp_path / "file" / "out"), locks.only_writer("gs://bucket/run/data"):
         pass
 
 
-def test_a_waiting_command_follows(tmp_path):
+def test_a_waiting_writer_starts_after_the_first_one_ends(tmp_path):
     def write(wait: bool) -> float:
         with locks.only_writer(tmp_path / "out", wait=wait):
             time.sleep(0.3)
@@ -152,10 +152,10 @@ def test_a_waiting_command_follows(tmp_path):
     assert abs(ends[1] - ends[0]) > 0.29
 
 
-def test_done_already_means_done_with_these_inputs(micro, run):
-    """A partition of other clips, and a network of another partition, are refused by name."""
+def test_a_finished_partition_counts_only_for_the_clips_it_was_made_from(micro, run):
+    """A partition made from other clips is refused by name."""
     before = manifest.read(run.cluster(0), ClusterManifest)
-    cluster(micro, run)  # done already
+    cluster(micro, run)  # finished already
     shutil.rmtree(run.data)
     prepare(micro, run)
     cluster(micro, run)  # the same clips, prepared again
@@ -174,7 +174,7 @@ def test_done_already_means_done_with_these_inputs(micro, run):
         cluster(micro, run)
 
 
-def test_a_network_of_another_partition_is_not_done(micro, finished):
+def test_a_network_trained_on_another_partition_is_refused(micro, finished):
     path = finished.cluster(1) / manifest.FILE_NAME
     manifest.write_json(path, manifest.read_json(path) | {"partition": "0" * 64})
     with pytest.raises(UserError, match="was trained on another partition than"):

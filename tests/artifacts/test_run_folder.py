@@ -1,4 +1,4 @@
-"""A run folder belongs to one config, however many processes come to it at once."""
+"""A run folder belongs to one config, also when several processes claim it at the same time."""
 
 import threading
 
@@ -9,29 +9,29 @@ from paris_jax.artifacts.schemas import StoredConfig
 from paris_jax.errors import UserError
 
 
-def test_processes_that_claim_a_folder_together_all_get_it(tmp_path):
+def test_concurrent_claims_of_a_folder_all_succeed(tmp_path):
     for attempt in range(20):
         run = RunFolder(tmp_path / str(attempt))
-        together, failed = threading.Barrier(8), []
+        barrier, errors = threading.Barrier(8), []
 
-        def claims(run=run, together=together, failed=failed):
-            together.wait()
+        def claim(run=run, barrier=barrier, errors=errors):
+            barrier.wait()
             try:
                 run.claim({"seed": 1}, "hash")
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
 
-        threads = [threading.Thread(target=claims) for _ in range(8)]
+        threads = [threading.Thread(target=claim) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not failed
+        assert not errors
         assert run.stored_config().hash == "hash"
-        assert [path.name for path in run.path.iterdir()] == ["config.json"]  # nothing unfinished is left
+        assert [path.name for path in run.path.iterdir()] == ["config.json"]  # no partial file is left
 
 
-def test_a_folder_of_another_config_is_refused_by_the_fields_that_differ(tmp_path):
+def test_a_folder_of_another_config_is_refused_and_the_differing_fields_are_named(tmp_path):
     run = RunFolder(tmp_path)
     run.claim({"seed": 1, "training": {"batch": 8, "steps": 10}}, "one")
     run.data.mkdir()
@@ -41,7 +41,7 @@ def test_a_folder_of_another_config_is_refused_by_the_fields_that_differ(tmp_pat
     assert run.stored_config().hash == "one"
 
 
-def test_a_config_under_which_nothing_was_made_stands_in_nobodys_way(tmp_path):
+def test_a_folder_without_results_can_be_claimed_by_another_config(tmp_path):
     run = RunFolder(tmp_path)
     run.claim({"frames": 400}, "one")
     run.data.mkdir()

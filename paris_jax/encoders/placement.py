@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paris_jax.models import sharding_rules
 from paris_jax.weights.reading import Later
@@ -25,7 +25,7 @@ def mesh() -> Mesh:
     """This machine's devices along `fsdp`, which splits batches and the width of weights."""
     devices = jax.local_devices()
     sizes = [len(devices) if name == "fsdp" else 1 for name in sharding_rules.MESH_AXES]
-    return jax.make_mesh(sizes, sharding_rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return sharding_rules.device_mesh(sharding_rules.MESH_AXES, sizes, devices)
 
 
 def put(params: Any) -> Any:

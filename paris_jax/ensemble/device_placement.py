@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from paris_jax.artifacts import ensemble_manifest
 from paris_jax.config import checks
@@ -118,7 +118,7 @@ def make_ensemble_mesh(axes: Mapping[str, int], devices: list[Any] | None = None
         raise UserError(
             f"mesh {shown} = {count} devices: this job's processes have {len(devices)}, and all must be used"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:count])
+    return sharding_rules.device_mesh(MESH_AXES, sizes, devices[:count])
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:

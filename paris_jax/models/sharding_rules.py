@@ -7,10 +7,12 @@ communication. Optimizer moments and EMA have the sharding of their parameter.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 # Array axis -> mesh axes that shard it. Axes not listed are replicated.
@@ -52,6 +54,15 @@ PARAMETER_RULES: dict[str, tuple[str | None, ...]] = {
     "tokens": (None, "width"),
 }
 SMALLEST_SPLIT = 2**14  # elements; sharding a smaller array costs more than it saves
+
+
+def device_mesh(names: Sequence[str], sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """A mesh of devices that follows their physical topology.
+
+    Axes of the mesh may share an axis of the topology: 8 x 2 of the 4 x 4 chips of a v6e slice, for one.
+    """
+    assigned = mesh_utils.create_device_mesh(tuple(sizes), list(devices), allow_split_physical_axes=True)
+    return Mesh(assigned, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:

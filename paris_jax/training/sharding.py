@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paris_jax.config.training import TrainingSettings
 from paris_jax.errors import UserError
@@ -43,7 +43,7 @@ def make_mesh(settings: TrainingSettings, devices: list[Any] | None = None) -> M
             f"of this job; choose a multiple of {rows}, for example "
             f"{max(rows, settings.global_batch_size // rows * rows)}"
         )
-    return jax.make_mesh(sizes, sharding_rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return sharding_rules.device_mesh(sharding_rules.MESH_AXES, sizes, devices)
 
 
 def check_network(config: functional.Config, mesh: Mesh, tokens: int, prefix: str = "training.") -> None:

@@ -206,6 +206,23 @@ def test_what_nothing_helps_is_said(pretended):
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[tpu]'")
+def test_every_split_of_a_slice_makes_a_mesh():
+    """jax.make_mesh finds none where two axes of the mesh share an axis of the slice."""
+    code = """
+from paris_jax.config.training import TrainingSettings
+from paris_jax.planning.topologies import Topology
+from paris_jax.training.sharding import make_mesh
+for slice, splits in (("v6e:4x4", (2, 4, 8, 16)), ("v6e:4x8", (2, 16)), ("v4:4x4x4", (2, 8, 32))):
+    devices = Topology.parse(slice).devices()
+    for fsdp in splits:
+        assert make_mesh(TrainingSettings(global_batch_size=64, fsdp=fsdp), devices).shape["fsdp"] == fsdp
+print("all")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["all"], done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[tpu]'")
 def test_parts_of_a_host_are_slices_too():
     code = """
 from paris_jax.planning.topologies import Topology

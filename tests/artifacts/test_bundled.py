@@ -46,7 +46,8 @@ def test_most_samples_show_the_attributes_of_their_prompts(ensemble):
     samples = ensemble.sample([shapes.caption(r) for r in requested], num_inference_steps=20, seed=1)
     _, predicted = AttributeClassifier.load().look(samples.videos)
     accuracy = {
-        name: np.mean([p[name] == r[name] for p, r in zip(predicted, requested, strict=True)]) for name in shapes.ATTRIBUTES
+        name: np.mean([p[name] == r[name] for p, r in zip(predicted, requested, strict=True)])
+        for name in shapes.ATTRIBUTES
     }
     assert min(accuracy[name] for name in ("world", "colour", "ground", "size", "speed")) > 0.9, accuracy
     assert accuracy["direction"] > 0.75 and accuracy["object"] > 0.55, accuracy
@@ -61,7 +62,8 @@ def test_each_world_is_routed_to_an_expert_of_its_own(ensemble):
     samples = ensemble.sample([shapes.caption(attributes) for attributes in requested], num_inference_steps=6)
     chosen = samples.routing.mean(0).argmax(-1)
     experts = {
-        world: {int(k) for k, attributes in zip(chosen, requested, strict=True) if attributes["world"] == world} for world in shapes.WORLDS
+        world: {int(k) for k, attributes in zip(chosen, requested, strict=True) if attributes["world"] == world}
+        for world in shapes.WORLDS
     }
     assert all(len(k) == 1 for k in experts.values()) and len(set.union(*experts.values())) == 3, experts
 

@@ -29,7 +29,7 @@ def sample_videos(path):
 
 
 def copy_to_hub_cache(folder: Path, cache: Path) -> Path:
-    """Copies the folder into the layout of a Hugging Face cache: a snapshot of links to blobs, and the hub's own files."""
+    """Copies a folder into the layout of a Hugging Face cache: a snapshot of links to blobs."""
     snapshot, blobs = cache / "snapshots" / "0a1b", cache / "blobs"
     blobs.mkdir(parents=True)
     for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
@@ -42,7 +42,10 @@ def copy_to_hub_cache(folder: Path, cache: Path) -> Path:
 
 
 def test_a_published_ensemble_needs_no_run_folder_and_gives_the_same_samples(finished, tmp_path):
-    expected, weights = sample_videos(finished.ensemble), (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes()
+    expected, weights = (
+        sample_videos(finished.ensemble),
+        (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes(),
+    )
     assert cli.run(["export", f"--ensemble={finished.ensemble}", f"--out={tmp_path}/published"]) == 0
     shutil.rmtree(finished.path)
     snapshot = copy_to_hub_cache(tmp_path / "published", tmp_path / "cache")

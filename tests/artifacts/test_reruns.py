@@ -35,7 +35,9 @@ def whole(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["prepare", "cluster", "assemble", "publish", "export", "import"])
-def test_a_command_killed_at_any_file_operation_and_rerun_gives_the_same_files(name, micro, whole, tmp_path, exhaustive):
+def test_a_command_killed_at_any_file_operation_and_rerun_gives_the_same_files(
+    name, micro, whole, tmp_path, exhaustive
+):
     parts, command = commands(micro, whole)[name]
     every = 1 if exhaustive or name not in ("prepare", "cluster") else 5
     assert survive(start_of(whole, parts, tmp_path / "start"), tmp_path, command, every)

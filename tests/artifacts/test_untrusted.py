@@ -1,4 +1,4 @@
-"""Files of strangers: what a manifest names stays inside its folder, and nothing but regular, bounded files is read."""
+"""Untrusted files: manifests name paths inside their folder only, and only regular files of bounded size are read."""
 
 import json
 import os
@@ -36,7 +36,7 @@ OUTSIDE = (
 
 @pytest.fixture
 def folder(tmp_path):
-    """A stranger's copy of the bundled ensemble."""
+    """A copy of the bundled ensemble, as an untrusted download."""
     shutil.copytree(BUNDLED, tmp_path / "stranger" / "ensemble")
     return tmp_path / "stranger" / "ensemble"
 
@@ -48,17 +48,17 @@ def edit(folder: Path, change) -> None:
     path.write_text(json.dumps(value))
 
 
-def renewed(folder: Path, expert: int = 0) -> None:
-    """Writes the hash of an expert's changed manifest into its ensemble's."""
+def update_hash(folder: Path, expert: int = 0) -> None:
+    """Updates the hash of an expert's changed manifest in the manifest of its ensemble."""
     digest = manifest.hash_file(folder / "experts" / str(expert) / manifest.FILE_NAME)
     edit(folder, lambda m: m["experts"][str(expert)].update(manifest_sha256=digest))
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_file_outside_of_its_folder_is_not_read_or_written(name, folder, tmp_path):
+def test_a_file_outside_its_folder_is_not_read_or_written(name, folder, tmp_path):
     expert = folder / "experts" / "0"
     edit(expert, lambda m: m["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
-    renewed(folder)
+    update_hash(folder)
     with pytest.raises(UserError):
         ensemble_manifest.read(folder)
     with pytest.raises(UserError, match=r"must be a plain relative path|in files: expected `str`"):
@@ -69,7 +69,7 @@ def test_a_file_outside_of_its_folder_is_not_read_or_written(name, folder, tmp_p
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_network_outside_of_its_ensemble_is_not_read(name, folder):
+def test_a_network_outside_its_ensemble_is_not_read(name, folder):
     for change in (lambda m: m["experts"]["0"].update(path=name), lambda m: m["router"].update(path=name)):
         shutil.copy(BUNDLED / manifest.FILE_NAME, folder / manifest.FILE_NAME)
         edit(folder, change)
@@ -77,9 +77,9 @@ def test_a_network_outside_of_its_ensemble_is_not_read(name, folder):
             ensemble_manifest.read(folder)
 
 
-def test_an_ensemble_of_a_run_names_networks_of_its_own_run_only(finished, micro, tmp_path):
+def test_the_ensemble_of_a_run_names_networks_of_that_run_only(finished, micro, tmp_path):
     assert len(ensemble_manifest.read(finished.ensemble).experts) == 3
-    shutil.copytree(finished.export(ensemble_role(1)), tmp_path / "elsewhere")
+    shutil.copytree(finished.export(expert_role(1)), tmp_path / "elsewhere")
     edit(Path(finished.ensemble), lambda m: m["experts"]["1"].update(path="../../elsewhere"))
     with pytest.raises(UserError, match="must be a plain relative path below"):
         ensemble_manifest.read(finished.ensemble)
@@ -88,7 +88,7 @@ def test_an_ensemble_of_a_run_names_networks_of_its_own_run_only(finished, micro
     assert ensemble_manifest.read(finished.ensemble).experts[1].folder == finished.ensemble / "experts" / "1"
 
 
-def ensemble_role(cluster: int):
+def expert_role(cluster: int):
     from paris_jax.artifacts.run_folder import Role
 
     return Role("expert", cluster)
@@ -96,7 +96,7 @@ def ensemble_role(cluster: int):
 
 @pytest.mark.parametrize("name", [manifest.FILE_NAME, exported.WEIGHTS])
 @pytest.mark.parametrize("kind", ["link", "device", "pipe", "folder"])
-def test_only_regular_files_are_opened(name, kind, folder, tmp_path):
+def test_only_regular_files_are_read(name, kind, folder, tmp_path):
     path = folder / "experts" / "0" / name
     shutil.copy(path, tmp_path / "secret")
     path.unlink()
@@ -119,12 +119,12 @@ def test_a_linked_folder_is_not_followed(folder, tmp_path):
         ensemble_manifest.read(folder)
 
 
-def test_files_larger_than_they_can_be_are_not_read(folder):
+def test_oversized_files_are_not_read(folder):
     expert = folder / "experts" / "0"
     with open(expert / exported.WEIGHTS, "r+b") as file:
         file.truncate(1 << 40)  # sparse
     edit(expert, lambda m: m["files"][exported.WEIGHTS].update(bytes=1 << 40))
-    renewed(folder)
+    update_hash(folder)
     with pytest.raises(UserError, match="larger than its network"):
         ensemble_manifest.read(folder)
     with open(folder / manifest.FILE_NAME, "r+b") as file:
@@ -133,14 +133,14 @@ def test_files_larger_than_they_can_be_are_not_read(folder):
         ensemble_manifest.read(folder)
 
 
-def test_a_file_that_grows_while_it_is_read_is_bounded(tmp_path, monkeypatch):
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "grows").write_bytes(b"x" * 100)
     monkeypatch.setattr(safe_files, "check_regular", lambda *_: 1)
     with pytest.raises(UserError, match="has more than the 10 bytes"):
         safe_files.read_bytes(tmp_path / "grows", 10)
 
 
-def test_an_index_of_tensors_names_files_beside_it(tmp_path):
+def test_a_safetensors_index_names_files_in_its_own_folder_only(tmp_path):
     (tmp_path / "in").mkdir()
     shutil.copy(BUNDLED / "router" / exported.WEIGHTS, tmp_path / "other.safetensors")
     index = tmp_path / "in" / "model.safetensors.index.json"
@@ -171,7 +171,7 @@ def test_an_index_of_tensors_names_files_beside_it(tmp_path):
         (lambda m: m.update(cluster=2000), "cluster"),
     ],
 )
-def test_values_outside_of_their_range_are_refused_by_file_and_field(change, field, folder):
+def test_out_of_range_values_are_refused_by_file_and_field(change, field, folder):
     def changed(value):
         value.setdefault("sampling", {})
         change(value)
@@ -186,7 +186,7 @@ def test_values_outside_of_their_range_are_refused_by_file_and_field(change, fie
     ["[" * 10**5 + "]" * 10**5, '{"fps": ' + "9" * 5000 + "}", '{"fps": NaN}', "[]", "null", '"', "", "\xff"],
     ids=["nested", "digits", "nan", "list", "null", "cut", "empty", "latin"],
 )
-def test_text_that_is_no_manifest_is_refused(text, folder):
+def test_malformed_manifests_are_refused(text, folder):
     (folder / manifest.FILE_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"manifest\.json"):
         ensemble_manifest.read(folder)

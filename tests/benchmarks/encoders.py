@@ -1,11 +1,11 @@
-"""Memory of the published encoders at full size, by compiling them for a chip that is not here. Needs libtpu.
+"""Memory of the published encoders at full size, compiled ahead of time for a simulated TPU. Needs libtpu.
 
     python -m tests.benchmarks.encoders [--chip=v5p:2x2x1] [--only=t5,clip,dinov2-l,dinov2-g,piece]
     python -m tests.benchmarks.encoders --only=vae --videos=33x256x256,33x512x512
 
-For each: weights on the chip (matrices in bfloat16), and the most memory of the chip while it works on a batch. `piece`
-is the largest piece that the VAE works on at a time (`hunyuan.Tiling`), whatever the video's size; `vae` are whole
-videos, without pieces.
+Prints, for each encoder, the memory of its weights (matrices in bfloat16) and the peak memory of the chip for one
+batch. `piece` is the largest tile of the VAE (`hunyuan.Tiling`), which does not depend on the video's size; `vae`
+encodes and decodes whole videos without tiling.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from paris_jax.encoders.transformer import Blocks
 from paris_jax.planning.topologies import Topology
 
 GIB = 2**30
-BATCH = 16  # clips that prepare encodes at once (stages/prepare.py)
-STAGES = (128, 256, 512, 512)  # widths of the VAE, and blocks a stage: two to encode, three to decode
+BATCH = 16  # clips that `prepare` encodes in one batch (data/preparation.py)
+STAGES = (128, 256, 512, 512)  # channels of the VAE's stages; two blocks per stage encode, three decode
 DINOV2 = {"dinov2-l": (24, 1024, 4096, 16, False), "dinov2-g": (40, 1536, 4096, 24, True)}
 
 
@@ -73,7 +73,7 @@ def resnet(inputs: int, outputs: int) -> dict[str, Any]:
 
 
 def half(widths: tuple[int, ...], count: int, inputs: int, outputs: int) -> dict[str, Any]:
-    """The VAE's encoder, or with its widths turned around its decoder."""
+    """Shapes of the VAE's encoder, or of its decoder when the widths are reversed."""
     stages, before = [], widths[0]
     for i, width in enumerate(widths):
         stage = {"resnets": [resnet(before if j == 0 else width, width) for j in range(count)]}
@@ -96,28 +96,28 @@ def vae() -> dict[str, Any]:
 
 
 def jobs(only: list[str], videos: list[tuple[int, int, int]]) -> Iterator[tuple[str, Any, Any, Any, list[Any]]]:
-    """Name, jitted function, config, shapes of the weights, and the inputs' (shape, dtype)."""
+    """Yields name, jitted function, config, shapes of the weights, and (shape, dtype) of each input."""
     xxl = t5.T5(Blocks(64, "gelu_tanh", 1e-6, rms=True, scaled=False), 32, 128)
     if "t5" in only:
         for count, length in ((1, 512), (BATCH, 512)):
-            given = [((count, length), jnp.int32), ((count,), jnp.int32)]
-            yield f"T5-v1.1-XXL, {count} x {length} tokens", t5.encode, xxl, t5_xxl(), given
+            inputs = [((count, length), jnp.int32), ((count,), jnp.int32)]
+            yield f"T5-v1.1-XXL, {count} x {length} tokens", t5.encode, xxl, t5_xxl(), inputs
     if "clip" in only:
         large = clip.Clip(Blocks(12, "quick_gelu", 1e-5), None, 49407)
-        given = [((BATCH, 77), jnp.int32)]
-        yield f"CLIP ViT-L/14's text, {BATCH} x 77 tokens", clip.encode_text, large, clip_l(), given
+        inputs = [((BATCH, 77), jnp.int32)]
+        yield f"CLIP ViT-L/14's text, {BATCH} x 77 tokens", clip.encode_text, large, clip_l(), inputs
     for name in (n for n in DINOV2 if n in only):
         layers, D, F, heads, gated = DINOV2[name]
         config = dinov2.Dino(Blocks(heads, "silu" if gated else "gelu", 1e-6))
-        given = [((4 * BATCH, 224, 224, 3), jnp.float32)]
-        yield f"{name}, {4 * BATCH} frames", dinov2.encode, config, dino(layers, D, F, gated), given
+        inputs = [((4 * BATCH, 224, 224, 3), jnp.float32)]
+        yield f"{name}, {4 * BATCH} frames", dinov2.encode, config, dino(layers, D, F, gated), inputs
     whole = [("", size) for size in videos] if "vae" in only else []
     piece = [("piece of ", (4 * TILING.frames + 1, 8 * TILING.side, 8 * TILING.side))] if "piece" in only else []
     for kind, (T, H, W) in piece + whole:
-        given = [((1, T, H, W, 3), jnp.float32)]
-        yield f"VAE, encoding {kind}{T} x {H} x {W}", hunyuan.encode, hunyuan.VAE(32), vae(), given
-        given = [((1, 1 + (T - 1) // 4, H // 8, W // 8, 16), jnp.float32)]
-        yield f"VAE, decoding {kind}{T} x {H} x {W}", hunyuan.decode, hunyuan.VAE(32), vae(), given
+        inputs = [((1, T, H, W, 3), jnp.float32)]
+        yield f"VAE, encoding {kind}{T} x {H} x {W}", hunyuan.encode, hunyuan.VAE(32), vae(), inputs
+        inputs = [((1, 1 + (T - 1) // 4, H // 8, W // 8, 16), jnp.float32)]
+        yield f"VAE, decoding {kind}{T} x {H} x {W}", hunyuan.decode, hunyuan.VAE(32), vae(), inputs
 
 
 def main() -> None:
@@ -125,29 +125,29 @@ def main() -> None:
     parser.add_argument("--chip", default="v5p:2x2x1")
     parser.add_argument("--only", default="t5,clip,dinov2-l,dinov2-g,piece")
     parser.add_argument("--videos", default="33x256x256,33x512x512")
-    given = parser.parse_args()
-    here = SingleDeviceSharding(Topology.parse(given.chip).devices()[0])
-    sizes: Any = [tuple(map(int, video.split("x"))) for video in given.videos.split(",")]
+    flags = parser.parse_args()
+    sharding = SingleDeviceSharding(Topology.parse(flags.chip).devices()[0])
+    sizes: Any = [tuple(map(int, video.split("x"))) for video in flags.videos.split(",")]
 
     def weight(path: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         dtype = jnp.bfloat16 if placement.is_matrix(name, len(shape)) else jnp.float32
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    for name, function, config, shapes, inputs in jobs(given.only.split(","), sizes):
+    for name, function, config, shapes, inputs in jobs(flags.only.split(","), sizes):
         params = jax.tree_util.tree_map_with_path(weight, shapes, is_leaf=lambda x: isinstance(x, tuple))
-        arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in inputs]
+        arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in inputs]
         bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
-            found = function.lower(config, params, *arrays, "bfloat16").compile().memory_analysis()
+            memory = function.lower(config, params, *arrays, "bfloat16").compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             print(f"{name:44s} does not fit: {' '.join(str(error).split())[:300]}", flush=True)
             continue
-        most = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         print(
-            f"{name:44s} weights {bytes_ / GIB:5.2f} GiB, at work {most / GIB:6.2f} GiB "
-            f"(temporary {found.temp_size_in_bytes / GIB:.2f}); compiled in {time.perf_counter() - begun:.0f} s",
+            f"{name:44s} weights {bytes_ / GIB:5.2f} GiB, peak {peak / GIB:6.2f} GiB "
+            f"(temporary {memory.temp_size_in_bytes / GIB:.2f}); compiled in {time.perf_counter() - start:.0f} s",
             flush=True,
         )
 

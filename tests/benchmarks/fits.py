@@ -1,10 +1,10 @@
-"""Memory of sampling at full size, by compiling the ensemble's sampler for a chip that is not here.
+"""Memory of sampling at full size, with the ensemble's sampler compiled ahead of time for a simulated TPU.
 
     python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--fixed_expert=3] [--batch=1]
         [--ways=auto,int8,auto+offload,int8+offload]
 
-For every way to keep the experts (as they compute or as 8-bit integers, on the chip or in the host's memory): bytes of
-arguments on the chip and on the host, and the most memory of the chip while guided videos are drawn. Needs libtpu.
+For every placement of the experts (compute dtype or 8-bit integers, on the chip or in host memory), prints the bytes
+of arguments on the host and the peak memory of the chip during sampling with guidance. Needs libtpu.
 """
 
 import argparse
@@ -30,27 +30,27 @@ STEPS = 50
 
 
 def abstract(config, experts, weights, offload, device):
-    """The experts as `placement.Keeping` would lay them on the device."""
+    """Abstract parameters of the experts, stored as `placement.Keeping` stores them."""
 
-    def of(path, leaf):
+    def abstract_leaf(path, leaf):
         keys = [key.key for key in path]
         kernel, block = keys[-1] == "kernel", keys[0] in functional.BLOCKS
-        here, shape = SingleDeviceSharding(device), (experts, *leaf.shape)
+        on_chip, shape = SingleDeviceSharding(device), (experts, *leaf.shape)
         if not (kernel and block):
-            return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if kernel else leaf.dtype, sharding=here)
-        away = SingleDeviceSharding(device, memory_kind="pinned_host") if offload else here
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if kernel else leaf.dtype, sharding=on_chip)
+        stored_at = SingleDeviceSharding(device, memory_kind="pinned_host") if offload else on_chip
         members, layers, inputs, outputs = shape
-        words = offload and weights == "int8"  # of four
+        words = offload and weights == "int8"  # int32 words of four int8 values each
         dtype = jnp.int32 if words else jnp.int8 if weights == "int8" else jnp.bfloat16
         stored = (members * layers, inputs // 4 if words else inputs, outputs) if offload else shape
-        matrix = jax.ShapeDtypeStruct(stored, dtype, sharding=away)
+        matrix = jax.ShapeDtypeStruct(stored, dtype, sharding=stored_at)
         matrix = stacks.OnHost(matrix) if offload else matrix
         if weights != "int8":
             return matrix
-        scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=here)
+        scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=on_chip)
         return stacks.Int8(matrix, scale)
 
-    return jax.tree_util.tree_map_with_path(of, functional.abstract(config))
+    return jax.tree_util.tree_map_with_path(abstract_leaf, functional.abstract(config))
 
 
 def main() -> None:
@@ -60,54 +60,54 @@ def main() -> None:
     parser.add_argument("--fixed_expert", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
-    given = parser.parse_args()
-    experiment = Experiment.from_config(files.load(given.config))
-    device = Topology.parse(given.chip).devices()[0]
+    flags = parser.parse_args()
+    experiment = Experiment.from_config(files.load(flags.config))
+    device = Topology.parse(flags.chip).devices()[0]
     T, H, W, C = codecs.latent_shape(experiment)
     sizes = {"channels": C, "pooled_width": 768, "dtype": "bfloat16"}
     network = functional.network_config(experiment.network, text_width=4096, **sizes)
-    router = functional.router_config(experiment.router, clusters=given.experts, **sizes)
-    here = SingleDeviceSharding(device)
-    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
-    B = given.batch
-    text = conditioning.EncodedText(of(B, 512, 4096), of(B, dtype=jnp.int32), of(B, 768))
-    told = conditioning.Condition(
-        text, text, Strength(of()), temperature=of(), present=of(given.experts, dtype=jnp.bool_)
+    router = functional.router_config(experiment.router, clusters=flags.experts, **sizes)
+    sharding = SingleDeviceSharding(device)
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    B = flags.batch
+    text = conditioning.EncodedText(array(B, 512, 4096), array(B, dtype=jnp.int32), array(B, 768))
+    condition = conditioning.Condition(
+        text, text, Strength(array()), temperature=array(), present=array(flags.experts, dtype=jnp.bool_)
     )
-    routers = jax.tree.map(lambda a: of(*a.shape, dtype=a.dtype), functional.abstract(router))
-    places = tuple((0, k) for k in range(given.experts))
-    rows = 2 * B  # with text and without; as many at once as on the chip itself
-    size = f"{given.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}"
-    print(f"{size}, batch {B}, {given.chip}")
-    for way in given.ways.split(","):
+    routers = jax.tree.map(lambda a: array(*a.shape, dtype=a.dtype), functional.abstract(router))
+    places = tuple((0, k) for k in range(flags.experts))
+    rows = 2 * B  # conditional and unconditional; one pass takes all of them
+    size = f"{flags.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}"
+    print(f"{size}, batch {B}, {flags.chip}")
+    for way in flags.ways.split(","):
         weights, _, offload = way.partition("+")
         block = sparse_velocity.block_size(
-            video_tokens((T, H, W, C)), rows, rows / given.experts, 2, "tpu", streamed=bool(offload)
+            video_tokens((T, H, W, C)), rows, rows / flags.experts, 2, "tpu", streamed=bool(offload)
         )
         plan = sparse_velocity.SamplerConfig(
             (network,), places, router, Routing("top_k", 1), guidance="classifier_free", expert_batch_size=block
         )
-        experts = abstract(network, given.experts, weights, bool(offload), device)
-        arrays = sparse_velocity.EnsembleParams((experts,), routers, of(given.experts, dtype=jnp.int32))
-        begun = time.perf_counter()
+        experts = abstract(network, flags.experts, weights, bool(offload), device)
+        arrays = sparse_velocity.EnsembleParams((experts,), routers, array(flags.experts, dtype=jnp.int32))
+        start = time.perf_counter()
         state = jax.tree.map(
-            lambda a: of(*a.shape, dtype=a.dtype),
-            jax.eval_shape(functools.partial(sparse_velocity.initial_state, plan, steps=STEPS), of(B, T, H, W, C)),
+            lambda a: array(*a.shape, dtype=a.dtype),
+            jax.eval_shape(functools.partial(sparse_velocity.initial_state, plan, steps=STEPS), array(B, T, H, W, C)),
         )
-        span, keys = [of(dtype=jnp.int32)] * 2, of(B, 2, dtype=jnp.uint32)
+        span, keys = [array(dtype=jnp.int32)] * 2, array(B, 2, dtype=jnp.uint32)
         try:
             lowered = sparse_velocity.take_steps.lower(
-                plan, arrays, state, *span, keys, of(STEPS + 1), told, of(STEPS, dtype=jnp.int32)
+                plan, arrays, state, *span, keys, array(STEPS + 1), condition, array(STEPS, dtype=jnp.int32)
             )
-            found = lowered.compile().memory_analysis()
+            memory = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             print(f"{way:14s} does not fit: {' '.join(str(error).split())[:1500]}", flush=True)
             continue
-        chip = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-        host = found.host_argument_size_in_bytes
-        took = time.perf_counter() - begun
-        print(f"{way:14s} chip {chip / GIB:6.1f} GiB (of it temporary {found.temp_size_in_bytes / GIB:.2f}), "
-              f"host {host / GIB:6.1f} GiB; compiled in {took:.0f} s", flush=True)  # fmt: skip
+        chip = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        host = memory.host_argument_size_in_bytes
+        seconds = time.perf_counter() - start
+        print(f"{way:14s} chip {chip / GIB:6.1f} GiB (temporary {memory.temp_size_in_bytes / GIB:.2f}), "
+              f"host {host / GIB:6.1f} GiB; compiled in {seconds:.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Quality against steps: every solver of the sampler on an ensemble of the shapes, from the same noise.
+"""Quality against number of steps for every solver, on an ensemble of the shapes, from the same noise.
 
     python -m tests.benchmarks.solvers [--ensemble=bundled:shapes] [--clips=96] [--steps=5,10,20,40]
         [--guidance_scale=3]
         [--ways=guidance_method=projected,...] [--cond=int8,offload] [--finest=320]
 
-For each solver and number of evaluations of the velocity: the distance of its latents to those of a far finer solution
-(root mean square, in units of the data's spread; a stochastic solver has none), and the share of videos in which the
-judge reads back every attribute that was asked for. The yardstick is every expert on its own, with 40 steps of Euler's
-method, which `--ways` takes with other settings; `--kept` are other ways to keep the experts, with 20 steps, whose
-distance is to the same 20 steps. What a draw costs is measured by `tests.benchmarks.sampling`.
+Prints, for each solver and number of velocity evaluations, the distance of its latents to those of a much finer
+solution (root mean square, in standard deviations of the data; none for a stochastic solver), and the share of videos
+in which the attribute classifier reads every requested attribute. The baseline is each expert alone with 40 Euler
+steps; `--ways` runs 40 steps with other settings. `--kept` stores the experts as int8 or offloads them, with 20 steps,
+and compares with the same 20 steps. `tests.benchmarks.sampling` measures the time of sampling.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from paris_jax.local_jobs.devices import keep_freed_memory
 
 
 def setting(text: str) -> dict[str, object]:
-    """a=1:b=two to keywords."""
-    found: dict[str, object] = {}
-    for each in text.split(":"):
-        name, _, value = each.partition("=")
+    """Parses keywords such as a=1:b=two."""
+    params: dict[str, object] = {}
+    for pair in text.split(":"):
+        name, _, value = pair.partition("=")
         try:
-            found[name] = float(value)
+            params[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            params[name] = value
+    return params
 
 
 def main() -> None:
@@ -44,42 +44,42 @@ def main() -> None:
     parser.add_argument("--ways", default="")
     parser.add_argument("--cond", default="")
     parser.add_argument("--finest", type=int, default=320)
-    given = parser.parse_args()
-    ensemble, judge, rng = Ensemble.load(given.ensemble), AttributeClassifier.load(), np.random.default_rng(21)
-    asked = [shapes.draw_attributes(rng) for _ in range(given.clips)]
-    prompts = [shapes.caption(attributes) for attributes in asked]
-    noise = ensemble.noise(given.clips, seed=4)
+    flags = parser.parse_args()
+    ensemble, classifier, rng = Ensemble.load(flags.ensemble), AttributeClassifier.load(), np.random.default_rng(21)
+    requested = [shapes.draw_attributes(rng) for _ in range(flags.clips)]
+    prompts = [shapes.caption(attributes) for attributes in requested]
+    noise = ensemble.noise(flags.clips, seed=4)
 
-    def draw(drawn_by=ensemble, **how):
-        return drawn_by.sample(prompts, noise=noise, **({"guidance_scale": given.guidance} | how)).videos
+    def draw(model=ensemble, **params):
+        return model.sample(prompts, noise=noise, **({"guidance_scale": flags.guidance} | params)).videos
 
-    def agreement(videos):
-        _, seen = judge.look(videos)
-        return np.mean([all(s[name] == a[name] for name in a) for s, a in zip(seen, asked, strict=True)])
+    def accuracy(videos):
+        _, predicted = classifier.look(videos)
+        return np.mean([all(p[name] == r[name] for name in r) for p, r in zip(predicted, requested, strict=True)])
 
-    def show(name, evaluations, videos, nearest=None):
-        far = np.sqrt(np.mean(np.square(videos - (finest if nearest is None else nearest)))) / np.mean(
+    def show(name, evaluations, videos, reference=None):
+        distance = np.sqrt(np.mean(np.square(videos - (finest_latents if reference is None else reference)))) / np.mean(
             ensemble.scale.spread
         )
-        share = agreement(videos)
-        error = np.sqrt(share * (1 - share) / given.clips)
-        apart = f"{far:8.4f}" if name != "ancestral" else "       -"
-        print(f"{name:34s} {evaluations:5d} {apart}   {share:6.1%} ± {error:.1%}", flush=True)
+        share = accuracy(videos)
+        error = np.sqrt(share * (1 - share) / flags.clips)
+        distance_text = f"{distance:8.4f}" if name != "ancestral" else "       -"
+        print(f"{name:34s} {evaluations:5d} {distance_text}   {share:6.1%} ± {error:.1%}", flush=True)
 
-    finest = draw(solver="ab2", num_inference_steps=given.finest)
-    print("solver                       evaluations distance   agreement")
-    show("ab2", given.finest, finest)
+    finest_latents = draw(solver="ab2", num_inference_steps=flags.finest)
+    print("solver                       evaluations distance    accuracy")
+    show("ab2", flags.finest, finest_latents)
     for cluster in ensemble.clusters:
         show(f"expert {cluster} on its own", 40, draw(num_inference_steps=40, fixed_expert=cluster))
-    for steps in map(int, filter(None, given.steps.split(","))):
-        for solver, each in EVALUATIONS.items():
-            if steps % each == 0:
-                show(solver, steps, draw(solver=solver, num_inference_steps=steps // each))
-    for way in filter(None, given.ways.split(",")):
+    for steps in map(int, filter(None, flags.steps.split(","))):
+        for solver, evaluations_per_step in EVALUATIONS.items():
+            if steps % evaluations_per_step == 0:
+                show(solver, steps, draw(solver=solver, num_inference_steps=steps // evaluations_per_step))
+    for way in filter(None, flags.ways.split(",")):
         show(way, 40, draw(num_inference_steps=40, **setting(way)))
-    plain = draw(num_inference_steps=20) if given.kept else None
-    for kept in filter(None, given.kept.split(",")):
-        other = Ensemble.load(given.ensemble, **{"weights": kept} if kept == "int8" else {"offload": True})
+    plain = draw(num_inference_steps=20) if flags.kept else None
+    for kept in filter(None, flags.kept.split(",")):
+        other = Ensemble.load(flags.ensemble, **{"weights": kept} if kept == "int8" else {"offload": True})
         show(kept, 20, draw(other, num_inference_steps=20), nearest=plain)
 
 

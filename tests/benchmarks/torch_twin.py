@@ -1,7 +1,7 @@
-"""The spatiotemporal DiT and its training step in PyTorch, to compare with: for benchmarks only.
+"""The spatiotemporal DiT and its training step in PyTorch, for comparison in benchmarks.
 
-The mathematics, the sizes and the order of parameters are those of `models/dit.py`, so that `load` takes its
-parameters over and both must agree. Attention is PyTorch's own, which chooses its flash kernel where there is one.
+Mathematics, sizes and names of parameters follow `models/dit.py`; `load` copies its parameters, after which both
+networks must agree. Attention is `scaled_dot_product_attention`, which uses a flash kernel where one is available.
 """
 
 import math
@@ -26,7 +26,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, N, H, D): neighbouring pairs of features turned by (N, D / 2) angles."""
+    """Rotates neighbouring pairs of features of x (B, N, H, D) by (N, D / 2) angles."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
@@ -90,8 +90,8 @@ class DoubleBlock(nn.Module):
         )
         q, k, v = (torch.cat(pair, 1) for pair in parts)
         attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        seen_v, seen_t = attended.split([video.shape[1], text.shape[1]], 1)
-        return self.video.update(video, seen_v, gates_v), self.text.update(text, seen_t, gates_t)
+        attended_v, attended_t = attended.split([video.shape[1], text.shape[1]], 1)
+        return self.video.update(video, attended_v, gates_v), self.text.update(text, attended_t, gates_t)
 
 
 class SingleBlock(nn.Module):
@@ -122,9 +122,9 @@ class Embedder(nn.Module):
 
 
 class Twin(nn.Module):
-    """v(x_t, t, text) of (B, T, H, W, C) latents and whole (unpadded) texts."""
+    """Velocity v(x_t, t, text) of latents (B, T, H, W, C), for unpadded texts."""
 
-    def __init__(self, config: DiTConfig, shape: tuple[int, ...], words: int):
+    def __init__(self, config: DiTConfig, shape: tuple[int, ...], text_tokens: int):
         super().__init__()
         T, H, W, C = shape
         D, patch = config.hidden, C * PATCH * PATCH
@@ -133,7 +133,7 @@ class Twin(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.final_modulation, self.velocity_out = Modulation(D, 2), nn.Linear(D, patch)
-        ids = np.concatenate([video_positions(T, H // PATCH, W // PATCH), np.zeros((words, 3), np.float32)])
+        ids = np.concatenate([video_positions(T, H // PATCH, W // PATCH), np.zeros((text_tokens, 3), np.float32)])
         cos, sin = rotary_table(ids, config.rope_axes, config.theta)
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
@@ -158,21 +158,23 @@ class Twin(nn.Module):
 
 
 def load(twin: Twin, params: Any) -> None:
-    """Takes over the parameters of `models/dit.py`: kernels transposed, stacks of blocks layer by layer."""
-    own = dict(twin.named_parameters())
-    ends = {"kernel": "weight", "bias": "bias", "scale": "weight"}
+    """Copies the parameters of `models/dit.py`: transposes kernels and unstacks the blocks."""
+    targets = dict(twin.named_parameters())
+    suffixes = {"kernel": "weight", "bias": "bias", "scale": "weight"}
     for name, value in to_names(params).items():
-        *path, end = name.split(".")
+        *path, suffix = name.split(".")
         value, stacked = np.asarray(value), path[0] in ("double_blocks", "single_blocks")
-        for layer, one in enumerate(value if stacked else [value]):
-            place = [path[0], str(layer), *path[1:]] if stacked else path
+        for layer, layer_value in enumerate(value if stacked else [value]):
+            target = [path[0], str(layer), *path[1:]] if stacked else path
             with torch.no_grad():
-                own.pop(".".join([*place, ends[end]])).copy_(torch.tensor(one.T if end == "kernel" else one))
-    assert not own, own.keys()
+                targets.pop(".".join([*target, suffixes[suffix]])).copy_(
+                    torch.tensor(layer_value.T if suffix == "kernel" else layer_value)
+                )
+    assert not targets, targets.keys()
 
 
 class Step:
-    """One training step as `training/step.py` makes it: noise and times, loss, clipping, AdamW, average."""
+    """One training step as in `training/step.py`: noise and timesteps, loss, gradient clipping, AdamW, EMA."""
 
     def __init__(self, twin: Twin, compiled: bool, dtype: torch.dtype, learning_rate: float, shift: float):
         self.twin, self.dtype, self.shift = twin, dtype, shift

@@ -1,10 +1,10 @@
-"""How far a reader walks: the package's files that are entered on the way of one training step, one sampling step, and
-one prompt from the command line to frames.
+"""Counts the files of the package that one training step, one sampling step, and one prompt from the command line to
+frames pass through, as a measure of how many files a reader must open.
 
     python -m tests.benchmarks.walks
 
-Files are counted where a function of them is called while the step is traced, in order of first entry; "back" counts
-how often a file is entered again after another one.
+A file counts when one of its functions is called while the step is traced, in order of first entry; "back" counts
+returns to a file that was entered before.
 """
 
 import sys
@@ -16,27 +16,27 @@ from typing import Any
 PACKAGE = Path(__file__).parents[2] / "paris_jax"
 
 
-def walk(function: Callable[[], Any]) -> tuple[list[str], int]:
-    """Files of the package that a call enters, and how often it comes back to one."""
+def trace_files(function: Callable[[], Any]) -> tuple[list[str], int]:
+    """Returns the files of the package that a call enters, and the number of returns to an earlier file."""
     files: list[str] = []
-    back, here = 0, ""
+    returns, current = 0, ""
 
     def enter(frame: Any, event: str, _: Any) -> None:
-        nonlocal back, here
+        nonlocal returns, current
         if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
             name = str(Path(frame.f_code.co_filename).relative_to(PACKAGE))
-            if name != here:
-                back += name in files
+            if name != current:
+                returns += name in files
                 if name not in files:
                     files.append(name)
-                here = name
+                current = name
 
     sys.setprofile(enter)
     try:
         function()
     finally:
         sys.setprofile(None)
-    return files, back
+    return files, returns
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def main() -> None:
         ("a prompt from the command line to frames", lambda: cli.run(arguments)),
     ):
         jax.clear_caches()
-        files, back = walk(function)
-        print(f"{name}: {len(files)} files, {back} times back\n  {', '.join(files)}")
+        files, returns = trace_files(function)
+        print(f"{name}: {len(files)} files, {returns} times back\n  {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clips to clusters: complete or not there, the same however often it was killed, and refused in one clear sentence."""
+"""The cluster command: complete or absent results, the same after a kill, and one-sentence errors."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ def experiment(batch: int = 8, heldout: float = 0.2, **partition) -> experiments
 
 
 def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120, order: int | None = None) -> RunFolder:
-    """A run folder with clips of three worlds that their features tell apart, in two shards."""
+    """A run folder with clips of three worlds with separable features, in two shards."""
     rng = np.random.default_rng(0)
     clips = []
     for i in range(num_clips):
@@ -90,12 +90,12 @@ def test_every_clip_is_held_out_or_in_one_cluster(partitioned):
     assert len(assignment["clusters"] | assignment["heldout"]) == 120
     assert not assignment["clusters"].keys() & assignment["heldout"].keys()
     for k in range(3):
-        found = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
-        assert found == {name: k for name, c in assignment["clusters"].items() if c == k}
+        stored = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
+        assert stored == {name: k for name, c in assignment["clusters"].items() if c == k}
     assert {r.id: r.cluster for r in records.read_records(partitioned.heldout)} == assignment["heldout"]
 
 
-def test_clusters_are_the_worlds_also_for_held_out_clips(partitioned):
+def test_clusters_match_the_worlds_also_for_held_out_clips(partitioned):
     report = manifest.read_json(partitioned.partition / "report.json")
     assert report["purity"]["world"] == 1.0
     assert sum(c["heldout"] for c in report["clusters"]) == report["heldout"] > 0
@@ -104,30 +104,30 @@ def test_clusters_are_the_worlds_also_for_held_out_clips(partitioned):
             assert record.attributes["world"] == WORLDS[record.cluster]
 
 
-def test_folders_carry_what_a_job_needs(partitioned):
+def test_cluster_folders_hold_everything_a_training_job_needs(partitioned):
     for k in range(3):
-        found = manifest.read(partitioned.cluster(k), ClusterManifest, verify=True)
-        assert found.cluster == k
-        assert found.clips == len(records.read_records(partitioned.cluster(k)))
+        described = manifest.read(partitioned.cluster(k), ClusterManifest, verify=True)
+        assert described.cluster == k
+        assert described.clips == len(records.read_records(partitioned.cluster(k)))
         prepared = manifest.read(partitioned.data, DataManifest)
-        assert records.data_contract(found) == records.data_contract(prepared)
-    whole = manifest.read(partitioned.partition, PartitionManifest, verify=True)
-    assert sum(whole.sizes) + whole.heldout == 120
-    # Held-out clips are of another kind, so that nothing trains on them by mistake.
+        assert records.data_contract(described) == records.data_contract(prepared)
+    partition = manifest.read(partitioned.partition, PartitionManifest, verify=True)
+    assert sum(partition.sizes) + partition.heldout == 120
+    # Held-out clips have another kind of manifest, so that no job trains on them by mistake.
     with pytest.raises(UserError, match="'heldout'"):
         manifest.read(partitioned.heldout, ClusterManifest)
 
 
-def test_saved_centroids_assign_as_the_stage_did(partitioned):
+def test_saved_centroids_reproduce_the_assignment(partitioned):
     partition = Clustering.from_bytes((partitioned.partition / "centroids.safetensors").read_bytes())
     for record in records.read_records([partitioned.cluster(0), partitioned.cluster(2), partitioned.heldout]):
         assert partition.assign(record.feature[None])[0] == record.cluster
 
 
-def test_the_order_of_clips_changes_nothing(partitioned, tmp_path):
+def test_the_partition_does_not_depend_on_the_order_of_clips(partitioned, tmp_path):
     run = prepared(tmp_path, experiment(), order=1)
     cluster(experiment(), run)
-    path = run.partition / manifest.FILE_NAME  # names the files of RUN/data, which do have another order
+    path = run.partition / manifest.FILE_NAME  # holds hashes of the shards in RUN/data, whose order differs
     manifest.write_json(
         path,
         manifest.read_json(path) | {"data": manifest.read_json(partitioned.partition / manifest.FILE_NAME)["data"]},
@@ -135,7 +135,7 @@ def test_the_order_of_clips_changes_nothing(partitioned, tmp_path):
     assert files(run.partition) == files(partitioned.partition)
 
 
-def test_running_again_does_nothing(partitioned):
+def test_rerunning_a_finished_partition_writes_nothing(partitioned):
     before = {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")}
     cluster(experiment(), partitioned)
     assert {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")} == before
@@ -164,12 +164,12 @@ tests.cluster(tests.experiment(), tests.RunFolder({run!r}))
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("records", "encode_record", 40),  # in the middle of a cluster's shard
-        ("manifest", "write", 3),  # a cluster's shards are there, its manifest is not
-        ("manifest", "write", 5),  # only the partition's manifest is missing
+        ("records", "encode_record", 40),  # within a cluster's shard
+        ("manifest", "write", 3),  # after a cluster's shards, before its manifest
+        ("manifest", "write", 5),  # before the partition's manifest, the last file
     ],
 )
-def test_a_killed_run_leaves_nothing_half_done_and_goes_on(partitioned, tmp_path, module, name, count):
+def test_a_killed_run_leaves_no_partial_result_and_resumes(partitioned, tmp_path, module, name, count):
     run = prepared(tmp_path, experiment())
     script = KILL.format(tests=str(Path(__file__).parent), module=module, name=name, count=count, run=str(run))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -184,10 +184,10 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(partitioned, tmp_path
     assert files(run.partition) == files(partitioned.partition)
 
 
-def test_a_full_disk_is_told_and_nothing_is_taken_for_done(partitioned, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_finished_partition(partitioned, tmp_path):
     run = prepared(tmp_path, experiment())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes: the small files fit, the largest shard does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes; too few for the largest shard only
     try:
         with pytest.raises(UserError, match=r"Cannot write .*free some space"):
             cluster(experiment(), run)
@@ -198,7 +198,7 @@ def test_a_full_disk_is_told_and_nothing_is_taken_for_done(partitioned, tmp_path
     assert files(run.partition) == files(partitioned.partition)
 
 
-def test_refuses_before_prepare(tmp_path):
+def test_refuses_a_run_folder_without_prepared_clips(tmp_path):
     with pytest.raises(UserError, match=r"run 'paris-jax prepare .* first"):
         cluster(experiment(), RunFolder(tmp_path))
 
@@ -223,7 +223,7 @@ def test_refuses_another_config(partitioned):
         ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 clips .* raise it"),
     ],
 )
-def test_refuses_what_the_clips_do_not_allow(tmp_path, settings, sentence):
+def test_refuses_settings_that_the_number_of_clips_does_not_allow(tmp_path, settings, sentence):
     made_for = experiment(**settings)
     run = prepared(tmp_path, made_for)
     with pytest.raises(UserError, match=sentence):
@@ -231,7 +231,7 @@ def test_refuses_what_the_clips_do_not_allow(tmp_path, settings, sentence):
     assert not run.partition.exists()
 
 
-def test_refuses_a_feature_that_is_not_finite_and_names_the_clip(tmp_path, monkeypatch):
+def test_refuses_a_nonfinite_feature_and_names_the_clip(tmp_path, monkeypatch):
     run = prepared(tmp_path, experiment())
     broken = dataclasses.replace(records.read_records(run.data)[7], feature=np.array([np.nan] * 6, np.float32))
     monkeypatch.setattr(records, "read_records", lambda folder: [broken])
@@ -239,7 +239,7 @@ def test_refuses_a_feature_that_is_not_finite_and_names_the_clip(tmp_path, monke
         cluster(experiment(), run)
 
 
-def test_without_held_out_clips_there_is_no_such_folder(tmp_path):
+def test_without_held_out_clips_no_held_out_folder_is_written(tmp_path):
     made_for = experiment(heldout=0.0, fine_clusters=9)
     run = prepared(tmp_path, made_for)
     cluster(made_for, run)

@@ -1,4 +1,4 @@
-"""The partition depends on the clips, not on their order; saved and read back it assigns as before."""
+"""The partition does not depend on the order of clips and assigns the same clusters after saving and loading."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ SIZES = (90, 60, 30)
 
 @pytest.fixture
 def clips():
-    """Ids and features of three blobs of different sizes, in mixed order; one feature is large, one never changes."""
+    """Shuffled ids and features of three blobs of different sizes; one feature is large, one is constant."""
     rng = np.random.default_rng(0)
     truth = rng.permutation(np.repeat(np.arange(3), SIZES))
     features = np.eye(3, 5)[truth] * 8 + rng.normal(size=(len(truth), 5))
@@ -21,14 +21,14 @@ def clips():
     return [f"clip-{i:04d}" for i in range(len(truth))], features.astype(np.float32), truth
 
 
-def test_finds_the_blobs_and_numbers_them_by_size(clips):
+def test_finds_the_blobs_and_orders_them_by_size(clips):
     ids, features, truth = clips
     _, found = clusters.fit(ids, features, num_clusters=3)
     assert np.array_equal(found, truth)
 
 
 @pytest.mark.parametrize("fine", [0, 12])
-def test_the_order_of_clips_changes_nothing(clips, fine):
+def test_the_partition_does_not_depend_on_the_order_of_clips(clips, fine):
     ids, features, _ = clips
     partition, found = clusters.fit(ids, features, num_clusters=3, fine_clusters=fine)
     order = np.random.default_rng(1).permutation(len(ids))
@@ -46,7 +46,7 @@ def test_two_stages_merge_fine_clusters(clips):
 
 
 @pytest.mark.parametrize("fine", [0, 12])
-def test_assigning_the_clips_again_gives_their_clusters_also_after_saving(clips, fine):
+def test_assign_reproduces_the_fitted_clusters_after_saving(clips, fine):
     ids, features, _ = clips
     partition, found = clusters.fit(ids, features, num_clusters=3, fine_clusters=fine)
     read = clusters.Clustering.from_bytes(partition.to_bytes())
@@ -62,7 +62,7 @@ def test_centroids_are_the_means_of_the_clusters(clips):
     np.testing.assert_allclose(partition.centroids, expected, atol=1e-5)
 
 
-def test_two_clips_of_one_name_are_an_error(clips):
+def test_duplicate_ids_are_an_error(clips):
     ids, features, _ = clips
     with pytest.raises(ValueError, match="different"):
         clusters.fit([ids[0], *ids[:-1]], features, num_clusters=3)

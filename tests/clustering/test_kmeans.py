@@ -1,4 +1,4 @@
-"""k-means finds what scikit-learn's finds, always the same, however the rows are cut into blocks."""
+"""k-means agrees with scikit-learn, is deterministic and does not depend on the block size."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,18 +16,18 @@ def blobs(num_rows: int, width: int, num_clusters: int, seed: int = 0) -> np.nda
 
 
 @pytest.mark.parametrize(("num_rows", "width", "num_clusters"), [(600, 2, 3), (1000, 12, 8), (300, 40, 1)])
-def test_inertia_is_that_of_scikit_learn(num_rows, width, num_clusters):
+def test_inertia_matches_scikit_learn(num_rows, width, num_clusters):
     rows = blobs(num_rows, width, num_clusters)
-    # Both get stuck in local optima, so both get enough seedings to meet the best one.
+    # Both end in local optima, so both get enough restarts to find the best one.
     ours = kmeans.fit(rows, num_clusters, restarts=40, iterations=300)
-    with threadpoolctl.threadpool_limits(1):  # small work: its threads would only wait for each other
+    with threadpoolctl.threadpool_limits(1):  # threads only slow down such small inputs
         theirs = KMeans(num_clusters, n_init=40, max_iter=300, random_state=0).fit(rows)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
     exact = np.sum((rows.astype(np.float64) - ours.centroids[ours.labels]) ** 2)
     assert ours.inertia == pytest.approx(exact, rel=1e-5)
 
 
-def test_every_run_ends_where_scikit_learn_moves_nothing():
+def test_every_run_converges_to_a_fixed_point_of_scikit_learn():
     rows = blobs(600, 2, 3)
     for seed in range(4):
         ours = kmeans.fit(rows, 3, seed=seed, restarts=1, iterations=300)
@@ -36,14 +36,14 @@ def test_every_run_ends_where_scikit_learn_moves_nothing():
         assert np.array_equal(theirs.labels_, ours.labels)
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_the_same_call_is_bit_identical():
     rows = blobs(500, 6, 4)
     first, second = kmeans.fit(rows, 4, seed=3), kmeans.fit(rows, 4, seed=3)
     assert first.centroids.tobytes() == second.centroids.tobytes()
     assert np.array_equal(first.labels, second.labels)
 
 
-def test_blocks_do_not_change_the_clusters(monkeypatch):
+def test_the_block_size_does_not_change_the_clusters(monkeypatch):
     rows = blobs(500, 6, 4)
     whole = kmeans.fit(rows, 4)
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 64)  # the last block is padded
@@ -53,25 +53,25 @@ def test_blocks_do_not_change_the_clusters(monkeypatch):
     assert np.array_equal(np.argsort(order_a)[whole.labels], np.argsort(order_b)[blocked.labels])
 
 
-def test_weights_count_rows_several_times():
+def test_integer_weights_equal_repeated_rows():
     rows = blobs(80, 3, 3)
-    times = np.random.default_rng(1).integers(0, 4, size=len(rows))
+    weights = np.random.default_rng(1).integers(0, 4, size=len(rows))
     centroids = jnp.asarray(rows[:3])
-    weighted, error = kmeans._lloyd(*kmeans._blocks(rows, times), centroids)
-    repeated = np.repeat(rows, times, axis=0)
+    weighted, error = kmeans._lloyd(*kmeans._blocks(rows, weights), centroids)
+    repeated = np.repeat(rows, weights, axis=0)
     moved, expected = kmeans._lloyd(*kmeans._blocks(repeated, np.ones(len(repeated))), centroids)
     np.testing.assert_allclose(weighted, moved, atol=1e-5)
     assert float(error) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_no_cluster_stays_empty():
-    # Nearly all rows coincide, so that seeding often draws one place twice; three rows stand alone.
+    # Nearly all rows coincide, so seeding often draws the same point twice; three rows are distinct.
     rows = np.zeros((200, 2), np.float32)
     rows[:3] = [[5, 0], [0, 5], [5, 5]]
     for seed in range(5):
-        found = kmeans.fit(rows, 4, seed=seed, restarts=1)
-        assert np.bincount(found.labels, minlength=4).min() > 0
-        assert found.inertia == pytest.approx(0, abs=1e-6)
+        fit = kmeans.fit(rows, 4, seed=seed, restarts=1)
+        assert np.bincount(fit.labels, minlength=4).min() > 0
+        assert fit.inertia == pytest.approx(0, abs=1e-6)
 
 
 def test_an_empty_cluster_moves_to_the_farthest_row():
@@ -81,7 +81,7 @@ def test_an_empty_cluster_moves_to_the_farthest_row():
     assert np.asarray(moved)[1] == pytest.approx(9.0)
 
 
-def test_assign_gives_the_nearest_and_all_distances():
+def test_assign_returns_the_nearest_centroid_and_all_distances():
     rows, centroids = blobs(50, 4, 3), blobs(3, 4, 3, seed=1)
     labels, distances = kmeans.assign(rows, centroids)
     expected = np.linalg.norm(rows[:, None] - centroids, axis=-1)

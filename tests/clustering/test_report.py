@@ -1,4 +1,4 @@
-"""The report says how large, how far apart and how pure the clusters are."""
+"""The clustering report gives size, separation and purity of the clusters."""
 
 import io
 import json
@@ -34,20 +34,20 @@ def test_counts_and_purity(described):
     assert data["clusters"][1]["examples"] == ["a blue ball"]
 
 
-def test_quality_agrees_with_its_definitions(described):
+def test_quality_measures_follow_their_definitions(described):
     partition, features, data = described
     rows = partition.standardise(features)
     labels = partition.assign(features)
     inertia = np.sum((rows - partition.centroids[labels]) ** 2)
     assert data["inertia"] == pytest.approx(inertia, rel=1e-3)
     assert data["explained"] == pytest.approx(1 - inertia / np.sum(rows**2), abs=1e-3)
-    # The margin replaces clips by centroids in the silhouette, so it is near it but not the same.
+    # The margin is the silhouette with distances to centroids instead of clips, so the two are close but not equal.
     assert data["margin"] == pytest.approx(silhouette_score(rows, labels), abs=0.15)
     expected = np.linalg.norm(partition.centroids[0] - partition.centroids[1])
     assert data["centroid_distances"][0][1] == pytest.approx(expected, abs=1e-3)
 
 
-def test_is_json_and_prints_as_a_table(described):
+def test_report_is_json_and_prints_as_a_table(described):
     data = json.loads(json.dumps(described[2], allow_nan=False))
     out = io.StringIO()
     report.print_report(data, Console(file=out, width=100))
@@ -55,7 +55,7 @@ def test_is_json_and_prints_as_a_table(described):
     assert "a blue ball" in out.getvalue()
 
 
-def test_one_cluster_without_attributes():
+def test_report_of_one_cluster_without_attributes():
     features = np.random.default_rng(0).normal(size=(10, 3))
     partition, found = clusters.fit([str(i) for i in range(10)], features, num_clusters=1)
     data = report.report(partition, features, found, ["a"] * 10, [{}] * 10, np.zeros(0, np.int32))

@@ -1,4 +1,4 @@
-"""What the command line says: help, and one clear sentence for every mistake."""
+"""The command line: help, exit codes, and a one-sentence error for every mistake."""
 
 import shlex
 import shutil
@@ -19,7 +19,7 @@ CONFIG = "--config=configs/shapes.py:tiny"
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch, tmp_path):
-    """Examples name configs/ relative to the checkout; no test may write into it or set jax up."""
+    """Runs in the checkout, which the examples' configs/ paths are relative to, without configuring JAX or logging."""
     monkeypatch.chdir(cli.__file__.rpartition("/paris_jax/")[0])
     monkeypatch.setattr(cli, "start_jax", lambda name, call: None)
     monkeypatch.setattr(cli, "start_logging", lambda verbose: None)
@@ -27,7 +27,7 @@ def in_the_checkout(monkeypatch, tmp_path):
 
 @pytest.fixture
 def refusal(capsys):
-    """Runs a command that must be refused, and returns its one line."""
+    """Runs a command that must fail, and returns its one-line error message."""
 
     def run(*arguments):
         assert cli.run(arguments) == 1
@@ -48,7 +48,7 @@ def test_the_overview_names_every_command(arguments, capsys):
 
 
 @pytest.mark.parametrize("name", table.COMMANDS)
-def test_the_help_of_a_command_shows_examples_and_every_flag(name, capsys):
+def test_help_of_a_command_shows_examples_and_every_flag(name, capsys):
     assert cli.run([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"  paris-jax {name}" in out.split("Examples:")[1]
@@ -57,7 +57,7 @@ def test_the_help_of_a_command_shows_examples_and_every_flag(name, capsys):
 
 
 @pytest.mark.parametrize("example", [e for command in table.COMMANDS.values() for e in command.examples])
-def test_every_example_can_be_typed(example):
+def test_every_example_parses(example):
     program, *arguments = shlex.split(example)
     assert program == "paris-jax"
     name, call = cli.parse(arguments)
@@ -68,7 +68,7 @@ def test_every_example_can_be_typed(example):
 
 
 @pytest.mark.parametrize("text", ["10", "5:5", "9:2", "a:b", "-1:3"])
-def test_steps_to_profile_are_two_growing_numbers(text):
+def test_profile_steps_must_be_an_increasing_pair(text):
     assert table._step_range("10:15") == (10, 15)
     with pytest.raises(UserError, match=f"--profile_steps={text}: must be the first step"):
         table._step_range(text)
@@ -79,7 +79,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out.strip() == __version__
 
 
-def test_as_a_process_it_exits_with_the_code_and_no_traceback(tmp_path):
+def test_an_error_exits_with_code_1_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "paris_jax", "prepare", "--config=nofile.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -88,7 +88,7 @@ def test_as_a_process_it_exits_with_the_code_and_no_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "/run"])
-def test_a_file_where_a_folder_should_be_is_refused(below, tmp_path):
+def test_a_file_as_workdir_is_refused(below, tmp_path):
     (tmp_path / "file").write_text("")
     config = ["--config=configs/shapes.py:tiny", f"--workdir={tmp_path}/file{below}"]
     done = subprocess.run([sys.executable, "-m", "paris_jax", "prepare", *config], capture_output=True, text=True)
@@ -97,7 +97,7 @@ def test_a_file_where_a_folder_should_be_is_refused(below, tmp_path):
     assert done.stderr.startswith("error: ")
 
 
-def test_a_stage_asked_to_stop_keeps_what_is_finished_and_says_to_run_again(tmp_path):
+def test_sigterm_stops_prepare_with_code_75_and_a_hint_to_rerun(tmp_path):
     command = [sys.executable, "-m", "paris_jax", "prepare", "--config=configs/shapes.py:bundled"]
     process = subprocess.Popen([*command, f"--workdir={tmp_path}/run"], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "run" / "data").exists():
@@ -128,18 +128,20 @@ def test_exit_codes(error, code, sentence, monkeypatch, capsys, tmp_path):
 
 class TestMistakes:
     def test_an_unknown_command(self, refusal):
-        said = refusal("trian")
-        assert said.startswith("'trian' is not a command; commands are quickstart, prepare")
-        assert said.endswith("(did you mean 'train'?)")
+        message = refusal("trian")
+        assert message.startswith("'trian' is not a command; commands are quickstart, prepare")
+        assert message.endswith("(did you mean 'train'?)")
 
     def test_an_unknown_flag(self, refusal):
-        said = refusal("sample", "--promt=x")
-        assert said == "paris-jax sample: --promt is unknown (did you mean '--prompt'?); see 'paris-jax sample --help'"
+        message = refusal("sample", "--promt=x")
+        assert (
+            message == "paris-jax sample: --promt is unknown (did you mean '--prompt'?); see 'paris-jax sample --help'"
+        )
 
-    def test_a_word_that_is_no_flag(self, refusal):
+    def test_a_positional_argument(self, refusal):
         assert "'runs/x' is not a flag; flags look like --name=value" in refusal("status", "runs/x")
 
-    def test_a_value_that_a_flag_does_not_take(self, refusal):
+    def test_an_invalid_value_of_a_flag(self, refusal):
         assert "--role=experts" in refusal("train", "--workdir=x", "--role=experts")
         assert "--seed=two" in refusal("sample", "--ensemble=x", "--seed=two")
 
@@ -158,15 +160,15 @@ class TestMistakes:
         assert refusal("sample", f"--ensemble={tmp_path}").startswith("--prompt is missing")
 
     def test_a_missing_config(self, refusal, tmp_path):
-        said = refusal("prepare", f"--workdir={tmp_path}")
-        assert said.startswith("--config is missing, and ") and said.endswith("--config=configs/shapes.py:tiny")
+        message = refusal("prepare", f"--workdir={tmp_path}")
+        assert message.startswith("--config is missing, and ") and message.endswith("--config=configs/shapes.py:tiny")
 
-    def test_experts_that_are_no_numbers(self, refusal):
+    def test_experts_that_are_not_numbers(self, refusal):
         assert "--fixed_expert=a,b: must be whole numbers, such as 0,7" in refusal(
             "sample", "--ensemble=x", "--fixed_expert=a,b"
         )
 
-    def test_devices_that_are_not_there(self, refusal, tmp_path):
+    def test_unknown_devices(self, refusal, tmp_path):
         assert "--devices=gpu: must be auto, cpu" in refusal("quickstart", f"--workdir={tmp_path}", "--devices=gpu")
 
 
@@ -175,11 +177,11 @@ class TestConfig:
     def refused(self, refusal, tmp_path):
         return lambda *flags: refusal("prepare", f"--workdir={tmp_path}", *flags)
 
-    def test_a_file_that_is_not_there(self, refused):
+    def test_a_missing_file(self, refused):
         assert refused("--config=nofile.py").startswith("--config=nofile.py: there is no config file 'nofile.py' here")
         assert "there is no config file 'configs' here" in refused("--config=configs")
 
-    def test_a_variant_that_is_not_there(self, refused):
+    def test_an_unknown_variant(self, refused):
         assert refused("--config=configs/shapes.py:tiyn").endswith("(did you mean 'tiny'?)")
 
     @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ class TestConfig:
             ("def get_config():\n    return 1 / 0", "fails with ZeroDivisionError"),
         ],
     )
-    def test_a_file_that_fails(self, text, sentence, refused, tmp_path):
+    def test_a_config_file_that_raises(self, text, sentence, refused, tmp_path):
         (tmp_path / "mine.py").write_text(text)
         assert sentence in refused(f"--config={tmp_path / 'mine.py'}")
 
@@ -210,12 +212,12 @@ class TestConfig:
     def test_a_field_that_cannot_be_set(self, flag, sentence, refused):
         assert sentence in refused(CONFIG, flag)
 
-    def test_the_nearest_field_is_named(self, refused):
+    def test_the_nearest_field_name_is_suggested(self, refused):
         assert "(did you mean 'steps'?)" in refused(CONFIG, "--config.training.stepss=3")
 
-    def test_all_mistakes_are_told_at_once(self, refused):
-        said = refused(CONFIG, "--config.training.steps=0", "--config.data.widht=3")
-        assert "steps=0" in said and "did you mean 'width'?" in said
+    def test_all_mistakes_are_reported_at_once(self, refused):
+        message = refused(CONFIG, "--config.training.steps=0", "--config.data.widht=3")
+        assert "steps=0" in message and "did you mean 'width'?" in message
 
 
 class TestChanges:
@@ -234,18 +236,18 @@ class TestChanges:
         assert (changed.training.steps, changed.training.warmup_steps, changed.data.fps) == (70, 7, 12.0)
         assert changed.name == "a=b"
 
-    def test_the_config_of_the_run_folder_can_be_changed_too(self, micro, clustered):
+    def test_flags_change_the_config_of_a_run_folder(self, micro, clustered):
         changed = self.experiment(f"--workdir={clustered}", "--config.evaluation.num_clips=6")
         assert changed.evaluation.num_clips == 6
         assert changed.hash == micro.hash
 
-    def test_another_command_is_given_the_same_config(self, tmp_path):
+    def test_config_flags_are_kept_for_other_commands(self, tmp_path):
         flags = (CONFIG, "--config.training.steps=70", "--config.training.warmup_steps=7")
         _, call = cli.parse(["train", *flags, f"--workdir={tmp_path}"])
         assert call.config_flags == flags
 
 
-def test_the_next_command_can_be_pasted_into_a_shell(clustered, tmp_path, capsys):
+def test_the_suggested_next_command_is_quoted_for_the_shell(clustered, tmp_path, capsys):
     from paris_jax.artifacts.run_folder import RunFolder
     from paris_jax.commands.status import status
 

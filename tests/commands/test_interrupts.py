@@ -1,4 +1,4 @@
-"""Signals in every phase of a command, and outputs that cannot take what is written."""
+"""Signals in every phase of a command, and terminals or disks that reject the output."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ import pytest
 
 from paris_jax import cli
 
-# Blocks in compiled code, in which Python runs no signal handler of the main thread.
+# Blocks in compiled code, during which the main thread runs no Python signal handler.
 BLOCK = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'
-# Where tests run behind a shell or nohup, Ctrl-C or SIGHUP may be ignored, and would be by the command.
-HEAR = """
+# A shell or nohup may start the tests with SIGINT or SIGHUP ignored, which child processes inherit.
+RESET_SIGNALS = """
 import hashlib, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -22,9 +22,9 @@ SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 
 
 def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """A Python process that hears Ctrl-C, with its standard error to read."""
+    """Starts a Python process that receives Ctrl-C, with stderr as a pipe."""
     return subprocess.Popen(
-        [sys.executable, "-c", HEAR + code, *arguments],
+        [sys.executable, "-c", RESET_SIGNALS + code, *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -34,17 +34,17 @@ def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
 
 def read_until(process: subprocess.Popen, text: str) -> str:
     assert process.stderr
-    said = ""
-    while text not in said:
+    output = ""
+    while text not in output:
         line = process.stderr.readline()
-        assert line, said
-        said += line
-    time.sleep(0.3)  # from the line to the call after it
-    return said
+        assert line, output
+        output += line
+    time.sleep(0.3)  # the call after the line has to begin
+    return output
 
 
 def end(process: subprocess.Popen) -> str:
-    """What else a process says until it ends, which it is made to if need be."""
+    """Returns the rest of stderr once the process ends; kills it after a timeout."""
     try:
         return process.communicate(timeout=60)[1]
     finally:
@@ -52,7 +52,7 @@ def end(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
-def test_a_command_stopped_while_it_imports_ends_without_a_traceback(number, code):
+def test_a_signal_during_imports_ends_without_a_traceback(number, code):
     slow = """
 import importlib.abc, time
 class Slow(importlib.abc.MetaPathFinder):
@@ -73,7 +73,7 @@ main()
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
-def test_plan_stops_while_it_compiles(number, code):
+def test_plan_stops_during_compilation(number, code):
     slow = f"""
 import jax
 def compile(self):
@@ -91,7 +91,7 @@ main()
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
-def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(number, code, tmp_path):
+def test_a_signal_during_garbage_collection_is_not_lost(number, code, tmp_path):
     lost = """
 import gc, time
 from paris_jax import cli
@@ -131,7 +131,7 @@ main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_in_compiled_code_ends_after_a_grace(number, tmp_path):
+def test_a_command_in_compiled_code_ends_after_a_grace_period(number, tmp_path):
     process = start(BLOCKED, "status", f"--workdir={tmp_path}")
     read_until(process, "blocked")
     process.send_signal(number)
@@ -152,7 +152,7 @@ def test_a_second_interrupt_ends_a_command_in_compiled_code(tmp_path):
     assert rest == "interrupted again; ended at once\n"
 
 
-def test_a_hang_up_under_nohup_is_ignored(tmp_path):
+def test_sighup_under_nohup_is_ignored(tmp_path):
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     process = start(ignore + BLOCKED, "status", f"--workdir={tmp_path}")
     read_until(process, "blocked")
@@ -163,7 +163,7 @@ def test_a_hang_up_under_nohup_is_ignored(tmp_path):
     process.communicate()
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
     ended = subprocess.run(
@@ -173,7 +173,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
-def test_an_ascii_terminal_gets_escapes(tmp_path):
+def test_an_ascii_terminal_gets_escaped_text(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "paris_jax", "status", f"--workdir={tmp_path}/運行"],
         **{"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "capture_output": True, "text": True, "timeout": 60},
@@ -182,17 +182,17 @@ def test_an_ascii_terminal_gets_escapes(tmp_path):
     assert "\\u904b\\u884c" in ended.stderr
 
 
-def test_control_characters_of_strangers_reach_no_terminal(tmp_path, capsys):
+def test_control_characters_are_escaped_in_messages(tmp_path, capsys):
     assert cli.run(["status", f"--workdir={tmp_path}/\x1b[31mred\x07\u202e"]) == 1
-    said = capsys.readouterr().err
-    assert not {"\x1b", "\x07", "\u202e"} & set(said)
-    assert "\\x1b[31mred\\x07\\u202e" in said
+    output = capsys.readouterr().err
+    assert not {"\x1b", "\x07", "\u202e"} & set(output)
+    assert "\\x1b[31mred\\x07\\u202e" in output
 
 
-def test_without_a_home_programs_are_not_cached(tmp_path):
+def test_without_a_home_folder_the_compilation_cache_is_off(tmp_path):
     code = """
 import os, sys
-os.path.expanduser = lambda path: path  # as without HOME and without an entry of the user
+os.path.expanduser = lambda path: path  # as without HOME and without a passwd entry
 import jax
 from paris_jax import cli
 assert cli.run(["status", sys.argv[1]]) == 1
@@ -220,15 +220,15 @@ assert jax.config.jax_compilation_cache_dir is None
         (OSError(5, "Input/output error", "runs/a/f"), "runs/a/f; look at the disk"),
     ],
 )
-def test_remedies_follow_the_error_and_the_flag(error, told, monkeypatch, capsys):
+def test_the_suggested_remedy_depends_on_the_error_and_the_flag(error, told, monkeypatch, capsys):
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("paris_jax.artifacts.publish.publish", fails)
     assert cli.run(["export", "--ensemble=runs/a/ensemble", "--out=out"]) == 1 or "workdir" in told
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     if "workdir" not in told:
-        assert told in said
+        assert told in message
         return
     monkeypatch.setattr("paris_jax.commands.status.status", fails)
     assert cli.run(["status", "--workdir=runs/a"]) == 1

@@ -1,4 +1,4 @@
-"""`paris-jax sample` as it is typed: every flag reaches the sampler, and nonsense is refused in a sentence."""
+"""`paris-jax sample`: every flag reaches the sampler, and invalid values give a one-sentence error."""
 
 import os
 
@@ -17,41 +17,41 @@ PROMPT = "--prompt=a large red circle moving right fast on a white ground"
 
 
 @pytest.fixture
-def requested(monkeypatch, tmp_path):
-    """What a command line requests of the ensemble; nothing is sampled."""
+def parsed(monkeypatch, tmp_path):
+    """Returns the options and parameters that a command line passes to the ensemble, without sampling."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        found = {}
+        call = {}
 
         class Recorder:
             clusters = (0, 1)
 
             @classmethod
             def load(cls, path, **options):
-                found.update(path=path, options=options)
+                call.update(path=path, options=options)
                 return cls()
 
             def sample(self, prompts, **params):
-                found.update(prompts=prompts, params=params)
+                call.update(prompts=prompts, params=params)
                 raise SystemExit(0)
 
         monkeypatch.setattr(stage, "Ensemble", Recorder)
         with pytest.raises(SystemExit):
             cli.run(["sample", "--ensemble=bundled:shapes", PROMPT, *flags])
-        return found
+        return call
 
     return run
 
 
-def test_flags_that_are_left_out_keep_the_ensembles_own_parameters(requested):
-    found = requested()
+def test_omitted_flags_keep_the_parameters_of_the_ensemble(parsed):
+    call = parsed()
     options = {"mesh": None, "weights_dtype": "auto", "offload": False, "encoders": {}}
-    assert found["options"] == options | {"drop_encoders": True}  # all prompts are known
-    assert found["params"] == {"progress": True}
+    assert call["options"] == options | {"drop_encoders": True}  # all prompts are encoded up front
+    assert call["params"] == {"progress": True}
 
 
-def test_every_flag_reaches_the_sampler(requested):
+def test_every_flag_reaches_the_sampler(parsed):
     params = {
         **{"negative_prompt": "a", "num_inference_steps": 7, "seed": [4, 5], "fixed_expert": [0, 1]},
         **{"timesteps": [1, 0.5, 0], "drop_experts": [1, 2], "on_nonfinite": "drop", "preview_every_steps": 3},
@@ -64,17 +64,17 @@ def test_every_flag_reaches_the_sampler(requested):
     }
     assert params.keys() == set(sampling_params.FIELD_NAMES)
 
-    def written(value):
+    def as_text(value):
         return ",".join(map(str, value)) if isinstance(value, list) else value
 
-    flags = [f"--{name}={written(value)}" for name, value in params.items()]
-    found = requested(*flags, "--mesh=expert:3,fsdp:2", "--weights_dtype=int8", "--offload", "--vae=v", "--t5=t")
-    assert found["options"] == {
+    flags = [f"--{name}={as_text(value)}" for name, value in params.items()]
+    call = parsed(*flags, "--mesh=expert:3,fsdp:2", "--weights_dtype=int8", "--offload", "--vae=v", "--t5=t")
+    assert call["options"] == {
         **{"mesh": {"expert": 3, "fsdp": 2}, "weights_dtype": "int8", "offload": True},
         "encoders": {"vae": "v", "t5": "t"},
         "drop_encoders": True,
     }
-    assert {k: v for k, v in found["params"].items() if k != "on_preview"} == params | {"progress": True}
+    assert {k: v for k, v in call["params"].items() if k != "on_preview"} == params | {"progress": True}
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_every_flag_reaches_the_sampler(requested):
         ("--mesh=expert:99", "mesh expert=99 = 99 devices: there are 1"),
     ],
 )
-def test_nonsense_is_refused_in_a_sentence(flag, told, capsys):
+def test_invalid_values_are_refused(flag, told, capsys):
     assert cli.run(["sample", "--ensemble=bundled:shapes", PROMPT, flag]) == 1
     assert told in capsys.readouterr().err
 
 
-def test_a_command_with_many_flags_writes_its_file_and_touches_no_other(tmp_path):
+def test_a_command_with_many_flags_writes_only_its_output_file(tmp_path):
     out, own = tmp_path / "both.png", tmp_path / "both-preview.png"
     own.write_text("of the user")
     flags = [
@@ -110,7 +110,7 @@ def test_a_command_with_many_flags_writes_its_file_and_touches_no_other(tmp_path
     assert out.stat().st_size > 1000 and own.read_text() == "of the user"
 
 
-def test_samples_of_a_run_lie_in_its_folder(tmp_path):
+def test_samples_of_a_run_are_written_to_its_folder(tmp_path):
     RunFolder(tmp_path).claim({}, "0")
     for inside in ("ensemble", "monolith/export", "experts/0/export"):
         paths = Output().paths(str(tmp_path / inside), ["a ball", "A Ball!"], [1, 2])
@@ -129,13 +129,13 @@ def test_samples_of_a_run_lie_in_its_folder(tmp_path):
         ("word " * 40, "word-" * 12 + "seed0"),
     ],
 )
-def test_file_names_keep_the_letters_of_any_script(prompt, name, tmp_path):
+def test_file_names_keep_letters_of_any_script(prompt, name, tmp_path):
     (path,) = Output(folder=str(tmp_path)).paths("bundled:shapes", [prompt], [0])
     assert path.parent == tmp_path and path.name == f"{name}.mp4"
     assert len(path.name.encode()) < 255
 
 
-def test_names_never_collide_with_each_other_or_with_files_that_are_there(tmp_path):
+def test_file_names_collide_neither_with_each_other_nor_with_existing_files(tmp_path):
     (tmp_path / "a-ball-seed0.mp4").write_text("mine")
     paths = Output(folder=str(tmp_path)).paths("bundled:shapes", ["a ball", "A ball?", "a ball"], [0, 0, 1])
     assert [path.name for path in paths] == ["a-ball-seed0-2.mp4", "a-ball-seed0-3.mp4", "a-ball-seed1.mp4"]
@@ -156,7 +156,7 @@ def test_names_never_collide_with_each_other_or_with_files_that_are_there(tmp_pa
         (["--prompts_file=worse.jsonl"], "--prompts_file=worse.jsonl, line 1: seed='7' must be an int"),
     ],
 )
-def test_outputs_and_requests_are_checked_before_anything_is_sampled(flags, said, tmp_path, monkeypatch, capsys):
+def test_outputs_and_prompts_are_checked_before_sampling(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.mp4").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -170,21 +170,21 @@ def test_outputs_and_requests_are_checked_before_anything_is_sampled(flags, said
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.mp4").read_text() == "mine"
 
 
-def test_a_file_of_prompts_is_sampled_in_batches_each_with_its_own_seed(tmp_path, monkeypatch):
+def test_a_prompts_file_is_sampled_in_batches_with_a_seed_per_prompt(tmp_path, monkeypatch):
     lines = ["a small blue ball", "", '{"prompt": "a red square", "seed": 5}', "a ball"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     arguments = [f"--prompts_file={tmp_path}/prompts.txt", f"--out_dir={tmp_path}/out", "--num_inference_steps=1"]
     assert cli.run(["sample", *ENSEMBLE, *arguments, "--seed=3", "--batch_size=2"]) == 0
     names = ["a-ball-seed5.mp4", "a-red-square-seed5.mp4", "a-small-blue-ball-seed3.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    # Each is what its prompt and seed give alone.
+    # Each sample equals that of its prompt and seed alone.
     alone = Ensemble.load("bundled:shapes").sample(["a red square"], seed=[5], num_inference_steps=1)
     (path,) = [path for path in (tmp_path / "out").iterdir() if "red" in path.name]
     frames = np.stack(list(video_io.at_rate(path, alone.fps))).astype(float)
     assert np.abs(frames[:, ::8, ::8].mean() - alone.pixels()[0].mean()) < 12  # of 255, after the video codec
 
 
-def test_requests_with_the_same_fields_share_a_batch():
+def test_prompts_with_the_same_fields_share_a_batch():
     requests = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "negative_prompt": "d"}, {"prompt": "e"}]
     batches = stage.file_batches(requests, {"top_k": 2}, 16)
     assert batches == [

@@ -51,7 +51,9 @@ def layout_of(tensors: Tensors) -> str:
     if "img_in.weight" in names:
         return "opensora2" if any(".q_proj." in name for name in names) else "bfl"
     shown = ", ".join(sorted(names)[:3])
-    raise UserError(f"{tensors.files[0]} holds no network that is known ({shown}, ...); known are {', '.join(LAYOUTS)}")
+    raise UserError(
+        f"{tensors.files[0]} has no known layout (its tensors are {shown}, ...); known layouts are {', '.join(LAYOUTS)}"
+    )
 
 
 def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Memory of sampling at full size, with the ensemble's sampler compiled ahead of time for a simulated TPU.
 
-    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--fixed_expert=3] [--batch=1]
+    python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--experts=3] [--batch=1]
         [--ways=auto,int8,auto+offload,int8+offload]
 
 For every placement of the experts (compute dtype or 8-bit integers, on the chip or in host memory), prints the bytes
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/paris2.py")
     parser.add_argument("--chip", default="v5p:2x2x1")
-    parser.add_argument("--fixed_expert", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
     flags = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
     B = flags.batch
     text = conditioning.EncodedText(array(B, 512, 4096), array(B, dtype=jnp.int32), array(B, 768))
     condition = conditioning.Condition(
-        text, text, Strength(array()), temperature=array(), present=array(flags.experts, dtype=jnp.bool_)
+        text, text, Strength(array()), router_temperature=array(), present=array(flags.experts, dtype=jnp.bool_)
     )
     routers = jax.tree.map(lambda a: array(*a.shape, dtype=a.dtype), functional.abstract(router))
     places = tuple((0, k) for k in range(flags.experts))

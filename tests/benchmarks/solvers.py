@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.solvers [--ensemble=bundled:shapes] [--clips=96] [--steps=5,10,20,40]
         [--guidance_scale=3]
-        [--ways=guidance_method=projected,...] [--cond=int8,offload] [--finest=320]
+        [--ways=guidance_method=projected,...] [--placement=int8,offload] [--finest=320]
 
 Prints, for each solver and number of velocity evaluations, the distance of its latents to those of a much finer
 solution (root mean square, in standard deviations of the data; none for a stochastic solver), and the share of videos
 in which the attribute classifier reads every requested attribute. The baseline is each expert alone with 40 Euler
-steps; `--ways` runs 40 steps with other settings. `--kept` stores the experts as int8 or offloads them, with 20 steps,
+steps; `--ways` runs 40 steps with other settings. `--placement` stores the experts as int8 or offloads them, with 20 steps,
 and compares with the same 20 steps. `tests.benchmarks.sampling` measures the time of sampling.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", default="5,10,20,40")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--ways", default="")
-    parser.add_argument("--cond", default="")
+    parser.add_argument("--placement", default="")
     parser.add_argument("--finest", type=int, default=320)
     flags = parser.parse_args()
     ensemble, classifier, rng = Ensemble.load(flags.ensemble), AttributeClassifier.load(), np.random.default_rng(21)
@@ -51,7 +51,7 @@ def main() -> None:
     noise = ensemble.noise(flags.clips, seed=4)
 
     def draw(model=ensemble, **params):
-        return model.sample(prompts, noise=noise, **({"guidance_scale": flags.guidance} | params)).videos
+        return model.sample(prompts, noise=noise, **({"guidance_scale": flags.guidance_scale} | params)).videos
 
     def accuracy(videos):
         _, predicted = classifier.look(videos)
@@ -77,10 +77,11 @@ def main() -> None:
                 show(solver, steps, draw(solver=solver, num_inference_steps=steps // evaluations_per_step))
     for way in filter(None, flags.ways.split(",")):
         show(way, 40, draw(num_inference_steps=40, **setting(way)))
-    plain = draw(num_inference_steps=20) if flags.kept else None
-    for kept in filter(None, flags.kept.split(",")):
-        other = Ensemble.load(flags.ensemble, **{"weights": kept} if kept == "int8" else {"offload": True})
-        show(kept, 20, draw(other, num_inference_steps=20), nearest=plain)
+    plain = draw(num_inference_steps=20) if flags.placement else None
+    for placement in filter(None, flags.placement.split(",")):
+        options = {"weights_dtype": "int8"} if placement == "int8" else {"offload": True}
+        other = Ensemble.load(flags.ensemble, **options)
+        show(placement, 20, draw(other, num_inference_steps=20), plain)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times implementations of top-k sampling over K experts, relative to k passes of one expert over the same batch.
 
-    python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--fixed_expert=3,8,16] [--batch=1,8,32] [--k=1]
+    python -m tests.benchmarks.sparse [--config=configs/shapes.py:tiny] [--experts=3,8,16] [--batch=1,8,32] [--k=1]
         [--ways=velocity,blocks,pairs,switch,skip,dense] [--rounds=20] [--config.a.b=value ...]
 
     each alone  the other baseline: each sample's passes through its own experts, one sample at a time, unstacked
@@ -237,7 +237,7 @@ def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=f"{files.embedded()}:tiny")
-    parser.add_argument("--fixed_expert", type=numbers, default=[3, 8, 16])
+    parser.add_argument("--experts", type=numbers, default=[3, 8, 16])
     parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
     parser.add_argument("--k", type=numbers, default=[1])
     parser.add_argument("--ways", default="velocity,blocks,pairs,switch,skip,dense")

@@ -7,8 +7,8 @@
 Prints, for each solver and number of velocity evaluations, the distance of its latents to those of a much finer
 solution (root mean square, in standard deviations of the data; none for a stochastic solver), and the share of videos
 in which the attribute classifier reads every requested attribute. The baseline is each expert alone with 40 Euler
-steps; `--ways` runs 40 steps with other settings. `--placement` stores the experts as int8 or offloads them, with 20 steps,
-and compares with the same 20 steps. `tests.benchmarks.sampling` measures the time of sampling.
+steps; `--ways` runs 40 steps with other settings. `--placement` stores the experts as int8 or offloads them, and
+compares 20 steps with the same 20 steps. `tests.benchmarks.sampling` measures the time of sampling.
 """
 
 import argparse

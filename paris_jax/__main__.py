@@ -21,7 +21,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         code, has_abandoned_work = interrupts.INTERRUPTED, True
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:
+        if not interrupts.is_output_closed():
+            raise
         code, has_abandoned_work = interrupts.PIPE_CLOSED, True
     # The error stands last: threads of a failed write must not print behind it, and nobody waits for them.
     if code == interrupts.ERROR or has_abandoned_work:

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -21,7 +22,7 @@ from paris_jax.commands.table import COMMANDS, Call, print_config
 from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
 from paris_jax.interrupts import ERROR, INTERRUPTED, PREEMPTED, exit_now
 
-PLACES = ("--workdir", "--out", "--out_dir")
+PLACES = ("workdir", "out", "out_dir")  # flags
 _MAKE_ROOM = "make room or choose {place}, then run the same command again"
 _NOT_ALLOWED = "allow writing there or choose {place}, then run the same command again"
 _CANNOT_BE_MADE = "name a folder or file that can be made there"
@@ -155,6 +156,7 @@ def run(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
+    call = None
     try:
         name, call = parse(arguments)
         if call["help"]:
@@ -186,17 +188,16 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) or error.errno not in REMEDIES:
             raise
-        place = _flag_of(error.filename, arguments)
+        place = _flag_of(error.filename, call) if call else ""
         remedy = REMEDIES[error.errno].format(place=f"another {place}" if place else "another place")
         return _error(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; {remedy}")
 
 
-def _flag_of(path: object, arguments: Sequence[str]) -> str:
-    """The flag of a command line that names a path, or a folder above it; "" for none."""
-    flags_and_values = [argument.partition("=") for argument in arguments]
-    named = [(value, flag) for flag, _, value in flags_and_values if flag in PLACES and value]
-    within = [(value, flag) for value, flag in named if os.path.abspath(str(path)).startswith(os.path.abspath(value))]
-    return max(within, default=("", ""))[1]  # the innermost
+def _flag_of(path: object, call: Call) -> str:
+    """The flag of a command that names a path, or the innermost folder above it; "" for none."""
+    named = [(Path(call[flag]).absolute(), f"--{flag}") for flag in PLACES if flag in call.flags and call[flag]]
+    within = [(len(place.parts), flag) for place, flag in named if Path(str(path)).absolute().is_relative_to(place)]
+    return max(within, default=(0, ""))[1]
 
 
 def _error(message: object) -> int:

@@ -8,6 +8,7 @@ Training replaces the handlers by ones that save first (`training.distributed.St
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from paris_jax.errors import Preempted
 ERROR, PREEMPTED, INTERRUPTED, PIPE_CLOSED = 1, 75, 130, 141  # exit codes
 GRACE = 10.0  # seconds for an orderly end after SIGTERM or SIGHUP
 TERMINATIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [*TERMINATIONS, signal.SIGINT]
 
 
 def listen() -> None:
@@ -69,6 +71,16 @@ def _watch(read: int) -> None:
                 late.daemon = True
                 with contextlib.suppress(RuntimeError):  # the process is ending already
                     late.start()
+
+
+def is_output_closed() -> bool:
+    """Whether the reader of this process's output has gone, as `head` does."""
+    if not hasattr(select, "poll"):
+        return True
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in outputs.poll(0))
 
 
 def exit_now(code: int, message: str = "") -> NoReturn:

@@ -1,5 +1,6 @@
 """The ensemble manifest: the validated networks, and their compatibility."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -9,7 +10,7 @@ from etils import epath
 
 from paris_jax.artifacts import exported, manifest, safe_files
 from paris_jax.artifacts.exported import ExportedNetwork
-from paris_jax.artifacts.run_folder import find_run_folder
+from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import EnsembleManifest, NetworkEntry, NetworkManifest
 from paris_jax.config.sampling import SamplingSettings
 from paris_jax.errors import UserError
@@ -127,10 +128,10 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
             "Open-Sora's again with --config=configs/paris2.py:opensora2"
         )
     found = manifest.read(folder, EnsembleManifest)
-    sampling = _sampling(found.sampling, folder)
+    sampling, root = _sampling(found.sampling, folder), _root(folder)
 
     def part(entry: NetworkEntry) -> ExportedNetwork:
-        where = _network_folder(folder, entry)
+        where = safe_files.inside(folder, entry.path, root)
         network = exported.read(where)
         if manifest.hash_file(where / manifest.FILE_NAME) != entry.manifest_sha256:
             raise UserError(f"{where} is not the network that {folder} names; run 'paris-jax assemble' again")
@@ -142,11 +143,15 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
     return ExportedEnsemble(experts, router, sampling)
 
 
-def _network_folder(folder: epath.Path, entry: NetworkEntry) -> epath.Path:
-    """The folder of a network that an ensemble manifest names: below its own, or in the run folder that holds both."""
-    run = find_run_folder(folder / manifest.FILE_NAME)
-    own_run = run is not None and run.ensemble == folder
-    return safe_files.inside(folder, entry.path, within=folder.parent if own_run else None)
+def _root(folder: epath.Path) -> epath.Path | None:
+    """The folder that names in an ensemble manifest may reach besides its own: the run folder, of a RUN/ensemble."""
+    run = RunFolder(folder.parent)
+    if run.ensemble != folder or not run.config.exists():
+        return None
+    with contextlib.suppress(UserError):  # other people's config.json
+        run.stored_config()
+        return run.path
+    return None
 
 
 def _sampling(values: dict[str, Any], folder: epath.Path) -> SamplingSettings:
@@ -159,9 +164,10 @@ def _sampling(values: dict[str, Any], folder: epath.Path) -> SamplingSettings:
 
 def expert_manifests(folder: epath.Path) -> dict[int, NetworkManifest]:
     """The manifest of each expert that an ensemble names, by its cluster."""
-    entries = manifest.read(folder, EnsembleManifest).experts
+    entries, root = manifest.read(folder, EnsembleManifest).experts, _root(folder)
     return {
-        int(k): manifest.read(_network_folder(folder, entry), NetworkManifest) for k, entry in sorted(entries.items())
+        int(k): manifest.read(safe_files.inside(folder, entry.path, root), NetworkManifest)
+        for k, entry in sorted(entries.items())
     }
 
 

@@ -8,6 +8,7 @@ a part can still be badly or maliciously trained.
 """
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -88,9 +89,10 @@ def read(folder: epath.PathLike) -> ExportedNetwork:
     largest = functional.count(config) * 4 + HEADER_BYTES
     if found.files[WEIGHTS].bytes > largest:
         raise UserError(f"{folder / WEIGHTS} is larger than its network, {largest:,} bytes at most; copy it again")
-    manifest.check_file(folder / WEIGHTS, found.files[WEIGHTS], contents=True)
+    data = safe_files.read_bytes(folder / WEIGHTS, largest)
+    manifest.check_hash(folder / WEIGHTS, hashlib.sha256(data).hexdigest(), found.files[WEIGHTS])
     try:
-        arrays = loads(safe_files.read_bytes(folder / WEIGHTS, largest))
+        arrays = loads(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)

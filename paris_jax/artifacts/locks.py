@@ -1,6 +1,7 @@
 """Locks of outputs: of several commands on one machine, one at a time writes a folder or file."""
 
 import contextlib
+import glob
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
             "command again"
         ) from None
     except OSError:  # the command itself reports what cannot be written
+        pass
+    if not held.is_locked:
         yield
         return
     try:
@@ -87,8 +90,7 @@ def delete_partial_files(output: epath.PathLike) -> None:
     if not safe_files.is_local(output):
         return
     output = Path(output)
-    folders = [output, *(folder for folder in output.rglob("*") if folder.is_dir())] if output.is_dir() else []
-    beside = [output.parent.glob(f".{output.name}.*.partial")] if not output.is_dir() else []
-    for partial in (p for found in (*(f.glob(".*.partial") for f in folders), *beside) for p in found):
+    inside, beside = ".*.partial", f".{glob.escape(output.name)}.*.partial"
+    for partial in [*(output.rglob(inside) if output.is_dir() else output.parent.glob(beside))]:
         with contextlib.suppress(OSError):
             partial.unlink()

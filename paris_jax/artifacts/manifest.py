@@ -111,14 +111,6 @@ def decode(data: bytes | str, path: object, schema: type[T], remedy: str) -> T:
         raise UserError(f"{path} is not readable JSON ({error}); {remedy}") from error
 
 
-def convert(value: Any, path: object, schema: type[T], remedy: str) -> T:
-    """Data that was read as JSON, as `schema` has it; `path` names its file in errors."""
-    try:
-        return msgspec.convert(value, schema)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path}: {_described(error)}; {remedy}") from error
-
-
 def _described(error: msgspec.ValidationError) -> str:
     """The field of a validation error, and what it must be."""
     reason, _, where = str(error).partition(" - at ")
@@ -212,5 +204,12 @@ def check_file(path: epath.Path, entry: FileEntry, contents: bool) -> None:
         raise UserError(f"{path} is missing though its manifest promises it; {remedy}") from None
     if size != entry.bytes:
         raise UserError(f"{path} has {size} bytes where its manifest promises {entry.bytes}; {remedy}")
-    if contents and hash_file(path) != entry.sha256:
+    if contents:
+        check_hash(path, hash_file(path), entry)
+
+
+def check_hash(path: epath.Path, sha256: str, entry: FileEntry) -> None:
+    """Raises UserError for a file whose hash is not the one in its manifest."""
+    if sha256 != entry.sha256:
+        remedy = "copy it again from its origin, or run the stage that makes it again"
         raise UserError(f"{path} was altered: its sha256 is not the one in its manifest; {remedy}")

@@ -74,7 +74,7 @@ def loads(data: bytes) -> dict[str, np.ndarray]:
 
 def _found(path: epath.Path) -> list[epath.Path]:
     """The safetensors files that a path stands for."""
-    if "://" in str(path):
+    if not safe_files.is_local(path):
         raise UserError(f"{path}: weights are read from this machine's disks; copy them here first")
     if not path.exists():
         raise UserError(f"{path} does not exist; name a {ENDING} file, an index ({INDEX}), or a folder of them")

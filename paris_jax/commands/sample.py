@@ -17,6 +17,7 @@ from rich.console import Console
 
 from paris_jax.artifacts import locks
 from paris_jax.artifacts.run_folder import find_run_folder
+from paris_jax.artifacts.safe_files import is_local
 from paris_jax.data import video as video_io
 from paris_jax.encoders.codecs import to_uint8
 from paris_jax.ensemble.pipeline import Ensemble
@@ -89,7 +90,7 @@ def _free(folder: epath.Path, name: str, taken: Sequence[epath.Path], ending: st
 
 def check_writable(folder: epath.Path) -> None:
     """Refuses a folder of this machine in which no file can be made."""
-    if "://" in str(folder):
+    if not is_local(folder):
         return
     existing = Path(folder).absolute()
     while not existing.exists():

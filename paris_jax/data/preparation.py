@@ -77,8 +77,8 @@ def _prepare(experiment: Experiment, run: RunFolder, processes: int, shard_size:
             raise UserError(
                 f"{run.data} was made with other weights of its encoders; use those weights, or a new --workdir"
             )
-        for name in existing.files:  # markers left by a run that was killed while deleting them
-            (run.data / f"{name}.json").unlink(missing_ok=True)
+        for marker in run.data.glob(f"*{records.ENDING}.json"):  # left by a run that was killed while deleting them
+            marker.unlink(missing_ok=True)
         logger.info("%d clips are prepared already (%s)", existing.clips, run.data)
         return
     clips = clips if clips is not None else source(experiment.data)

@@ -20,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.safe_files import is_local
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, RecordsManifest
 from paris_jax.artifacts.tensors import loads
 from paris_jax.config import hashing
@@ -89,7 +90,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
     path = epath.Path(path)
     with tempfile.TemporaryDirectory() as scratch:
         # ArrayRecord writes local files only; a bucket gets the finished copy.
-        local = manifest.partial_path(path) if _is_local(path) else epath.Path(scratch) / path.name
+        local = manifest.partial_path(path) if is_local(path) else epath.Path(scratch) / path.name
         try:
             with _write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
                     with _write_errors(path):
                         writer.write(data)
             with _write_errors(path):
-                if _is_local(path):
+                if is_local(path):
                     local.replace(path)
                 else:
                     local.copy(path, overwrite=True)
@@ -269,7 +270,7 @@ def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
 def _shards(folder: epath.Path) -> list[str]:
     """Returns local paths of a folder's shards; shards in a bucket are first copied to a local cache."""
     names = sorted(name for name in read_manifest(folder).files if name.endswith(ENDING))
-    if _is_local(folder):
+    if is_local(folder):
         return [str(folder / name) for name in names]
     digest = hashlib.sha256(str(folder).encode() + (folder / manifest.FILE_NAME).read_bytes()).hexdigest()
     cache = epath.Path(tempfile.gettempdir()) / "paris_jax" / digest[:16]
@@ -280,7 +281,3 @@ def _shards(folder: epath.Path) -> list[str]:
             (folder / name).copy(partial, overwrite=True)
             partial.replace(cache / name)
     return [str(cache / name) for name in names]
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)

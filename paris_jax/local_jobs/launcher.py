@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from paris_jax.interrupts import PREEMPTED, STOP_SIGNALS
 from paris_jax.local_jobs.devices import Devices
 
-DONE, PREEMPTED = 0, 75
+DONE = 0  # exit code
 RESTART_PAUSE = 1.0  # seconds
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclasses.dataclass(frozen=True)

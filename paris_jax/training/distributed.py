@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from paris_jax.errors import Preempted, UserError
+from paris_jax.interrupts import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 SWITCH = "PARIS_JAX_JOIN_HOSTS"  # "1": always join; "0": never; not set: see `join_reason`
 TIMEOUT = 300  # seconds
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 FLAGS = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 # Error messages of a lost process of the job, and of a lost device.
 GONE = re.compile(r"Gloo|NCCL|[Bb]arrier|[Hh]eartbeat|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")

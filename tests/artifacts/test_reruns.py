@@ -134,6 +134,9 @@ with locks.only_writer({str(tmp_path / "out")!r}):
     (tmp_path / "out" / f".x.{'0' * 16}.partial").write_text("half")
     with locks.only_writer(tmp_path / "out"):
         assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / f".[a].mp4.{'0' * 16}.partial").write_text("half")
+    with locks.only_writer(tmp_path / "[a].mp4"):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -233,3 +233,28 @@ def test_the_suggested_remedy_depends_on_the_error_and_the_flag(error, told, mon
     monkeypatch.setattr("paris_jax.commands.status.status", fails)
     assert cli.run(["status", "--workdir=runs/a"]) == 1
     assert told in capsys.readouterr().err
+
+
+def test_a_path_beside_the_flags_folder_is_not_in_it(monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(28, "No space left on device", "runs/ab/x")
+
+    monkeypatch.setattr("paris_jax.commands.status.status", fails)
+    assert cli.run(["status", "--workdir", "runs/a"]) == 1
+    assert "runs/ab/x; make room or choose another place," in capsys.readouterr().err
+    assert cli.run(["status", "--workdir", "runs/ab"]) == 1
+    assert "runs/ab/x; make room or choose another --workdir," in capsys.readouterr().err
+
+
+def test_a_broken_connection_is_no_closed_output(tmp_path):
+    broken = """
+from paris_jax import cli
+def status(call):
+    raise BrokenPipeError(32, "Broken pipe")
+cli.COMMANDS["status"] = cli.COMMANDS["status"].__class__("", (), cli.COMMANDS["status"].define, status)
+from paris_jax.__main__ import main
+main()
+"""
+    process = start(broken, "status", f"--workdir={tmp_path}")
+    rest = end(process)
+    assert process.returncode == 1 and "BrokenPipeError" in rest

@@ -11,12 +11,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from paris_jax.models.sharding_rules import axes_that_divide, constrain
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["xla", "cudnn", "pallas"]
 BLOCKS = (512, 256, 128)  # block sizes of the TPU kernel, in tokens
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")
+CUDNN_CAPABILITY = 8.0  # the least compute capability of cuDNN's flash attention
 
 
 def pattern(name: str, frames: int, positions: int) -> Callable[..., jax.Array]:
@@ -69,35 +72,29 @@ def attend(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
     """
     # Heads are independent: an all-to-all exchanges a shard of the tokens for all tokens of a shard of the heads.
     q_BNHD, k_BSHD, v_BSHD = (constrain(x, "batch", None, "attending", None) for x in (q_BNHD, k_BSHD, v_BSHD))
-    kernel = implementation(_platform(), q_BNHD.dtype.name, q_BNHD.shape[-1], k_BSHD.shape[1])
-    if kernel == "pallas":
-        attended_BNHD = _on_every_device(_flash, q_BNHD, k_BSHD, v_BSHD, _lengths(k_BSHD, length_B))
-    elif kernel == "cudnn":
-        attended_BNHD = jax.nn.dot_product_attention(
-            q_BNHD,
-            k_BSHD,
-            v_BSHD,
-            query_seq_lengths=None if length_B is None else _lengths(q_BNHD, None),
-            key_value_seq_lengths=length_B,
-            implementation="cudnn",
-        )
-    else:
+    kernel = implementation(*_device(), q_BNHD.dtype.name, q_BNHD.shape[-1], k_BSHD.shape[1])
+    if kernel == "xla":
         attended_BNHD = _plain(q_BNHD, k_BSHD, v_BSHD, length_B)
-    return checkpoint_name(constrain(attended_BNHD, "batch", None, "attending", None), "attended")
+    else:
+        flash = {"pallas": _pallas, "cudnn": _cudnn}[kernel]
+        attended_BNHD = _on_every_device(flash, q_BNHD, k_BSHD, v_BSHD, length_B)
+    return constrain(attended_BNHD, "batch", None, "attending", None)
 
 
-def _lengths(x_BNHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
-    return jnp.full(x_BNHD.shape[0], x_BNHD.shape[1], jnp.int32) if length_B is None else length_B
+def _device() -> tuple[str, str]:
+    """Platform and compute capability of the devices that the program is compiled for.
 
-
-def _platform() -> str:
-    """The platform of the current mesh, whose devices this machine may lack; without a mesh, JAX's default backend."""
+    The platform is that of the current mesh, whose devices this machine may lack, or else JAX's default backend. The
+    compute capability is "7.5" for an NVIDIA T4, "gfx90a" for an AMD GPU, and "" where it is unknown.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    attached = jax.local_devices()[0] if platform == jax.default_backend() else None
+    return platform, str(getattr(attached, "compute_capability", ""))
 
 
 @functools.cache
-def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Kernel:
+def implementation(platform: str, capability: str, dtype: str, head_width: int, keys: int) -> Kernel:
     """Chooses a kernel and logs the choice once, with the reason for any fallback."""
     choice: Kernel = "xla"
     if keys <= head_width:
@@ -106,8 +103,12 @@ def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Ker
         reason = f"the TPU's flash kernel needs at least {BLOCKS[-1]} keys, not {keys}"
     elif platform == "tpu":
         choice, reason = "pallas", "flash attention"
-    elif platform not in ("gpu", "cuda"):
+    elif platform not in GPU_PLATFORMS:
         reason = f"no flash attention for {platform}"
+    elif platform == "rocm" or capability.startswith("gfx"):
+        reason = "cuDNN's kernel runs on NVIDIA GPUs only"
+    elif capability and float(capability) < CUDNN_CAPABILITY:
+        reason = f"cuDNN's kernel needs compute capability {CUDNN_CAPABILITY} (A100 or later), not {capability}"
     elif dtype not in ("bfloat16", "float16"):
         reason = f"cuDNN's kernel takes 16-bit floats, not {dtype}"
     elif head_width % 8 or head_width > 128:
@@ -119,19 +120,49 @@ def implementation(platform: str, dtype: str, head_width: int, keys: int) -> Ker
     return choice
 
 
-def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array):
-    """Calls a kernel that XLA cannot shard on each device of the mesh, for its own samples and heads."""
+def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None):
+    """Calls a kernel that XLA cannot shard on each device of the mesh, for its own samples and heads.
+
+    All axes of the mesh are manual inside: JAX's rule for sharding cuDNN's kernel fails where some are manual already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q_BNHD, k_BSHD, v_BSHD, length_B)
     heads = axes_that_divide(mesh, q_BNHD.shape, "batch", None, "attending", None)
-    specs = (heads, heads, heads, axes_that_divide(mesh, length_B.shape, "batch"))
+    lengths = PartitionSpec() if length_B is None else axes_that_divide(mesh, length_B.shape, "batch")
     automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    specs = (heads, heads, heads, lengths)
     sharded = jax.shard_map(kernel, axis_names=automatic, in_specs=specs, out_specs=heads, check_vma=False)
     return sharded(q_BNHD, k_BSHD, v_BSHD, length_B)
 
 
-def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array) -> jax.Array:
+def _cudnn(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
+    """cuDNN's flash attention, forward and backward.
+
+    JAX refuses odd numbers of tokens in the backward pass, so they are padded by one token, which lengths exclude.
+    """
+    (B, N), S = q_BNHD.shape[:2], k_BSHD.shape[1]
+    queries = None
+    if length_B is not None or N % 2 or S % 2:
+        queries = jnp.full(B, N, jnp.int32)
+        length_B = jnp.full(B, S, jnp.int32) if length_B is None else length_B
+    q_BNHD, k_BSHD, v_BSHD = (_pad_tokens(x, x.shape[1] + x.shape[1] % 2) for x in (q_BNHD, k_BSHD, v_BSHD))
+    attended_BNHD = jax.nn.dot_product_attention(
+        q_BNHD,
+        k_BSHD,
+        v_BSHD,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
+    return attended_BNHD[:, :N]
+
+
+def _pad_tokens(x_BNHD: jax.Array, tokens: int) -> jax.Array:
+    return jnp.pad(x_BNHD, ((0, 0), (0, tokens - x_BNHD.shape[1]), (0, 0), (0, 0)))
+
+
+def _pallas(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None) -> jax.Array:
     """JAX's Pallas flash attention for TPU, forward and backward (Dao et al. 2022), on padded tokens."""
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
@@ -140,17 +171,16 @@ def _flash(q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: ja
     block_q, block_k = (next(b for b in BLOCKS if n % b == 0) for n in (queries, keys))
     names = [name for name in kernel.BlockSizes.__dataclass_fields__ if name != "block_b"]
     sizes = kernel.BlockSizes(block_b=1, **{n: block_q if n.startswith("block_q") else block_k for n in names})
-    # Padding keys form a segment of their own, to which no query attends.
-    is_padding = (jnp.arange(keys) >= length_B[:, None]).astype(jnp.int32)
-
-    def by_head(x: jax.Array, padded: int) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-
+    segments = None
+    if length_B is not None or keys > S:  # padding keys form a segment of their own, to which no query attends
+        length_B = jnp.full(B, S, jnp.int32) if length_B is None else length_B
+        is_padding = (jnp.arange(keys) >= length_B[:, None]).astype(jnp.int32)
+        segments = kernel.SegmentIds(jnp.zeros((B, queries), jnp.int32), is_padding)
     attended_BHND = kernel.flash_attention(
-        by_head(q_BNHD, queries),
-        by_head(k_BSHD, keys),
-        by_head(v_BSHD, keys),
-        segment_ids=kernel.SegmentIds(jnp.zeros((B, queries), jnp.int32), is_padding),
+        _pad_tokens(q_BNHD, queries).transpose(0, 2, 1, 3),
+        _pad_tokens(k_BSHD, keys).transpose(0, 2, 1, 3),
+        _pad_tokens(v_BSHD, keys).transpose(0, 2, 1, 3),
+        segment_ids=segments,
         sm_scale=q_BNHD.shape[-1] ** -0.5,
         block_sizes=sizes,
     )
@@ -179,6 +209,7 @@ def _plain_forward(q_BNHD, k_BSHD, v_BSHD, length_B):
     v_BHSD = v_BSHD.transpose(0, 2, 1, 3)
     summed_BHND = jnp.einsum("BHNS,BHSD->BHND", weights_BHNS, v_BHSD, preferred_element_type=jnp.float32)
     attended_BNHD = (summed_BHND.transpose(0, 2, 1, 3) / sums_BNH1).astype(v_BSHD.dtype)
+    attended_BNHD = checkpoint_name(attended_BNHD, "attended")
     return attended_BNHD, (q_BNHD, k_BSHD, v_BSHD, weights_BHNS, sums_BNH1, attended_BNHD)
 
 

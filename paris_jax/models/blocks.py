@@ -92,6 +92,11 @@ def to_heads(projection: nnx.Linear, x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(checkpoint_name(projection(x), "projected"))
 
 
+def gated(gate_BD: jax.Array, x_BND: jax.Array) -> jax.Array:
+    """Scales the output of a branch; the gradient of the gate needs it, hence its checkpoint name."""
+    return gate_BD[:, None] * checkpoint_name(x_BND, "gated")
+
+
 def split_heads(fused_BNX: jax.Array, heads: int, head_width: int) -> list[jax.Array]:
     """(B, N, H * (3 * D + M)) to queries, keys, values, each (B, N, H, D), and MLP features of each head, (B, N, H, M).
 
@@ -138,9 +143,9 @@ class Stream(nnx.Module):
 
     def update(self, x: jax.Array, attended_BNHD: jax.Array, gates: list[jax.Array]) -> jax.Array:
         gate_attention, shift, scale, gate_mlp = gates
-        x = x + gate_attention[:, None] * self.out(join_heads(attended_BNHD))
+        x = x + gated(gate_attention, self.out(join_heads(attended_BNHD)))
         hidden = checkpoint_name(self.mlp_in(modulate(x, shift, scale)), "projected")
-        return x + gate_mlp[:, None] * self.mlp_out(nnx.gelu(hidden, approximate=True))
+        return x + gated(gate_mlp, self.mlp_out(nnx.gelu(hidden, approximate=True)))
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -150,11 +155,22 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
     return build(rngs.split(count))
 
 
-# Named values that are saved for the backward pass; the rest is recomputed.
+# Primitives of the flash kernels. Their results include the log-sum-exp: with all of them saved, no kernel runs again.
+# A checkpoint name on the attended values alone would not prevent that.
+FLASH_PRIMITIVES = ("dot_product_attention_fwd_wrapper", "pallas_call")
+
+
+def _is_flash(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in FLASH_PRIMITIVES
+
+
+# What is saved for the backward pass; the rest is recomputed.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # saves everything
-    "named": _policies.save_only_these_names("projected", "attended"),  # outputs of matrix products and attention
+    "named": _policies.save_from_both_policies(  # results of matrix products and attention: none is computed twice
+        _policies.save_only_these_names("projected", "attended", "gated"), _is_flash
+    ),
     "full": _policies.nothing_saveable,  # only the inputs of each block
     "offload": _policies.save_and_offload_only_these_names(  # as "full", with the inputs in host memory
         names_which_can_be_saved=[],

@@ -24,6 +24,7 @@ from paris_jax.models.blocks import (
     HeadNorm,
     Modulation,
     Stream,
+    gated,
     join_heads,
     linear,
     modulate,
@@ -134,7 +135,7 @@ class SingleBlock(nnx.Module):
         attended = attend(positions.rotate(q, *rope), positions.rotate(k, *rope), v, length)
         attended = constrain(attended, "batch", "tokens", "heads", None)
         mixed = self.out(join_heads(jnp.concatenate([attended, nnx.gelu(hidden, approximate=True)], axis=-1)))
-        return (constrain(x + gate[:, None] * mixed, "batch", "tokens", None),)
+        return (constrain(x + gated(gate, mixed), "batch", "tokens", None),)
 
 
 class SpatiotemporalDiT(nnx.Module):

@@ -155,7 +155,7 @@ def test_the_kernel_of_tpus_takes_other_keys_than_queries():
         return jax.value_and_grad(lambda *qkv: (attend(*qkv, length) * weight).sum(), argnums=(0, 1, 2))(q, k, v)
 
     with pltpu.force_tpu_interpret_mode():
-        made = both(attention._flash)
+        made = both(attention._pallas)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(both(attention.attend)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
 
@@ -194,7 +194,7 @@ def test_the_work_of_its_products_grows_with_the_frames_and_not_with_their_squar
 def test_few_keys_need_no_flash_attention(caplog):
     attention.implementation.cache_clear()
     with caplog.at_level("INFO"):
-        assert attention.implementation("gpu", "bfloat16", 128, 33) == "xla"
-        assert attention.implementation("gpu", "bfloat16", 128, 768) == "cudnn"
+        assert attention.implementation("gpu", "", "bfloat16", 128, 33) == "xla"
+        assert attention.implementation("gpu", "", "bfloat16", 128, 768) == "cudnn"
     assert "33 keys" in caplog.text
     assert positions.video_positions(3, 1, 2)[::2, 0].tolist() == [0, 1, 2]  # frames come first, as assumed

@@ -204,7 +204,7 @@ def test_the_kernel_of_tpus_is_the_same_attention_forward_and_backward(width):
         return jax.grad(value, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
     with pltpu.force_tpu_interpret_mode():
-        made = both(attention._flash)
+        made = both(attention._pallas)
     expected = both(attention.attend)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
@@ -213,13 +213,13 @@ def test_the_kernel_of_tpus_is_the_same_attention_forward_and_backward(width):
 def test_the_slow_kernel_is_chosen_with_a_reason(caplog):
     attention.implementation.cache_clear()
     with caplog.at_level("INFO"):
-        assert attention.implementation("gpu", "bfloat16", 128, 999) == "cudnn"
-        assert attention.implementation("gpu", "float32", 128, 999) == "xla"
-        assert attention.implementation("gpu", "bfloat16", 72, 999) == "cudnn"
-        assert attention.implementation("gpu", "bfloat16", 256, 999) == "xla"
-        assert attention.implementation("cpu", "float32", 64, 999) == "xla"
-        assert attention.implementation("tpu", "bfloat16", 128, 999) == "pallas"
-        assert attention.implementation("tpu", "bfloat16", 64, 100) == "xla"
+        assert attention.implementation("gpu", "", "bfloat16", 128, 999) == "cudnn"
+        assert attention.implementation("gpu", "", "float32", 128, 999) == "xla"
+        assert attention.implementation("gpu", "", "bfloat16", 72, 999) == "cudnn"
+        assert attention.implementation("gpu", "", "bfloat16", 256, 999) == "xla"
+        assert attention.implementation("cpu", "", "float32", 64, 999) == "xla"
+        assert attention.implementation("tpu", "", "bfloat16", 128, 999) == "pallas"
+        assert attention.implementation("tpu", "", "bfloat16", 64, 100) == "xla"
     assert "float32" in caplog.text and "256" in caplog.text and "at least 128 keys, not 100" in caplog.text
 
 

@@ -43,13 +43,18 @@ def euler(
 
 
 def heun(velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Array, guidance_state: Any, noise: Noise):
-    """Second order (explicit trapezoid): two evaluations of the guided velocity.
+    """Second order (explicit trapezoid): two evaluations of the guided velocity. The last step is Euler's.
 
-    The second evaluation does not change the guidance state, which every solver updates once per step.
+    At t = 0 the velocity of concentrated data is undefined: half of it would leave noise of t / 2 in the samples
+    (Karras et al. 2022, arXiv 2206.00364, algorithm 1). The second evaluation of that step is discarded, and it does not
+    change the guidance state, which every solver updates once per step.
     """
+    h, is_last = at.t_next - at.t, at.t_next == 0
     first, guidance_state = velocity_of(x, at.t, at.index, guidance_state)
-    second, _ = velocity_of(x + (at.t_next - at.t) * first, at.t_next, at.index, guidance_state)
-    return x + (at.t_next - at.t) * 0.5 * (first + second), history, guidance_state
+    second, _ = velocity_of(
+        jnp.where(is_last, x, x + h * first), jnp.where(is_last, at.t, at.t_next), at.index, guidance_state
+    )
+    return x + h * jnp.where(is_last, first, 0.5 * (first + second)), history, guidance_state
 
 
 def adams_bashforth(

@@ -151,7 +151,7 @@ def test_solvers_converge_at_their_order(solver, order, scale, method, grid):
         field, x = guided_flow(scale, method), jnp.asarray(X)
         end = lambda n, solver: solve(field, x, GRIDS[grid](n), solver)[0]  # noqa: E731
         reference = end(16384, "heun")
-        errors = [float(jnp.abs(end(n, solver) - reference).max()) for n in (256, 512, 1024)]
+        errors = [float(jnp.abs(end(n, solver) - reference).max()) for n in (512, 1024, 2048)]
         rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     # At the ends of time the logarithm that DPM-Solver++ walks along is infinite, which costs it a factor log(steps).
     allowed = 0.4 if solver == "dpm++2m" and grid != "inside" else 0.15
@@ -169,15 +169,34 @@ def test_the_unguided_flow_ends_at_the_exact_solution(solver):
     assert errors[1] < 2e-3 and errors[0] / errors[1] > 1.8
 
 
+def two_points(x, t):
+    """The velocity of data that is -1 or 1, undefined at t = 0."""
+    return (x - jnp.tanh((1 - t) * x / t**2)) / t
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize("velocity", ["nearly a point", "two points"])
+def test_no_noise_is_left_in_samples_of_concentrated_data(solver, velocity):
+    """Networks are trained on such data: images without noise lie on a thin surface."""
+
+    def field(x, t, step, memory):
+        return two_points(x, t) if velocity == "two points" else gaussian_velocity(x, t, 0.0, 1e-3), memory, None
+
+    start = jnp.asarray(np.random.default_rng(0).standard_normal((500, 1)), jnp.float32)
+    start = jnp.where(jnp.abs(start) < 0.2, 0.2, start)  # away from the boundary between the two points
+    fresh = lambda step: jax.random.normal(jax.random.key(step), start.shape)  # noqa: E731
+    end, _ = solve(field, start, jnp.linspace(1.0, 0.0, 19), solver, noise=fresh)
+    data = np.sign(end) if velocity == "two points" else 0.0
+    assert np.isfinite(end).all() and float(np.std(end - data)) < 2e-3
+
+
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_one_step_of_any_solver_lands_on_the_mean_that_the_noise_predicts(solver):
     """From t = 1 to 0 at once: x - v, where v is the velocity at pure noise."""
     field = lambda x, t, step, memory: (2.0 * x + t, memory, None)  # noqa: E731
     x = jnp.asarray(X, jnp.float32)
     end, _ = solve(field, x, jnp.array([1.0, 0.0]), solver, noise=jnp.ones_like)
-    slope = 2 * x + 1
-    expected = x - 0.5 * (slope + 2 * (x - slope)) if solver == "heun" else x - slope
-    np.testing.assert_allclose(end, expected, rtol=1e-6)
+    np.testing.assert_allclose(end, x - (2 * x + 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
@@ -281,7 +300,7 @@ def test_projected_guidance_is_short_and_across_the_prediction():
 def test_what_the_second_look_of_a_step_tells_is_not_lost():
     field = lambda x, t, step, memory: (x, memory, t)  # noqa: E731
     _, told = solve(field, jnp.ones((1, 1)), jnp.array([1.0, 0.4, 0.0]), "heun")
-    np.testing.assert_allclose(told, [[1.0, 0.4], [0.4, 0.0]])
+    np.testing.assert_allclose(told, [[1.0, 0.4], [0.4, 0.4]])  # the last step is Euler's and discards the second
 
 
 def test_a_padded_schedule_keeps_its_number_of_steps():

@@ -24,7 +24,7 @@ NumClusters = Annotated[int, Meta(ge=1, le=1024)]
 Mean = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Spread = Annotated[float, Meta(ge=1e-6, le=1e6)]
 FramesPerSecond = Annotated[float, Meta(gt=0, le=1000)]
-Shift = Annotated[float, Meta(gt=0, le=1000)]
+Shift = Annotated[float, Meta(ge=0, le=1000)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ClusterKey = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,3})$")]
 
@@ -248,6 +248,7 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
     Attributes:
       cluster: of an expert; None for the other roles.
       clusters: of the partition.
+      timestep_shift: a constant factor; 0 for Open-Sora 2.0's rule from the size of the latent.
       parameters: their number; 0 where it was not written.
       sampling: default sampling settings (`config.sampling.SamplingSettings`).
       training: None for a network that was imported.

@@ -21,7 +21,7 @@ from paris_jax.encoders import text as text_encoders
 from paris_jax.errors import UserError, nearest
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
-from paris_jax.training.job import compute_dtype, timestep_shift
+from paris_jax.training.job import compute_dtype
 from paris_jax.weights import convert
 from paris_jax.weights.layouts import LAYOUTS
 
@@ -136,7 +136,7 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
         "text": described,
         "text_length": settings.max_tokens,
         "fps": experiment.data.fps,
-        "timestep_shift": timestep_shift(experiment, shape),
+        "timestep_shift": experiment.diffusion.timestep_shift,
         "sampling": dataclasses.asdict(experiment.sampling),
     }
 

@@ -23,7 +23,6 @@ from paris_jax.training.job import (
     describe,
     make_job,
     read_cluster,
-    timestep_shift,
 )
 from paris_jax.training.metrics import wandb_arguments
 from paris_jax.training.state import initial_weights_hashes
@@ -95,7 +94,7 @@ def _export(
         role=role.kind,
         cluster=role.cluster,
         clusters=experiment.clustering.num_clusters,
-        timestep_shift=timestep_shift(experiment, data[0].latent.shape),
+        timestep_shift=experiment.diffusion.timestep_shift,
         sampling=dataclasses.asdict(experiment.sampling),
         training={
             "steps": job.steps,

@@ -102,6 +102,10 @@ class SamplingParams(SamplingSettings):
     timesteps: Sequence[float] | None = setting(
         None, "the timesteps themselves, falling from 1 to 0, instead of num_inference_steps ones spaced as in training"
     )
+    timestep_shift: float | None = setting(
+        None, "a in t <- a t / (1 + (a - 1) t); default: as in training, for the size of the videos", above=0,
+        at_most=1000,
+    )  # fmt: skip
     fixed_expert: int | Sequence[int] | None = setting(
         None, "expert to use regardless of the router: one cluster, or one for each step"
     )

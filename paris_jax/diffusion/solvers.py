@@ -46,8 +46,9 @@ def heun(velocity_of: VelocityField, x: jax.Array, at: Interval, history: jax.Ar
     """Second order (explicit trapezoid): two evaluations of the guided velocity. The last step is Euler's.
 
     At t = 0 the velocity of concentrated data is undefined: half of it would leave noise of t / 2 in the samples
-    (Karras et al. 2022, arXiv 2206.00364, algorithm 1). The second evaluation of that step is discarded, and it does not
-    change the guidance state, which every solver updates once per step.
+    (Karras et al. 2022, arXiv 2206.00364, algorithm 1). The second evaluation of that step is discarded.
+
+    The second evaluation does not change the guidance state, which every solver updates once per step.
     """
     h, is_last = at.t_next - at.t, at.t_next == 0
     first, guidance_state = velocity_of(x, at.t, at.index, guidance_state)

@@ -22,6 +22,11 @@ def open_sora_shift(tokens_per_frame: int, latent_frames: int) -> float:
     return max(line, 1.0) * math.sqrt(latent_frames)
 
 
+def resolve_shift(factor: float, video_tokens: int, latent_frames: int) -> float:
+    """The shift for a latent of so many tokens: a constant factor, or Open-Sora 2.0's rule where the factor is 0."""
+    return factor or open_sora_shift(video_tokens // latent_frames, latent_frames)
+
+
 def logit_normal(normal_B: jax.Array, mean: float, std: float, factor: float) -> jax.Array:
     """Training timesteps from standard normal draws: sigmoid(mean + std n), shifted. Returns (B,) in (0, 1)."""
     return shift(jax.nn.sigmoid(mean + std * normal_B), factor)

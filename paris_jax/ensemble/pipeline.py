@@ -177,14 +177,14 @@ class Ensemble:
         frames.check(cond is not None)
         sampling_params.check_previews(resolved, on_preview is not None)
         explicit_steps = overrides.get("num_inference_steps") is not None
-        timesteps = sampling_params.resolve_timesteps(resolved, explicit_steps, self.timestep_shift)
+        start = self._initial_noise(noise, resolved, len(prompts))
+        timesteps = sampling_params.resolve_timesteps(resolved, explicit_steps, self.timestep_shift, start.shape[1:])
         steps = len(timesteps) - 1
         self._warn_of_unknown_words(prompts)
         negative = resolved.negative_prompt
         self._prompts.prefetch([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
         encoded = self.encode(prompts)
         keys = jax.random.key_data(sampling_params.sample_keys(resolved.seed, len(prompts)))
-        start = self._initial_noise(noise, resolved, len(prompts))
         if cond is not None:
             sampling_params.check_cond(cond, start.shape)
         if frames:

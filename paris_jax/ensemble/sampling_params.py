@@ -17,7 +17,7 @@ from paris_jax.diffusion.guidance import Strength
 from paris_jax.encoders import codecs, text
 from paris_jax.ensemble.routing import Routing
 from paris_jax.errors import UserError, nearest
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import PATCH, video_tokens
 
 ENCODERS = ("vae", "t5", "clip")  # published encoders, whose folders a caller names
 FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -162,10 +162,20 @@ def expert_schedule(
     return jnp.asarray([clusters.index(k) for k in named], jnp.int32)
 
 
-def resolve_timesteps(params: SamplingParams, explicit_steps: bool, shift: float) -> jax.Array:
-    """Timesteps from 1 to 0, (S + 1,): evenly spaced and shifted as in training, or those given."""
+def resolve_timesteps(
+    params: SamplingParams, explicit_steps: bool, trained_shift: float, latent_shape: tuple[int, ...]
+) -> jax.Array:
+    """Timesteps from 1 to 0, (S + 1,): evenly spaced and shifted, or those given.
+
+    The shift is that of training: a constant, or by the rule for the latent (T, H, W, C) that is sampled.
+    """
     if params.timesteps is None:
+        shift = params.timestep_shift or timesteps.resolve_shift(
+            trained_shift, video_tokens(latent_shape), latent_shape[0]
+        )
         return timesteps.timestep_schedule(params.num_inference_steps, shift)
+    if params.timestep_shift is not None:
+        raise UserError("timesteps are used as they are; leave timestep_shift out, or num_inference_steps instead")
     points = np.asarray(params.timesteps, np.float32)
     if points.ndim != 1 or len(points) < 2 or points[0] != 1 or points[-1] != 0 or not (np.diff(points) < 0).all():
         shown = f"{', '.join(f'{p:g}' for p in points.ravel()[:6])}{', ...' if points.size > 6 else ''}"

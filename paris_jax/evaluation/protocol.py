@@ -19,7 +19,7 @@ from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.records import read_records
 from paris_jax.data.sources.shapes import ATTRIBUTES
-from paris_jax.diffusion import cond_masks
+from paris_jax.diffusion import cond_masks, timesteps
 from paris_jax.encoders import codecs
 from paris_jax.encoders.published import EncoderStore
 from paris_jax.ensemble.pipeline import Ensemble
@@ -29,6 +29,7 @@ from paris_jax.evaluation.heldout import Heldout
 from paris_jax.evaluation.metrics import flow_loss
 from paris_jax.evaluation.metrics.attribute_classifier import WEIGHTS, AttributeClassifier, read_card
 from paris_jax.evaluation.metrics.flow_loss import Losses, Points
+from paris_jax.models.dit import video_tokens
 
 logger = logging.getLogger(__name__)
 RESULTS, REPORT, PARTIAL = "results.json", "report.html", ".partial"
@@ -306,15 +307,15 @@ class EvaluationRun:
         card = read_card()
         detail = "".join(f", {name} = {value}" for name, value in self.routing.items() if name != "routing")
         shape = " x ".join(map(str, heldout.decode(self.ensemble, self.prompts.latents[:1]).shape[1:4]))
-        bins = settings.loss_timesteps
+        bins, latent = settings.loss_timesteps, self.ensemble.latent_shape
+        shift = timesteps.resolve_shift(self.ensemble.timestep_shift, video_tokens(latent), latent[0])
         return {
             "prompts": self.count,
             "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
             + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
             "noise": f"seed {settings.seed}; prompt i starts from the same noise in both models",
-            "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, "
-            f"timestep shift {self.ensemble.timestep_shift:g}",
+            "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, timestep shift {shift:g}",
             "guidance": f"{sampling.guidance_scale:g}, inside the merge, with the same weights for both branches",
             "routing": f"{sampling.routing}{detail}",
             "flow loss": f"{len(self.scored)} held-out clips x {bins} timesteps, one in each of {bins} equal bins; "

@@ -18,7 +18,7 @@ from paris_jax.diffusion import timesteps
 from paris_jax.encoders import text as texts
 from paris_jax.errors import UserError
 from paris_jax.models import flops, functional
-from paris_jax.models.dit import PATCH
+from paris_jax.models.dit import video_tokens
 from paris_jax.training.losses import PerSampleLosses, TimestepSampler, expert_losses, router_losses
 
 
@@ -108,7 +108,7 @@ def job_of(
     dtype: str,
 ) -> Job:
     """The job of a role on latents and text of these sizes, computing in `dtype`."""
-    settings, shift = experiment.settings_of(role.kind), timestep_shift(experiment, latent_shape)
+    settings = experiment.settings_of(role.kind)
     sizes = {
         "channels": latent_shape[-1],
         "pooled_width": text_widths[1],
@@ -121,9 +121,9 @@ def job_of(
     else:
         sizes |= {"text_width": text_widths[0], "prediction_type": settings.prediction_type}
         config = functional.network_config(experiment.network, **sizes)
-    sampler = TimestepSampler(
-        settings.timestep_sampler, experiment.diffusion.timestep_mean, experiment.diffusion.timestep_std, shift
-    )
+    diffusion = experiment.diffusion
+    shift = timesteps.resolve_shift(diffusion.timestep_shift, video_tokens(latent_shape), latent_shape[0])
+    sampler = TimestepSampler(settings.timestep_sampler, diffusion.timestep_mean, diffusion.timestep_std, shift)
     return Job(
         name=role.name,
         folder=folder,
@@ -136,12 +136,6 @@ def job_of(
         masks=experiment.masks,
         losses=router_losses if role.kind == "router" else expert_losses,
     )
-
-
-def timestep_shift(experiment: Experiment, latent_shape: Any) -> float:
-    """The timestep shift, from the config or by Open-Sora 2.0's rule: the same in training and sampling."""
-    T, H, W, _ = latent_shape
-    return experiment.diffusion.timestep_shift or timesteps.open_sora_shift((H // PATCH) * (W // PATCH), T)
 
 
 def compute_dtype(name: str, platform: str) -> str:

@@ -12,13 +12,13 @@ import pytest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import prepare
+from paris_jax.diffusion import timesteps
 from paris_jax.encoders import codecs, text
 from paris_jax.errors import UserError
 from paris_jax.evaluation import compute
 from paris_jax.models import flops, functional
 from paris_jax.models.dit import PATCH
 from paris_jax.training import state
-from paris_jax.training.job import timestep_shift
 from paris_jax.training.losses import TimestepSampler, expert_losses, router_losses
 from paris_jax.training.step import make_step
 
@@ -109,8 +109,12 @@ def test_paris2_has_the_published_sizes(paris2, network, router):
 
 
 def test_paris2_times_follow_open_sora(paris2):
-    # 256 tokens a frame: the line stands at 1; nine latent frames: times 3.
-    assert timestep_shift(paris2, codecs.latent_shape(paris2)) == pytest.approx(3.0)
+    """256 tokens a frame: the line stands at 1; nine latent frames: times 3. More frames and pixels: further on."""
+    assert paris2.diffusion.timestep_shift == 0.0  # by rule, in training and in an ensemble's manifest
+    assert timesteps.resolve_shift(0.0, 9 * 256, 9) == pytest.approx(3.0)
+    assert timesteps.resolve_shift(0.0, 33 * 256, 33) == pytest.approx(5.745, abs=1e-3)
+    assert timesteps.resolve_shift(0.0, 33 * 48 * 48, 33) == pytest.approx(11.87, abs=1e-2)
+    assert timesteps.resolve_shift(8.0, 33 * 48 * 48, 33) == 8.0
 
 
 def test_paris2_arms_cost_the_same(paris2, network):

@@ -242,6 +242,30 @@ def test_the_steps_may_be_given_one_by_one(ensemble):
     assert ensemble.sample(PROMPTS, timesteps=[1, 0.7, 0]).routing.shape == (2, 2, 3)
 
 
+def test_the_timestep_shift_is_that_of_the_sampled_size_or_the_one_given(ensemble, monkeypatch):
+    """Open-Sora 2.0's rule depends on frames and pixels; a constant does not."""
+    steps = {"num_inference_steps": 2}
+
+    def schedule(**how):
+        seen = []
+        monkeypatch.setattr(ensemble._placed, "draw", lambda *given: seen.append(given[2][1]) or draw(*given))
+        ensemble.sample(PROMPTS, **(steps | how))
+        return np.asarray(seen[0])
+
+    draw = ensemble._placed.draw
+    constant = timesteps.timestep_schedule(2, ensemble.timestep_shift)
+    np.testing.assert_array_equal(schedule(), constant)
+    frames = 2 * ensemble.latent_shape[0] * ensemble.codec.time
+    np.testing.assert_array_equal(schedule(num_frames=frames), constant)
+    np.testing.assert_array_equal(schedule(timestep_shift=2.5), timesteps.timestep_schedule(2, 2.5))
+    monkeypatch.setattr(ensemble, "timestep_shift", 0.0)  # the rule, in a manifest
+    T = ensemble.latent_shape[0]
+    np.testing.assert_array_equal(schedule(), timesteps.timestep_schedule(2, T**0.5))
+    np.testing.assert_array_equal(schedule(num_frames=frames), timesteps.timestep_schedule(2, (2 * T) ** 0.5))
+    with pytest.raises(UserError, match="leave timestep_shift out"):
+        ensemble.sample(PROMPTS, timesteps=[1, 0], timestep_shift=2.0)
+
+
 def test_a_negative_prompt_and_projected_guidance_change_what_is_drawn(ensemble):
     how = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 3.0}
     drawn = [

@@ -44,6 +44,7 @@ class HunyuanDescription(Struct, tag_field="name", tag="hunyuan", frozen=True, f
     height: Size = 8
     width: Size = 8
     sha256: OptionalSha256 = ""
+    posterior: Literal["mean", "sample"] = "mean"
 
 
 class WordsDescription(Struct, tag_field="name", tag="words", frozen=True, forbid_unknown_fields=True):

@@ -33,12 +33,14 @@ UNHASHED_FIELDS = {
     "training": (*EXECUTION_FIELDS, "init_from"),
     "router_training": EXECUTION_FIELDS,
     "network": ("remat",),
+    "router": ("remat",),
 }
 # Fields that say where something lies on this machine; what lies there is known by its hash.
 LOCATION_FIELDS = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("weights",)}
 # Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
 # So those folders are still those of their configs.
 LATER_FIELDS = {
+    "codec": {"posterior": "mean"},
     "network": {"attention": "joint"},
     "router": {"attention": "joint"},
     "text": {"pad_to_max_tokens": False},

@@ -42,9 +42,9 @@ def seed() -> Any:
 def problems_of(section: Any) -> Problems:
     """A sentence for each field of a section that is outside its range; None is allowed where it is the default."""
     for field in dataclasses.fields(section):
-        value, allowed = getattr(section, field.name), field.metadata.get("choices")
-        if value is None and field.default is None:  # not given
+        if getattr(section, field.name) is None and field.default is None:  # not given
             continue
+        value, allowed = getattr(section, field.name), field.metadata.get("choices")
         if allowed:
             yield from checks.choice(field.name, value, allowed)
         elif wrong := wrong_bound(field, value if isinstance(value, tuple) else (value,)):

@@ -96,6 +96,7 @@ class RouterSettings:
     """The network of the router."""
 
     preset: str = setting("tiny", "named sizes; see config/network.py", choices=ROUTER_PRESETS)
+    remat: str = setting("none", "as network.remat", choices=Remat)
     attention: str = setting("joint", "as network.attention", choices=Attention)
 
     def problems(self) -> Problems:

@@ -9,6 +9,7 @@ from paris_jax.config.fields import setting
 
 SourceName = Literal["shapes", "folder"]
 CodecName = Literal["pixels", "hunyuan"]
+Posterior = Literal["mean", "sample"]
 TextEncoderName = Literal["words", "minilm", "t5+clip"]
 FeaturesName = Literal["statistics", "dinov2"]
 
@@ -49,6 +50,7 @@ class CodecSettings:
     height: int = setting(2, "pixel rows per latent row", at_least=1)
     width: int = setting(2, "pixel columns per latent column", at_least=1)
     weights: str = setting("", "hunyuan: folder of its weights")
+    posterior: str = setting("mean", "hunyuan: latents are the mean of the posterior, or a sample", choices=Posterior)
 
     @property
     def first_frames(self) -> int:

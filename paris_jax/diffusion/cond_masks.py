@@ -6,6 +6,7 @@ latent (Open-Sora 2.0, arXiv 2503.09642). The noised latent and the loss are the
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Conditioning frames: none, the first latent frame, the last, both, or a prefix of any length.
 MASK_KINDS = ("none", "first", "last", "both", "prefix")
@@ -39,3 +40,8 @@ def cond_input(x_0: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """The conditioning input for frames of x_0 (B, T, H, W, C): mask and masked latent, (B, T, H, W, 1 + C) float32."""
     mask = jnp.broadcast_to(mask_BT[..., None, None, None], (*x_0.shape[:-1], 1)).astype(jnp.float32)
     return jnp.concatenate([mask, jnp.where(mask > 0, x_0, 0.0)], axis=-1)
+
+
+def write_back(x_0: np.ndarray, cond: np.ndarray) -> np.ndarray:
+    """Sampled latents x_0 (B, T, H, W, C) with the conditioning frames of `cond` (B, T, H, W, 1 + C) in their place."""
+    return np.where(cond[..., :1] > 0, cond[..., 1:], x_0)

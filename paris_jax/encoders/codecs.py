@@ -5,8 +5,10 @@ A codec has `encode`, `decode`, `latent_shape` and `describe`, whose JSON rebuil
 
 import dataclasses
 import os
+import zlib
 from typing import Any, ClassVar, get_args
 
+import jax
 import msgspec
 import numpy as np
 from etils import epath
@@ -14,13 +16,14 @@ from etils import epath
 from paris_jax.artifacts.schemas import CodecDescription, HunyuanDescription, Latent, PixelsDescription
 from paris_jax.config import checks
 from paris_jax.config.experiment import Experiment
-from paris_jax.config.sections import CodecName
+from paris_jax.config.sections import CodecName, Posterior
 from paris_jax.encoders import hunyuan, placement
 from paris_jax.encoders.published import EncoderStore, store_field
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import read_config
 
-TILING = hunyuan.Tiling()
+# Fraction of a device's memory that coding a video may take; accelerators hold networks beside it.
+MEMORY_FRACTION = {"cpu": 0.5, "gpu": 0.25, "tpu": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,9 @@ class Pixels:
 class HunyuanVideo:
     """HunyuanVideo's causal VAE, the codec of Paris 2.0, from the folder `weights`; without it, its sizes alone.
 
-    Larger videos are worked on in overlapping pieces (`hunyuan.Tiling`).
+    A latent is the mean of the VAE's posterior, or a sample of it whose noise depends on the video alone.
+    Videos of more than 256 rows or columns, or of more frames than the memory holds, are coded in overlapping pieces
+    (`hunyuan.Tiling`).
     """
 
     time: int = 4
@@ -82,6 +87,7 @@ class HunyuanVideo:
     width: int = 8
     weights: str = ""
     sha256: str = ""  # of the weights; "": those found
+    posterior: Posterior = "mean"
     store: EncoderStore = store_field()
 
     scaled: ClassVar[bool] = True  # latents have about unit spread already, as published networks expect them
@@ -103,7 +109,14 @@ class HunyuanVideo:
     def encode(self, video: Any) -> np.ndarray:
         """(..., T', H', W', 3) uint8, or float in [-1, 1], to (..., T, H, W, C) float32 of about unit spread."""
         self.latent_shape(*video.shape[-4:-1])
-        return hunyuan.SCALE * self._run(hunyuan.encode_tiled, hunyuan.encode, np.asarray(video))
+        moments = self._run(hunyuan.encode_tiled, hunyuan.encode, np.asarray(video))
+        latent, log_variance = np.split(moments, 2, axis=-1)
+        if self.posterior == "sample":
+            std = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))
+            flat = _floats(np.asarray(video)).reshape(-1, *video.shape[-4:])
+            noise = [np.random.default_rng(zlib.crc32(v.tobytes())).standard_normal(latent.shape[-4:]) for v in flat]
+            latent = latent + std * np.asarray(noise, np.float32).reshape(latent.shape)
+        return hunyuan.SCALE * latent
 
     def decode(self, latent: Any) -> np.ndarray:
         """(..., T, H, W, C) to video (..., T', H', W', 3) float32, not clipped."""
@@ -112,12 +125,14 @@ class HunyuanVideo:
     def _run(self, tiled: Any, function: Any, x: np.ndarray) -> np.ndarray:
         """One video at a time on each device of this machine."""
         vae, params = self.store.load("hunyuan", self.weights, self.sha256)
+        memory = MEMORY_FRACTION[jax.default_backend()] * placement.memory()
+        tiling = hunyuan.Tiling.within(memory, placement.dtype())
 
         def run(piece: np.ndarray) -> np.ndarray:
             return np.asarray(function(vae, params, *placement.rows(piece), placement.dtype()))[: len(piece)]
 
         flat, each = x.reshape(-1, *x.shape[-4:]), placement.mesh().size
-        made = np.concatenate([tiled(run, _floats(flat[i : i + each]), TILING) for i in range(0, len(flat), each)])
+        made = np.concatenate([tiled(run, _floats(flat[i : i + each]), tiling) for i in range(0, len(flat), each)])
         return made.reshape(*x.shape[:-4], *made.shape[1:])
 
     def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
@@ -125,7 +140,7 @@ class HunyuanVideo:
         return np.concatenate([mask_T[..., :1], mask_T[..., 1:].repeat(self.time, axis=-1)], axis=-1)
 
     def describe(self) -> HunyuanDescription:
-        return HunyuanDescription(self.time, self.height, self.width, self.sha256)
+        return HunyuanDescription(self.time, self.height, self.width, self.sha256, self.posterior)
 
 
 def _floats(x: np.ndarray) -> np.ndarray:
@@ -148,7 +163,14 @@ def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> No
 Codec = Pixels | HunyuanVideo
 
 
-def codec(name: str, weights: str = "", sha256: str = "", store: EncoderStore | None = None, **blocks: Any) -> Codec:
+def codec(
+    name: str,
+    weights: str = "",
+    sha256: str = "",
+    posterior: Posterior = "mean",
+    store: EncoderStore | None = None,
+    **blocks: Any,
+) -> Codec:
     """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2), ready to run.
 
     Raises:
@@ -160,10 +182,10 @@ def codec(name: str, weights: str = "", sha256: str = "", store: EncoderStore | 
         return Pixels(**blocks)
     store = store or EncoderStore()
     sha256 = store.check("codec.weights", weights, sha256)
-    return HunyuanVideo(**blocks, weights=weights, sha256=sha256, store=store)
+    return HunyuanVideo(**blocks, weights=weights, sha256=sha256, posterior=posterior, store=store)
 
 
-def sizes(name: str, weights: str = "", **blocks: Any) -> Codec:
+def sizes(name: str, weights: str = "", posterior: Posterior = "mean", **blocks: Any) -> Codec:
     """Returns a codec as far as `latent_shape` goes, also where it cannot be run."""
     return Pixels(**blocks) if name == "pixels" else HunyuanVideo(**blocks, weights=weights)
 

@@ -186,9 +186,15 @@ def _decoder(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("vae", "dtype"))
 def encode(vae: VAE, params: Params, video: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Video (B, 4 n + 1, 8 h, 8 w, 3) in [-1, 1] to the mean of its latent, (B, n + 1, h, w, C) float32, not scaled."""
-    moments = convolve(params["quant"], _encoder(vae, params["encoder"], video.astype(dtype)))
-    return jnp.split(moments, 2, axis=-1)[0].astype(jnp.float32)
+    """Mean and log variance of a video's latent.
+
+    Args:
+      video: (B, 4 n + 1, 8 h, 8 w, 3) in [-1, 1].
+
+    Returns:
+      (B, n + 1, h, w, 2 C) float32, not scaled: C means, then C logarithms of variances.
+    """
+    return convolve(params["quant"], _encoder(vae, params["encoder"], video.astype(dtype))).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "dtype"))
@@ -201,6 +207,10 @@ def decode(vae: VAE, params: Params, latent: jax.Array, dtype: str = "float32") 
 # Larger videos: overlapping pieces, each on its own, blended where they overlap.
 
 
+# Bytes of temporary memory for each pixel of a decoded video, as compiled for an H100.
+BYTES_PER_PIXEL = {"bfloat16": 1900, "float32": 3800}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """Pieces in latent frames, rows and columns, and how many of them neighbours share."""
@@ -209,6 +219,16 @@ class Tiling:
     side: int = 32
     shared_frames: int = 1
     shared: int = 8
+
+    @classmethod
+    def within(cls, memory: float, dtype: str) -> "Tiling":
+        """The tiling with the most frames that decodes within `memory` bytes.
+
+        Open-Sora 2.0 tiles rows and columns above 256 pixels and never time: a piece that lacks earlier frames is
+        decoded 3 to 7 % off.
+        """
+        pixels = memory / BYTES_PER_PIXEL[dtype] / (8 * cls.side) ** 2
+        return cls(frames=max(cls.frames, int(pixels) // 4))
 
 
 Coder = Callable[[np.ndarray], Any]  # a piece to its result, both (B, T, H, W, C)

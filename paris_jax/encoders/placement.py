@@ -5,6 +5,7 @@ its share; a batch is split by its rows.
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -18,6 +19,12 @@ from paris_jax.weights.reading import Later
 def dtype() -> str:
     """The dtype encoders compute in: bfloat16, on CPUs float32."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def memory() -> int:
+    """Bytes of memory of one of this machine's devices; of a CPU's, the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from etils import epath
 
 from paris_jax.artifacts import ensemble_manifest
 from paris_jax.config.sampling import SamplingParams, SamplingSettings
-from paris_jax.diffusion import path, randomness, solvers
+from paris_jax.diffusion import cond_masks, path, randomness, solvers
 from paris_jax.encoders import codecs, text
 from paris_jax.encoders.published import EncoderStore
 from paris_jax.ensemble import device_placement, sampling_params, sparse_velocity
@@ -197,6 +197,8 @@ class Ensemble:
             return self._placed.draw(config, start, (keys, timesteps, condition, fixed_expert), watcher)
 
         z, trace, stopped = self._draw_finite(draw, resolved)
+        if cond is not None:  # as Open-Sora 2.0: conditioning frames are decoded as they were given
+            z = cond_masks.write_back(z, np.asarray(cond))
 
         def decoded(done: int) -> Samples:
             return Samples(self.decode(z), prompts, self.fps, np.asarray(trace.weight[:done]), self.clusters)

@@ -113,13 +113,14 @@ def job_of(
         "channels": latent_shape[-1],
         "pooled_width": text_widths[1],
         "dtype": dtype,
-        "remat": experiment.network.remat,
         "cond_frames": bool(experiment.masks.kinds),
     }
     if role.kind == "router":
-        config = functional.router_config(experiment.router, clusters=experiment.clustering.num_clusters, **sizes)
+        sizes |= {"clusters": experiment.clustering.num_clusters, "remat": experiment.router.remat}
+        config = functional.router_config(experiment.router, **sizes)
     else:
         sizes |= {"text_width": text_widths[0], "prediction_type": settings.prediction_type}
+        sizes |= {"remat": experiment.network.remat}
         config = functional.network_config(experiment.network, **sizes)
     diffusion = experiment.diffusion
     shift = timesteps.resolve_shift(diffusion.timestep_shift, video_tokens(latent_shape), latent_shape[0])

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.encoders --only=vae --videos=33x256x256,33x512x512
 
 Prints, for each encoder, the memory of its weights (matrices in bfloat16) and the peak memory of the chip for one
-batch. `piece` is the largest tile of the VAE (`hunyuan.Tiling`), which does not depend on the video's size; `vae`
+batch. `piece` is the smallest tile of the VAE (`hunyuan.Tiling`), which does not depend on the video's size; `vae`
 encodes and decodes whole videos without tiling.
 """
 
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from paris_jax.encoders import clip, dinov2, hunyuan, placement, t5
-from paris_jax.encoders.codecs import TILING
 from paris_jax.encoders.transformer import Blocks
 from paris_jax.planning.topologies import Topology
 
@@ -111,8 +110,9 @@ def jobs(only: list[str], videos: list[tuple[int, int, int]]) -> Iterator[tuple[
         config = dinov2.Dino(Blocks(heads, "silu" if gated else "gelu", 1e-6))
         inputs = [((4 * BATCH, 224, 224, 3), jnp.float32)]
         yield f"{name}, {4 * BATCH} frames", dinov2.encode, config, dino(layers, D, F, gated), inputs
+    tiling = hunyuan.Tiling()
     whole = [("", size) for size in videos] if "vae" in only else []
-    piece = [("piece of ", (4 * TILING.frames + 1, 8 * TILING.side, 8 * TILING.side))] if "piece" in only else []
+    piece = [("piece of ", (4 * tiling.frames + 1, 8 * tiling.side, 8 * tiling.side))] if "piece" in only else []
     for kind, (T, H, W) in piece + whole:
         inputs = [((1, T, H, W, 3), jnp.float32)]
         yield f"VAE, encoding {kind}{T} x {H} x {W}", hunyuan.encode, hunyuan.VAE(32), vae(), inputs

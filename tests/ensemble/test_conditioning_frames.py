@@ -12,6 +12,7 @@ from paris_jax import Ensemble
 from paris_jax.data import video as video_io
 from paris_jax.diffusion import cond_masks
 from paris_jax.diffusion.guidance import STEADY, Strength
+from paris_jax.encoders import codecs
 from paris_jax.encoders.codecs import LatentScale, Pixels, to_float
 from paris_jax.ensemble import sparse_velocity
 from paris_jax.ensemble.conditioning import CondFrames, Condition
@@ -266,6 +267,9 @@ def test_videos_are_drawn_from_images_and_told_apart_from_those_without(ensemble
     plain = ensemble.sample(PROMPTS, **how).videos
     given = ensemble.sample(PROMPTS, image=picture, **how).videos
     assert np.isfinite(given).all() and np.abs(given - plain).max() > 0
+    frames = ensemble.codec.time  # conditioning latents are decoded as they were given
+    np.testing.assert_allclose(given[:, :frames], codecs.to_float(picture)[0, 0, 0], atol=1e-5)
+    assert np.abs(given[:, frames:] - codecs.to_float(picture)[0, 0, 0]).max() > 0.01
     beside = ensemble.sample(PROMPTS[:1], image=[picture], **how).videos
     np.testing.assert_allclose(beside[0], given[0], atol=1e-4)
     continued = ensemble.sample(

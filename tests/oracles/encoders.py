@@ -216,7 +216,9 @@ def ours(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
     if name == "t5":
         return {"hidden": np.asarray(t5.encode(config, params, made["ids"], made["length"], dtype))}
     if name == "hunyuan":
-        found = {k: hunyuan.encode(config, params, made[k], dtype) for k in ("video", "image")}
+        found = {
+            k: hunyuan.encode(config, params, made[k], dtype)[..., : VAE["latent_channels"]] for k in ("video", "image")
+        }
         found |= {"latent": hunyuan.decode(config, params, made["latent"], dtype)}
         return {k: np.asarray(v) for k, v in found.items()}
     if name.startswith("clip"):

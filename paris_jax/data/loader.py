@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,39 +12,41 @@ from etils import epath
 
 from paris_jax.artifacts.schemas import ClusterManifest, RecordsManifest
 from paris_jax.data.records import Record, Records, read_manifest, read_records
-from paris_jax.encoders.codecs import LatentScale
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 READ_AHEAD = 3  # prefetched batches
 THREADS = 2  # threads that read records
+FIELDS = ("latent", "tokens", "length", "pooled", "cluster", "index")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Stacks (global sample index, record) pairs into one batch.
+    """Stacks (global sample index, record) pairs into one batch, in the dtypes of the records.
 
     Attributes:
-      scale: mean and standard deviation that normalise the latents.
       text_length: length to which tokens are padded with zeros.
+      fields: arrays of the batch, some of `FIELDS`.
     """
 
-    scale: LatentScale
     text_length: int
+    fields: tuple[str, ...] = FIELDS
 
     def __call__(self, samples: Sequence[tuple[int, Record]]) -> dict[str, np.ndarray]:
         records = [record for _, record in samples]
-        tokens = np.zeros((len(records), self.text_length, records[0].tokens.shape[-1]), np.float32)
-        for row, record in zip(tokens, records):
-            row[: len(record.tokens)] = record.tokens
-        return {
-            "latent": self.scale.normalise(np.stack([r.latent for r in records])),
-            "tokens": tokens,
+        batch = {
             "length": np.asarray([len(r.tokens) for r in records], np.int32),
-            "pooled": np.stack([r.pooled for r in records]).astype(np.float32),
             "cluster": np.asarray([-1 if r.cluster is None else r.cluster for r in records], np.int32),
             "index": np.asarray([position % 2**31 for position, _ in samples], np.int32),
         }
+        for name in {"latent", "pooled"} & set(self.fields):
+            batch[name] = np.stack([getattr(record, name) for record in records])
+        if "tokens" in self.fields:
+            first = records[0].tokens
+            batch["tokens"] = np.zeros((len(records), self.text_length, first.shape[-1]), first.dtype)
+            for row, record in zip(batch["tokens"], records, strict=True):
+                row[: len(record.tokens)] = record.tokens
+        return {name: batch[name] for name in self.fields}
 
 
 def training_batches(
@@ -55,6 +56,7 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     text_length: int | None = None,
+    fields: Sequence[str] = FIELDS,
     threads: int = THREADS,
     read_ahead: int = READ_AHEAD,
 ) -> Any:
@@ -71,14 +73,15 @@ def training_batches(
       process_index: index of the part of each batch to return, out of `process_count` equal parts.
       process_count: number of parts: one per process, or one per group of processes that need the same samples.
       text_length: length to which tokens are padded; by default that of the longest caption.
+      fields: arrays that the role reads; the others are not moved.
       threads: number of reader threads.
       read_ahead: number of prefetched batches; they take the memory of about (read_ahead + 1) batches.
 
     Yields:
       A dict of arrays, b = batch / process_count:
-      latent (b, T, H, W, C) float32, normalised; tokens (b, L, Dt) float32, padded with zeros; length (b,) int32, true
-      lengths; pooled (b, Dp) float32; cluster (b,) int32, -1 if none; index (b,) int32, the sample's position
-      in the stream.
+      latent (b, T, H, W, C) float16, not normalised; tokens (b, L, Dt) float16 or bfloat16, padded with zeros; length
+      (b,) int32, true lengths; pooled (b, Dp), of the dtype of the tokens; cluster (b,) int32, -1 if none; index (b,)
+      int32, the sample's position in the stream.
 
     Raises:
       UserError: a folder is incomplete, the folders come from different data sets, or there are fewer clips than one
@@ -87,16 +90,15 @@ def training_batches(
     sources = _read_sources(folders)
     check_batches(sources, batch, process_count)
     shared = sources[0][0]
-    collate = Collate(LatentScale.from_manifest(shared.latent), text_length or shared.text_length)
+    collate = Collate(text_length or shared.text_length, tuple(fields))
     rows = (
         _stream(sources, seed)
         .map_with_index(_with_position)
         .batch(batch // process_count, drop_remainder=True, batch_fn=collate)
     )
     process_rows = rows[process_index::process_count]
-    width = read_records(sources[0][1])[0].tokens.shape[-1]
-    elements = math.prod(shared.latent.shape) + collate.text_length * width
-    batch_bytes = 4 * elements * batch // process_count  # float32
+    example = collate([(0, read_records(sources[0][1])[0])])
+    batch_bytes = sum(array.nbytes for array in example.values()) * batch // process_count
     logger.info("the loader prefetches up to %d batches, about %.0f MB", read_ahead, read_ahead * batch_bytes / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     return iter(process_rows.to_iter_dataset(options))

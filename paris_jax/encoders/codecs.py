@@ -228,13 +228,13 @@ class LatentScale:
         """The scale in the `latent` entry of a manifest."""
         return cls(latent.mean, latent.spread)
 
-    def normalise(self, latent: np.ndarray) -> np.ndarray:
-        """(..., C) of any float type to float32 of about zero mean and unit spread."""
-        scale = np.asarray([1 / s for s in self.spread], np.float32)
-        normal = latent.astype(np.float32)
-        normal -= np.asarray(self.mean, np.float32)
-        normal *= scale
-        return normal
+    def normalise(self, latent: Any) -> Any:
+        """(..., C) of any float type, a NumPy or JAX array, to float32 of about zero mean and unit spread."""
+        inverse = np.asarray([1 / s for s in self.spread], np.float32)
+        return (latent.astype(np.float32) - np.asarray(self.mean, np.float32)) * inverse
 
     def denormalise(self, normal: Any) -> Any:
         return normal * np.asarray(self.spread, np.float32) + np.asarray(self.mean, np.float32)
+
+
+UNIT_SCALE = LatentScale((0.0,), (1.0,))

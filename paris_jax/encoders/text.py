@@ -21,6 +21,7 @@ from paris_jax.errors import UserError, nearest
 # Widths (token sequence, pooled vector) of encoders that have their own; T5-v1.1-XXL and CLIP ViT-L/14 are Paris 2.0's.
 WIDTHS = {"minilm": (384, 384), "t5+clip": (4096, 768)}
 NAMES = ("words", *WIDTHS)
+STORED_DTYPES = {"words": "float16", "minilm": "float16", "t5+clip": "bfloat16"}  # of embeddings in the latent cache
 
 
 def widths(name: str, width: int, t5: str = "", clip: str = "") -> tuple[int, int]:

@@ -16,9 +16,11 @@ from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.data.loader import training_batches
 from paris_jax.diffusion import timesteps
 from paris_jax.encoders import text as texts
+from paris_jax.encoders.codecs import UNIT_SCALE, LatentScale
 from paris_jax.errors import UserError
 from paris_jax.models import flops, functional
 from paris_jax.models.dit import video_tokens
+from paris_jax.models.router import RouterConfig
 from paris_jax.training.losses import PerSampleLosses, TimestepSampler, expert_losses, router_losses
 
 
@@ -37,6 +39,15 @@ class Job:
     masks: MaskSettings = MaskSettings()  # distribution of the conditioning frames
     null: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # null embedding, where not zeros
     losses: PerSampleLosses = expert_losses
+    scale: LatentScale = UNIT_SCALE  # normalises the latents
+    text_dtype: str = "float16"  # of the text embeddings in batches
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The arrays of a batch that this role reads."""
+        if isinstance(self.config, RouterConfig):
+            return "latent", "pooled", "cluster", "index"
+        return "latent", "tokens", "length", "pooled", "index"
 
     @property
     def flops_per_sample(self) -> int:
@@ -86,7 +97,9 @@ def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, in
     settings = job.settings
 
     def batches(part: int, parts: int) -> Any:
-        return training_batches(folders, settings.global_batch_size, settings.seed, part, parts, job.padded_text_length)
+        return training_batches(
+            folders, settings.global_batch_size, settings.seed, part, parts, job.padded_text_length, job.fields
+        )
 
     return batches
 
@@ -95,7 +108,8 @@ def make_job(experiment: Experiment, run: RunFolder, role: Role, data: ClusterMa
     """The job of a role on prepared data, described by a cluster's manifest."""
     dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
     widths = texts.described_widths(data.text)
-    return job_of(experiment, run.role(role), role, data.latent.shape, widths, data.text_length, dtype)
+    job = job_of(experiment, run.role(role), role, data.latent.shape, widths, data.text_length, dtype)
+    return dataclasses.replace(job, scale=LatentScale.from_manifest(data.latent))
 
 
 def job_of(
@@ -136,6 +150,7 @@ def job_of(
         text_length=text_length,
         masks=experiment.masks,
         losses=router_losses if role.kind == "router" else expert_losses,
+        text_dtype=texts.STORED_DTYPES[experiment.text.name],
     )
 
 

@@ -41,19 +41,21 @@ def drop_text(
 ) -> Batch:
     """Replaces the text tokens and, independently, the pooled text of some samples by the null embedding.
 
-    It is zeros, or `null`: tokens (L, X) and pooled (P,).
+    It is zeros, or `null`: tokens (L, X) and pooled (P,). A router's batch has no tokens.
     """
     chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     keep_tokens, keep_pooled = chance[:, 0] >= settings.drop_tokens, chance[:, 1] >= settings.drop_pooled
-    tokens, pooled, length = jnp.zeros(()), jnp.zeros(()), 1
+    pooled = jnp.asarray(null["pooled"] if null else 0, batch["pooled"].dtype)
+    batch = batch | {"pooled": jnp.where(keep_pooled[:, None], batch["pooled"], pooled)}
+    if "tokens" not in batch:
+        return batch
+    tokens, length = jnp.zeros((), batch["tokens"].dtype), 1
     if null:
         length, more = len(null["tokens"]), batch["tokens"].shape[1] - len(null["tokens"])
-        tokens = jnp.pad(jnp.asarray(null["tokens"], jnp.float32), ((0, more), (0, 0)))
-        pooled = jnp.asarray(null["pooled"], jnp.float32)
+        tokens = jnp.pad(jnp.asarray(null["tokens"], batch["tokens"].dtype), ((0, more), (0, 0)))
     return batch | {
         "tokens": jnp.where(keep_tokens[:, None, None], batch["tokens"], tokens),
         "length": jnp.where(keep_tokens, batch["length"], length),
-        "pooled": jnp.where(keep_pooled[:, None], batch["pooled"], pooled),
     }
 
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.diffusion import losses, randomness
+from paris_jax.encoders.codecs import UNIT_SCALE, LatentScale
 from paris_jax.models import functional
 from paris_jax.models.dit import video_tokens
 from paris_jax.training import optimizer, sharding
@@ -37,6 +38,7 @@ def make_step(
     timestep_sampler: TimestepSampler,
     masks: MaskSettings,
     null: Mapping[str, np.ndarray] | None = None,
+    scale: LatentScale = UNIT_SCALE,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Builds the training step of a network, not yet jitted.
 
@@ -47,6 +49,7 @@ def make_step(
       timestep_sampler: distribution of the timesteps.
       masks: distribution of the conditioning frames.
       null: the null embedding where it is not zeros, for text dropout (`losses.drop_text`).
+      scale: normalises the latents of a batch.
 
     Returns:
       (state, batch) -> (state, metrics); metrics are scalars, and sums and counts by timestep bin.
@@ -57,6 +60,8 @@ def make_step(
         """Gradient of the mean loss, and each sample's loss and timestep."""
         keys = randomness.sample_keys(settings.seed, step, batch["index"])
         noise_keys, time_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        # The barrier keeps the values those of this line alone, whatever XLA fuses them with.
+        batch = batch | {"latent": jax.lax.optimization_barrier(scale.normalise(batch["latent"]))}
         x_0 = batch["latent"]
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), timestep_sampler.draw(time_keys)
         inputs = drop_text(batch, drop_keys, settings, null)
@@ -122,7 +127,9 @@ class ShardedStep:
         )
         self._make_state = jax.jit(make_state, out_shardings=self.shardings)
         # One compilation: the state keeps its sharding from step to step, and its memory is reused.
-        step = make_step(job.losses, job.config, job.settings, job.steps, job.timestep_sampler, job.masks, job.null)
+        step = make_step(
+            job.losses, job.config, job.settings, job.steps, job.timestep_sampler, job.masks, job.null, job.scale
+        )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def first_state(self) -> TrainState:
@@ -136,15 +143,15 @@ class ShardedStep:
         job, B = self.job, self.job.settings.global_batch_size
         text_width = getattr(job.config, "text_width", 1)
         shapes = {
-            "latent": ((B, *job.latent_shape), jnp.float32),
-            "tokens": ((B, job.padded_text_length, text_width), jnp.float32),
+            "latent": ((B, *job.latent_shape), jnp.float16),
+            "tokens": ((B, job.padded_text_length, text_width), job.text_dtype),
             "length": ((B,), jnp.int32),
-            "pooled": ((B, job.config.pooled_width), jnp.float32),
+            "pooled": ((B, job.config.pooled_width), job.text_dtype),
             "cluster": ((B,), jnp.int32),
             "index": ((B,), jnp.int32),
         }
         place = sharding.batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
+        return {name: jax.ShapeDtypeStruct(*shapes[name], sharding=place) for name in job.fields}
 
     def argument_bytes(self) -> float:
         """Bytes of the state and a batch on each device."""

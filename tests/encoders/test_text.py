@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paris_jax.artifacts.schemas import TextDescription
-from paris_jax.encoders import text, words
+from paris_jax.encoders import minilm, published, text, words
 from paris_jax.encoders.words import Words
 from paris_jax.errors import UserError
 
@@ -137,3 +137,10 @@ def test_minilm_is_a_text_encoder_like_the_other():
         encoder.encode([" "])
     with pytest.raises(UserError, match="sha256"):
         text.from_description(msgspec.structs.replace(encoder.describe(), weights="0" * 64))
+
+
+def test_the_dtype_of_cached_embeddings_is_known_without_weights():
+    assert set(text.STORED_DTYPES) == set(text.NAMES)
+    for encoder in (words.Words, minilm.MiniLM, published.T5Clip):
+        (name,) = (name for name in text.NAMES if encoder.__name__.lower() == name.replace("+", ""))
+        assert text.STORED_DTYPES[name] == encoder.stored.name

@@ -26,12 +26,12 @@ from paris_jax.commands import train as stage
 from paris_jax.config.training import TrainingSettings
 from paris_jax.data.loader import training_batches
 from paris_jax.data.records import read_records
-from paris_jax.encoders import codecs
 from paris_jax.errors import Preempted, UserError
 from paris_jax.models import flops
 from paris_jax.training import checkpoints, metrics, optimizer, train
 from paris_jax.training import state as states
-from paris_jax.training.job import make_job
+from paris_jax.training.job import batch_iterator, make_job
+from paris_jax.training.step import ShardedStep
 from tests.conftest import QUICK
 from tests.training.torture import torture
 
@@ -400,9 +400,19 @@ def test_a_loss_that_is_not_finite_stops_names_its_clips_and_keeps_the_last_good
         stage.train(micro, run, EXPERT)
     assert final_checkpoint(run, micro)[0] == 4
     named = re.search(r"\(clips (.*?)\)", str(refusal.value)).group(1).split(", ")
-    scale = codecs.LatentScale.from_manifest(manifest.read(run.cluster(0), ClusterManifest).latent)
-    clips = {record.id: scale.normalise(record.latent) for record in read_records(run.cluster(0))}
+    clips = {record.id: record.latent for record in read_records(run.cluster(0))}
     np.testing.assert_array_equal(np.stack([clips[name] for name in named]), latents[6])
+
+
+@pytest.mark.parametrize("role", [EXPERT, Role("router"), Role("monolith")], ids=lambda role: role.name)
+def test_a_step_is_compiled_for_the_batches_that_the_loader_makes(role, micro, run):
+    """In the dtypes of the records: nothing is widened, or moved that the role does not read, before the device."""
+    folders = [run.cluster(k) for k in ([0] if role.cluster == 0 else range(3))]
+    job = make_job(micro, run, role, manifest.read(folders[0], ClusterManifest))
+    batch = next(batch_iterator(job, folders)(0, 1))
+    expected = {name: (leaf.shape, leaf.dtype) for name, leaf in ShardedStep(job).batch().items()}
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
+    assert ("tokens" in batch) == (role.kind != "router") and batch["latent"].dtype == np.float16
 
 
 def test_steps_that_will_not_come_cannot_be_profiled(micro, run):

@@ -50,14 +50,15 @@ def _clips(config: Any) -> None:
         source="folder",
         path="videos",  # [O] the published data set is not named
         num_clips=0,  # all
-        num_frames=33,  # [O] OS2's first stage at 256 px
+        num_frames=33,  # [O] of the 1 to 129 frames of OS2's first stage at 256 px
         height=256,  # [S]
         width=256,  # [S]
-        fps=24.0,  # [O]
+        fps=24.0,  # [S] OS2's highest
         heldout_fraction=0.001,  # [O] of OS2's 70M clips, ample for the 2048 that are compared [R]
     )
     config.codec.update(name="hunyuan", time=4, height=8, width=8)  # [R] 16 channels; OS2 scales them by 0.476986 [S]
-    config.text.update(name="t5+clip", max_tokens=512)  # [R] 4096 wide and padded to 512; pooled 768
+    # [R] 4096 wide, pooled 768; padded to 512 tokens, all attended to: 4 MB a clip, where its latent has 0.3.
+    config.text.update(name="t5+clip", max_tokens=512, pad_to_max_tokens=True)
     config.features.name = "dinov2"  # [O] Paris 1.0's choice [R]; Paris 2.0's is not published
     # Two-stage k-means is Paris 1.0's [R]; its numbers are [O].
     config.clustering.update(num_clusters=EXPERTS, fine_clusters=1024)
@@ -77,15 +78,15 @@ def _training(config: Any) -> None:
         # [O] The monolith then takes 84K steps, close to the 85K of OS2's first stage [S]; an expert takes a third [R].
         steps=28_000,
         global_batch_size=2688,  # [O] 12 clips on each of OS2's 224 GPUs
-        learning_rate=5e-5,  # [S] OS2; its later step down to 3e-5 is left out, our schedules are cosine and constant
-        warmup_steps=1000,  # [O]
+        learning_rate=5e-5,  # [S] OS2; its later step down to 3e-5 is left out: no schedule here has steps
+        warmup_steps=1000,  # [O] OS2 has none
         lr_schedule="constant",  # [O]
-        b1=0.9,  # [O]
-        b2=0.999,  # [O]
+        b1=0.9,  # [S] OS2
+        b2=0.999,  # [S] OS2
         eps=1e-15,  # [S] OS2
         weight_decay=0.0,  # [S] OS2
         max_grad_norm=1.0,  # [S] OS2
-        ema_decay=0.9999,  # [O]
+        ema_decay=0.9999,  # [O] OS2 has no average
         drop_tokens=0.3162,  # [S] OS2
         drop_pooled=0.3162,  # [S] OS2
         compute_dtype="bfloat16",  # [S] OS2
@@ -105,7 +106,7 @@ def _router_training(config: Any) -> None:
         lr_schedule="cosine",
         b2=0.999,
         ema_decay=0.9999,
-        timestep_sampler="uniform",
+        timestep_sampler="shifted_uniform",
         drop_pooled=0.1,  # the router must also work without text, in the guidance branch
         compute_dtype="bfloat16",
         log_every_steps=50,
@@ -130,13 +131,20 @@ def _sampling(config: Any) -> None:
 
 
 def _opensora2(config: Any) -> None:
-    """Open-Sora 2.0's own network, to sample from its published weights or to train from them."""
+    """Open-Sora 2.0's own network, to sample from its published weights or to train from them.
+
+    All marks [S] here are of its public configs: diffusion/inference/256px.py and diffusion/train/stage1_i2v.py.
+    """
     _11b(config)
-    config.text.pad_to_max_tokens = True  # [S] its code attends to all 512 tokens and encodes no text as ""
-    config.masks.update(
-        none=0.75, first=0.1, last=0.05, both=0.05, prefix=0.05
-    )  # [O] it has the conditioning input; the shares are ours
-    config.sampling.image_guidance_scale = 3.0  # [S]
+    config.data.update(num_frames=129, height=192, width=336)  # [S] 16:9 at 256 px
+    # [S] in sampling; in training its captions name the clip's own motion score, which is not computed here [O].
+    config.text.suffix = "24 FPS. 4 motion score."
+    config.masks.update(none=1.0, first=5.0, last=1.0, both=1.0, prefix=0.0)  # [S]
+    config.sampling.update(
+        image_guidance_scale=3.0,  # [S]
+        guidance_oscillation="both",  # [S]
+        image_guidance_ramp=True,  # [S]
+    )
 
 
 VARIANTS = {"11b": _11b, "opensora2": _opensora2}

@@ -39,7 +39,12 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     )
     config.training.update(log_every_steps=50, checkpoint_every_steps=650)
     config.router_training.update(
-        steps=400, global_batch_size=16, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, timestep_sampler="uniform"
+        steps=400,
+        global_batch_size=16,
+        learning_rate=2e-3,
+        warmup_steps=50,
+        ema_decay=0.99,
+        timestep_sampler="shifted_uniform",
     )
     config.sampling.update(num_inference_steps=30, guidance_scale=4.0, routing="top_k", top_k=1)
     VARIANTS[arg](config)

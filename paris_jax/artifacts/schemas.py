@@ -72,6 +72,7 @@ class T5ClipDescription(
     pooled_width: Size
     weights: dict[str, Sha256]
     pad_to_max_tokens: bool = False
+    suffix: Annotated[str, Meta(max_length=1000)] = ""
 
 
 def name_of(description: Struct) -> str:

@@ -123,7 +123,7 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None
     codec, (width, pooled) = dataclasses.asdict(experiment.codec), text_encoders.widths_of(experiment)
-    described = T5ClipDescription(settings.max_tokens, width, pooled, {}, settings.pad_to_max_tokens)
+    described = T5ClipDescription(settings.max_tokens, width, pooled, {}, settings.pad_to_max_tokens, settings.suffix)
     if settings.t5 and settings.clip:
         described = text_encoder(experiment, ()).describe()
     shape = codecs.latent_shape(experiment)

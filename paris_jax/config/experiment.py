@@ -43,7 +43,7 @@ LATER_FIELDS = {
     "codec": {"posterior": "mean"},
     "network": {"attention": "joint"},
     "router": {"attention": "joint"},
-    "text": {"pad_to_max_tokens": False},
+    "text": {"pad_to_max_tokens": False, "suffix": ""},
 }
 # The sections that decide the clips and their clusters.
 DATA_SECTIONS = ("data", "codec", "text", "features", "clustering")

@@ -74,6 +74,7 @@ class TextSettings:
     width: int = setting(64, "words: width of the table; the others have their own", at_least=8)
     max_tokens: int = setting(24, "longest text, in tokens", at_least=1)
     pad_to_max_tokens: bool = setting(False, "t5+clip: pad every text to max_tokens and attend to all, as FLUX.1")
+    suffix: str = setting("", "t5+clip: words after every text, such as '24 FPS. 4 motion score.'")
     t5: str = setting("", "t5+clip: folder of T5's weights and tokenizer, as Hugging Face publishes them")
     clip: str = setting("", "t5+clip: folder of CLIP's weights and tokenizer")
 
@@ -81,6 +82,8 @@ class TextSettings:
         yield from fields.problems_of(self)
         if self.pad_to_max_tokens and self.name != "t5+clip":
             yield f"pad_to_max_tokens=True: text.name={self.name!r} has its texts at their true length; leave it out"
+        if self.suffix and self.name != "t5+clip":
+            yield f"suffix={self.suffix!r}: text.name={self.name!r} has none; leave it out"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from paris_jax.config.checks import Problems
 from paris_jax.config.fields import setting
 
 PredictionType = Literal["velocity", "noise"]
-TimestepSamplerName = Literal["logit_normal", "uniform"]
+TimestepSamplerName = Literal["logit_normal", "uniform", "shifted_uniform"]
 OptimizerName = Literal["adamw", "muon", "adafactor"]
 LrSchedule = Literal["cosine", "constant", "wsd"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -95,10 +95,12 @@ class TrainingSettings:
     )
     init_from: str = setting("", "folder of initial weights (`paris-jax import`, or an export); empty: random")
     prediction_type: str = setting(
-        "velocity", "velocity: flow matching; noise: DDPM on the cosine path", choices=PredictionType
+        "velocity", "velocity: flow matching; noise: DDPM on the cosine path, timesteps uniform", choices=PredictionType
     )
     timestep_sampler: str = setting(
-        "logit_normal", "distribution of training timesteps; uniform suits the router", choices=TimestepSamplerName
+        "logit_normal",
+        "distribution of training timesteps; shifted_uniform suits the router, which is asked at those of sampling",
+        choices=TimestepSamplerName,
     )
     drop_tokens: float = setting(0.3162, "probability of dropping the text tokens", at_least=0.0, at_most=1.0)
     drop_pooled: float = setting(

@@ -285,7 +285,7 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: Encod
     if settings.name == "words":
         options = {"vocabulary": vocabulary, "width": settings.width}
     elif settings.name == "t5+clip":
-        options = {"t5": settings.t5, "clip": settings.clip, "pad_to_max_tokens": settings.pad_to_max_tokens}
+        options = {name: getattr(settings, name) for name in ("t5", "clip", "pad_to_max_tokens", "suffix")}
     if store is not None and settings.name == "t5+clip":
         options["store"] = store
     return text.text_encoder(settings.name, max_tokens=settings.max_tokens, **options)

@@ -143,6 +143,7 @@ class T5Clip:
     pad_to_max_tokens: bool = (
         False  # every text is filled up to max_tokens, as T5 fills it, and all of it is attended to
     )
+    suffix: str = ""  # words after every text; Open-Sora 2.0: "24 FPS. 4 motion score."
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
     store: EncoderStore = store_field()
 
@@ -164,6 +165,7 @@ class T5Clip:
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
         """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
+        texts = [self._with_suffix(text) for text in texts]
         tokenize = self.store.tokenizer(self.t5)
         pieces = [tokenize(text) if text.strip() else [] for text in texts]
         for text, found in zip(texts, pieces, strict=True):
@@ -188,6 +190,13 @@ class T5Clip:
         made = zip(tokens[: len(texts)], length, np.asarray(found["pooled"])[: len(texts)], strict=True)
         return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 
+    def _with_suffix(self, text: str) -> str:
+        """A text with the suffix as a sentence of its own; an empty text stays empty."""
+        if not self.suffix or not text.strip():
+            return text
+        text = text.strip()
+        return f"{text}{'' if text.endswith('.') else '.'} {self.suffix}"
+
     def null(self) -> TextEncoding:
         """No text, for dropout and guidance: one token of zeros and pooled zeros; if padded, the encoding of ""."""
         if self.pad_to_max_tokens:
@@ -205,7 +214,7 @@ class T5Clip:
 
     def describe(self) -> T5ClipDescription:
         return T5ClipDescription(
-            self.max_tokens, self.width, self.pooled_width, dict(self.weights), self.pad_to_max_tokens
+            self.max_tokens, self.width, self.pooled_width, dict(self.weights), self.pad_to_max_tokens, self.suffix
         )
 
 

@@ -2,6 +2,10 @@
 
 Paris 2.0: a DiT-B-size network on the noisy latent, AdaLN from time and pooled text, trained as a classifier
 p(cluster | x_t, t, text). Its softmax is the weight of each expert (Decentralized Diffusion Models, arXiv 2501.05450).
+
+Class k is cluster k of the partition. Training draws clips of all clusters in natural proportion, so the softmax
+contains the prior p(cluster) and is not corrected for it. Its calibration is measured by the evaluation; the parameter
+`router_temperature` of sampling changes it.
 """
 
 import dataclasses

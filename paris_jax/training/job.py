@@ -138,7 +138,9 @@ def job_of(
         config = functional.network_config(experiment.network, **sizes)
     diffusion = experiment.diffusion
     shift = timesteps.resolve_shift(diffusion.timestep_shift, video_tokens(latent_shape), latent_shape[0])
-    sampler = TimestepSampler(settings.timestep_sampler, diffusion.timestep_mean, diffusion.timestep_std, shift)
+    # Timesteps of the cosine path are not those of the linear one; DDPM draws them uniformly.
+    name = "uniform" if settings.prediction_type == "noise" else settings.timestep_sampler
+    sampler = TimestepSampler(name, diffusion.timestep_mean, diffusion.timestep_std, shift)
     return Job(
         name=role.name,
         folder=folder,

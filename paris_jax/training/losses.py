@@ -22,7 +22,10 @@ PerSampleLosses = Callable[..., jax.Array]  # (config, params, batch, x_0, noise
 
 @dataclasses.dataclass(frozen=True)
 class TimestepSampler:
-    """Distribution of training timesteps: sigmoid(normal(mean, std)) or uniform, then shifted."""
+    """Distribution of training timesteps.
+
+    "logit_normal": sigmoid(normal(mean, std)), then shifted; "uniform"; "shifted_uniform": uniform, then shifted.
+    """
 
     kind: str
     mean: float
@@ -31,8 +34,9 @@ class TimestepSampler:
 
     def draw(self, keys_B: jax.Array) -> jax.Array:
         """A timestep in [0, 1] for each key, (B,) float32."""
-        if self.kind == "uniform":
-            return timesteps.shift(jax.vmap(jax.random.uniform)(keys_B), self.shift)
+        if self.kind in ("uniform", "shifted_uniform"):
+            uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+            return uniform_B if self.kind == "uniform" else timesteps.shift(uniform_B, self.shift)
         return timesteps.logit_normal(randomness.normal(keys_B, ()), self.mean, self.std, self.shift)
 
 

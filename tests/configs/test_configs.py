@@ -179,4 +179,8 @@ def test_open_soras_own_network_is_the_published_one_with_texts_as_it_knows_them
     )
     assert functional.count(network) == 11_891_178_560 + 68 * 3072 + 3072  # and an input for frames that are given
     assert experiment.text.pad_to_max_tokens and (experiment.text.max_tokens, tokens, pooled) == (512, 4096, 768)
-    assert (experiment.sampling.guidance_scale, experiment.sampling.image_guidance_scale) == (7.5, 3.0)
+    sampling = experiment.sampling
+    assert (sampling.guidance_scale, sampling.image_guidance_scale) == (7.5, 3.0)
+    assert (sampling.guidance_oscillation, sampling.image_guidance_ramp) == ("both", True)
+    assert codecs.latent_shape(experiment) == (33, 24, 42, 16) and experiment.text.suffix == "24 FPS. 4 motion score."
+    assert experiment.masks.weights == (1, 5, 1, 1, 0)  # of "none", first, last, both, prefix

@@ -140,6 +140,19 @@ def test_padded_texts_are_attended_to_as_a_whole():
         encoder.encode([""])
 
 
+def test_a_suffix_stands_after_every_text_as_a_sentence_of_its_own():
+    folders = {"t5": FOLDERS["t5"], "clip": FOLDERS["clip"], "max_tokens": TOKENS}
+    plain, encoder = published.T5Clip(**folders), published.T5Clip(**folders, suffix="4 fps.")
+    for given in ("a red ball", " a red ball. "):
+        made, expected = (e.encode([t])[0] for e, t in ((encoder, given), (plain, "a red ball. 4 fps.")))
+        np.testing.assert_array_equal(made.tokens, expected.tokens)
+        np.testing.assert_array_equal(made.pooled, expected.pooled)
+    np.testing.assert_array_equal(encoder.null().tokens, plain.null().tokens)
+    assert text.from_description(encoder.describe(), folders).suffix == "4 fps." and plain.describe().suffix == ""
+    with pytest.raises(UserError, match="is empty"):
+        encoder.encode([" "])
+
+
 def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatch):
     """An expert that always loses its text is told the encoding of "": from another one, it learns something else."""
     made = config()

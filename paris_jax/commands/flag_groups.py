@@ -147,9 +147,11 @@ def target(values: flags.FlagValues) -> None:
     text = "a topology: v4:2x2x2, v5e:4x4, v5p:2x2x4, v6e:4x8 or cpu:8"
     flags.DEFINE_string("target", None, text, flag_values=values)
     flags.DEFINE_enum("role", None, ROLES, "one role; by default all", flag_values=values)
-    flags.DEFINE_float("mfu", 0.4, "model FLOPs utilization that steps are expected to reach", flag_values=values)
+    mfu = "model FLOPs utilization that steps are expected to reach; by default by the size of the network"
+    flags.DEFINE_float("mfu", None, mfu, flag_values=values)
     flags.DEFINE_float("price", None, "of one chip for one hour, in your currency", flag_values=values)
     flags.DEFINE_bool("search", True, "find the largest batch and the smallest topology, too", flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object instead of text", flag_values=values)
 
 
 def placing(values: flags.FlagValues) -> None:

@@ -177,12 +177,12 @@ def _plan(call: Call) -> None:
     from paris_jax.planning.topologies import Topology
 
     if not call["target"]:
-        raise UserError("--target is missing; name a topology, such as v5p:2x2x4, v6e:4x4, or cpu:8")
+        raise UserError("--target is missing; name a topology, such as v5p:2x2x4, v6e:4x4, h100:8, or cpu:8")
     roles = (call["role"],) if call["role"] else ROLES
     check_arguments(call["mfu"], call["price"])
     target = Topology.parse(call["target"])
     experiment = call.experiment(call.run if call["workdir"] else None)
-    plan(experiment, target, roles, call["mfu"], call["price"], call["search"])
+    plan(experiment, target, roles, call["mfu"], call["price"], call["search"], call["json"])
 
 
 def _status(call: Call) -> None:
@@ -293,6 +293,7 @@ COMMANDS = {
         (
             "paris-jax plan --config=configs/paris2.py --target=v5p:2x2x4 --role=expert",
             "paris-jax plan --config=configs/shapes.py:small --target=v6e:2x2 --price=2.70",
+            "paris-jax plan --config=configs/paris2.py --target=h200:8 --config.training.global_batch_size=96",
         ),
         (flag_groups.config, flag_groups.workdir, flag_groups.target),
         _plan,

@@ -22,18 +22,19 @@ class Chip:
     peak: float  # dense bfloat16, FLOP/s
     memory: float  # bytes
     bandwidth: float  # memory bandwidth, bytes/s
+    peak32: float  # of float32 products as JAX computes them: in bfloat16 passes on TPUs, in TF32 on GPUs
 
 
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, 32 * GIB, 1.228e12),
-    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 0.819e12),
-    Chip("v5p", "TPU v5p", 459e12, 95 * GIB, 2.765e12),
-    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2.765e12),
-    Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1.64e12),
-    Chip("h200", "NVIDIA H200", 989e12, 141e9, 4.8e12),
-    Chip("h100", "NVIDIA H100", 989e12, 80e9, 3.35e12),
-    Chip("a100", "NVIDIA A100", 312e12, 80e9, 2.0e12),
-    Chip("l4", "NVIDIA L4", 121e12, 24e9, 0.3e12),
+    Chip("v4", "TPU v4", 275e12, 32 * GIB, 1.228e12, 275e12),
+    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 0.819e12, 197e12),
+    Chip("v5p", "TPU v5p", 459e12, 95 * GIB, 2.765e12, 459e12),
+    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2.765e12, 459e12),
+    Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1.64e12, 918e12),
+    Chip("h200", "NVIDIA H200", 989e12, 141e9, 4.8e12, 494e12),
+    Chip("h100", "NVIDIA H100", 989e12, 80e9, 3.35e12, 494e12),
+    Chip("a100", "NVIDIA A100", 312e12, 80e9, 2.0e12, 156e12),
+    Chip("l4", "NVIDIA L4", 121e12, 24e9, 0.3e12, 60e12),
 )
 
 
@@ -60,11 +61,7 @@ def forward_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...
     conditioning = 2 * D * (TIME_FEATURES + D + config.pooled_width + D)
     final = 2 * D * 2 * D  # modulation
     L = 1 if isinstance(config, RouterConfig) else text_length
-    S, T = N + L, latent_shape[0]
-    pairs = S * S  # of queries and keys
-    if config.attention == "factorised":
-        pairs = N * (N // T + L) + (N * T if T > 1 else 0) + L * S
-    layers = 2 * S * D * D * (4 + 2 * M) + 4 * pairs * D
+    layers = 2 * (N + L) * D * D * (4 + 2 * M) + attention_flops(config, latent_shape, text_length)
     if isinstance(config, RouterConfig):
         block = layers + 2 * D * 6 * D
         return 2 * N * inputs * D + conditioning + config.blocks * block + final + 2 * D * config.clusters
@@ -74,6 +71,16 @@ def forward_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...
     return (
         embed + conditioning + config.double_blocks * double + config.single_blocks * single + final + 2 * N * D * patch
     )
+
+
+def attention_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:
+    """FLOPs of the two products of attention, queries with keys and weights with values, of one block and sample."""
+    N, T = video_tokens(latent_shape), latent_shape[0]
+    L = 1 if isinstance(config, RouterConfig) else text_length
+    pairs = (N + L) ** 2  # of queries and keys
+    if config.attention == "factorised":
+        pairs = N * (N // T + L) + (N * T if T > 1 else 0) + L * (N + L)
+    return 4 * pairs * config.hidden
 
 
 def training_flops(config: DiTConfig | RouterConfig, latent_shape: tuple[int, ...], text_length: int) -> int:

@@ -1,7 +1,9 @@
 """`plan`: compiled for simulated devices everywhere, and for real TPU slices where libtpu is installed."""
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,12 +13,14 @@ import pytest
 from etils import epath
 
 from paris_jax.errors import UserError
-from paris_jax.planning import estimate as stage
-from paris_jax.planning.topologies import Footprint, Topology
+from paris_jax.planning import search, topologies
+from paris_jax.planning.compiled import Footprint, Planned
+from paris_jax.planning.topologies import Topology
 from tests.training.test_sharding import make_job
 
 ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
+CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 GIB = 2**30
 
 
@@ -27,27 +31,85 @@ def plan(*arguments, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-def rows(text: str) -> dict[str, list[list[str]]]:
-    """The rows of every table by their first cell."""
-    found: dict[str, list[list[str]]] = {}
+def blocks(text: str) -> dict[str, dict[str, str]]:
+    """The lines of each role: what its first line says, and the others by their first word."""
+    found: dict[str, dict[str, str]] = {}
+    role = ""
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split("│")[1:-1]]
-        if cells:
-            found.setdefault(cells[0], []).append(cells[1:])
+        word, _, rest = line.strip().partition(" ")
+        if line.startswith(" " * 12):
+            found[role]["network"] += f" {line.strip()}"
+        elif line.startswith("  "):
+            found[role][word] = rest.strip()
+        elif word in ("expert", "monolith", "router"):
+            role = word
+            found[role] = {"": rest.strip()}
     return found
 
 
 def test_the_real_step_is_compiled_for_devices_that_are_not_here():
-    done = plan("--config=configs/shapes.py:tiny", "--target=cpu:4", "--config.training.fsdp=2")
+    done = plan("--config=configs/shapes.py:tiny", "--target=cpu:4", "--config.training.fsdp=2", COLUMNS="80")
     assert done.returncode == 0, done.stderr[-3000:]
-    found = rows(done.stdout)
-    for role in ("expert", "monolith", "router"):
-        memory, time = found[role]
-        assert memory[-1] == "yes" and float(memory[4]) >= float(memory[2]) > 0
-        assert time[0] == ("3" if role == "expert" else "1")
-    assert found["expert"][0] == found["monolith"][0]
-    assert found["monolith"][1][4] == "3,900"  # three times the experts' steps
+    found = blocks(done.stdout)
+    assert "batch 8, fsdp 2, float32, remat none" in found["expert"][""]
+    assert found["expert"]["run"] == "3 x 1,300 steps" and found["monolith"]["run"] == "1 x 3,900 steps"
+    assert found["expert"]["memory"] == found["monolith"]["memory"] and "temporary = " in found["router"]["memory"]
+    assert "all-gather" in found["expert"]["network"] and "all-gather" not in found["router"]["network"]
     assert "data 2 x fsdp 2" in " ".join(done.stderr.split())
+    roles = done.stdout.split("Text is counted")[0]
+    assert max(map(len, roles.splitlines())) <= 80
+
+
+def test_a_plan_is_readable_by_programs():
+    done = plan(
+        "--config=configs/shapes.py:tiny",
+        "--target=cpu:2",
+        "--role=expert",
+        "--json",
+        "--config.training.optimizer=adamw",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    expert = found["roles"]["expert"]
+    assert (found["target"], found["devices"], expert["attention"], expert["jobs"]) == ("cpu:2", 2, "xla", 3)
+    assert expert["memory"]["peak"] >= expert["memory"]["arguments"] > 1e6
+    assert 0.9 < 2 * expert["program"]["flops"]["f32"] / expert["model_flops"] < 1.1  # of two devices
+
+
+@pytest.mark.skipif(not CUDA, reason="needs JAX for CUDA, without a GPU: pip install -e '.[cuda12]'")
+@pytest.mark.parametrize("target", ["h100:2", "h200:1", "a100:16"])
+def test_a_step_is_compiled_for_gpus(target):
+    """Routers with their odd number of tokens included; the step of every role has flash attention."""
+    flags = ("--config.network.hidden=256", "--config.network.heads=4", "--config.network.double_blocks=1")
+    done = plan(
+        "--config=configs/shapes.py:small", f"--target={target}", "--nosearch", "--json", *flags,
+        "--config.network.single_blocks=1", "--config.data.height=48", "--config.data.width=48",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for role, blocks in (("expert", 2), ("router", 6)):
+        program, memory = found["roles"][role]["program"], found["roles"][role]["memory"]
+        assert program["kernels"]["__cudnn$fmhaSoftmax"] == program["kernels"]["__cudnn$fmhaSoftmaxBackward"] == blocks
+        assert memory["fits"] and memory["memory"] > 70e9 and found["roles"][role]["attention"] == "cudnn"
+
+
+def test_offload_is_not_planned_for_gpus_where_nothing_would_show_it():
+    done = plan("--config=configs/shapes.py:tiny", "--target=h100:1", "--config.network.remat=offload")
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert ("remat=offload cannot be planned" in said) if CUDA else ("pip install -e '.[cuda12]'" in said)
+
+
+def test_the_flags_are_those_of_the_launch_scripts():
+    script = (
+        "for kind in tpu gpu; do source launch/device_flags.sh $kind; done; echo $LIBTPU_INIT_ARGS; echo $XLA_FLAGS"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    tpu, gpu = done.stdout.splitlines()
+    assert tuple(tpu.split()) == topologies.TPU_FLAGS
+    assert gpu == "--xla_gpu_enable_latency_hiding_scheduler=true"
+    assert topologies.GPU_OPTIONS["xla_gpu_enable_latency_hiding_scheduler"] is True
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[tpu]'")
@@ -59,9 +121,10 @@ def test_a_step_is_compiled_for_a_tpu_slice(target):
         "--config.network.single_blocks=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    memory, time = rows(done.stdout)["expert"]
-    assert memory[-1] == "yes" and memory[-2] in ("32", "16", "95")
-    hours, work, cost = (float(cell.replace(",", "")) for cell in time[-3:])
+    found = blocks(done.stdout)["expert"]
+    assert re.search(r" of (32|16|95) GiB: fits$", found["memory"]) and found["attention"] == "the Pallas flash kernel"
+    numbers = re.findall(r"([\d.,]+) (?:hours|chip-hours)|cost ([\d.,]+)", found["run"])
+    hours, work, cost = (float("".join(pair).replace(",", "")) for pair in numbers)
     assert work == pytest.approx(hours * 4 * 3, rel=0.02) and cost == pytest.approx(2 * work, rel=0.02)
     assert "attention: pallas" in " ".join(done.stderr.split())
 
@@ -100,7 +163,9 @@ def test_without_libtpu_the_extra_is_named():
     assert "pip install -e '.[tpu]'" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("target", ["v7:2x2", "v5p:16", "v5p:2x2", "v5e:2x2x2", "cpu", "cpu:0", "v6e:4xx4", "cpu:2x2"])
+@pytest.mark.parametrize(
+    "target", ["v7:2x2", "h100:2x2", "v5p:16", "v5p:2x2", "v5e:2x2x2", "cpu", "cpu:0", "v6e:4xx4", "cpu:2x2"]
+)
 def test_a_slice_that_cannot_be_is_refused(target):
     with pytest.raises(UserError, match=f"--target={target}: must be a TPU slice such as"):
         Topology.parse(target)
@@ -124,7 +189,7 @@ def test_wrong_input_is_one_sentence(flags, said):
 
 
 class Pretended:
-    """Stands for the compiler: 8 GiB of state over fsdp; 2 GiB a sample of each device, or a quarter recomputed."""
+    """Stands for the compiler: 8 GiB of state over fsdp; 2 GiB a sample of each part, or a quarter recomputed."""
 
     def __init__(self, memory: float):
         self.memory, self.compiled = memory, []
@@ -133,8 +198,8 @@ class Pretended:
         self.compiled.append((job.settings.global_batch_size, job.settings.fsdp, job.config.remat))
         state = 8 * GIB / job.settings.fsdp
         each = 2 * GIB * (0.25 if job.config.remat == "full" else 1)
-        used = each * job.settings.global_batch_size / target.size
-        return stage.Planned(job, target, Footprint(state, used, state + used, self.memory), 0.0)
+        used = each * job.settings.global_batch_size / target.size / job.settings.grad_accum_steps
+        return Planned(job, target, Footprint(state, used, state + used, self.memory), None, 0.0)
 
 
 def pretended_step(job, devices):
@@ -145,9 +210,8 @@ def pretended_step(job, devices):
 def pretended(monkeypatch):
     def use(memory):
         compiler = Pretended(memory)
-        monkeypatch.setattr(stage, "_compile", compiler)
         monkeypatch.setattr(Topology, "devices", lambda self: [])
-        monkeypatch.setattr(stage, "ShardedStep", pretended_step)
+        monkeypatch.setattr(search, "ShardedStep", pretended_step)
         return compiler
 
     return use
@@ -157,7 +221,7 @@ def look_further(compiler, **settings):
     job = make_job(**settings)
     assert job.folder == epath.Path("nowhere")
     target = Topology.parse("v6e:2x4")
-    return list(stage._suggestions(compiler(job, target, []), []))
+    return list(search.suggestions(compiler(job, target, []), [], compiler))
 
 
 def test_the_largest_batch_and_the_smallest_slice_are_found_and_compiled(pretended):
@@ -177,14 +241,18 @@ def test_a_slice_too_small_for_the_state_is_not_even_compiled(pretended):
 
 
 def test_what_makes_it_fit_is_tried_and_said(pretended):
-    """6 GiB: 8 of state are too much for fsdp=1; then full recomputation; then fewer samples."""
-    compiler = pretended(4 * GIB)
-    said = look_further(compiler, global_batch_size=128)
-    assert said[0].startswith("does not fit: each device needs 40.00 GiB and has 4.00 GiB")
+    """8 GiB of state are too much for fsdp=1; a batch of 16 a device is cut into the parts that fit."""
+    said = look_further(pretended(10 * GIB), global_batch_size=128)
+    assert said[0].startswith("does not fit: each device needs 40.00 GiB and has 10.00 GiB")
     assert said[1] == "tried --config.training.fsdp=8: 33.00 GiB"
-    assert said[2] == "tried --config.training.fsdp=8 --config.network.remat=full: 9.00 GiB"
-    assert said[-1].endswith("which fits")
-    assert compiler.compiled[-1][0] < 128 and compiler.compiled[-1][1:] == (8, "full")
+    parts = "--config.training.fsdp=8 --config.training.grad_accum_steps=4"
+    assert said[2:] == [f"tried {parts}: 9.00 GiB, which fits"]
+
+
+def test_recomputation_is_tried_where_a_single_sample_is_too_large(pretended):
+    said = look_further(pretended(2.5 * GIB), global_batch_size=128, fsdp=8)
+    parts = "--config.training.grad_accum_steps=16"
+    assert said[1:] == [f"tried {parts}: 3.00 GiB", f"tried {parts} --config.network.remat=full: 1.50 GiB, which fits"]
 
 
 def test_one_change_that_is_enough_is_the_only_one(pretended):

@@ -5,7 +5,13 @@ import pytest
 import scipy.linalg
 
 from paris_jax.evaluation.estimates import jackknife
-from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_distance, frechet_estimate
+from paris_jax.evaluation.metrics.frechet import (
+    frechet_difference,
+    frechet_distance,
+    frechet_estimate,
+    frechet_limit,
+    limit_estimate,
+)
 
 
 def exact_gaussian(n: int, mean: np.ndarray, covariance: np.ndarray, seed: int) -> np.ndarray:
@@ -99,3 +105,29 @@ def test_the_difference_of_two_arms_is_paired():
     made = frechet_difference(first, second, real)
     assert made["value"] == pytest.approx(frechet_distance(first, real) - frechet_distance(second, real))
     assert made["stderr"] < 0.5 * frechet_estimate(first, real)["stderr"]
+
+
+def test_the_limit_of_many_clips_is_the_true_distance():
+    """At 256 clips of 64 features the distance itself is more than four times the true one."""
+    rng = np.random.default_rng(5)
+    pairs = [(rng.standard_normal((256, 64)), rng.standard_normal((256, 64)) + 0.2) for _ in range(12)]
+    true = 64 * 0.2**2
+    assert np.mean([frechet_distance(*pair) for pair in pairs]) > 4 * true
+    limits = [frechet_limit(*pair) for pair in pairs]
+    assert abs(np.mean(limits) - true) < 3 * np.std(limits) / np.sqrt(len(limits)) + 0.15 * true
+
+
+def test_the_limit_needs_twice_as_many_clips_as_features():
+    with pytest.raises(ValueError, match="at least 128 clips"):
+        frechet_limit(np.zeros((100, 64)), np.zeros((100, 64)))
+
+
+def test_standard_error_of_the_limit_matches_the_spread_over_repeated_draws():
+    rng = np.random.default_rng(6)
+
+    def draw():
+        return rng.standard_normal((128, 8)), rng.standard_normal((128, 8)) + 0.5
+
+    repeats = [frechet_limit(*draw()) for _ in range(200)]
+    errors = [limit_estimate(*draw())["stderr"] for _ in range(30)]
+    assert np.mean(errors) == pytest.approx(np.std(repeats), rel=0.3)

@@ -1,4 +1,4 @@
-"""Frechet distance of two feature sets, in float64 and without a matrix square root."""
+"""Frechet distance of two feature sets, in float64 and without a matrix square root, and its limit for many clips."""
 
 import numpy as np
 
@@ -49,3 +49,54 @@ def frechet_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, 
         len(real),
         groups,
     )
+
+
+def limit_parts(clips: int, width: int) -> int:
+    """Parts that `frechet_limit` splits clips into: up to 4 of at least `width` clips; below 2, there is no limit."""
+    return min(4, clips // width)
+
+
+def frechet_limit(first: np.ndarray, second: np.ndarray, parts: int | None = None) -> float:
+    """Frechet distance extrapolated to infinitely many clips, which removes the bias in 1/N.
+
+    Fits d(n) = d_inf + b / n by least squares to the mean distance of 1, 2, ..., `parts` disjoint parts of both sets.
+    It may be below zero for equal distributions. With fewer clips than features in the smallest part the bias has more
+    terms: 64 features of 128 clips in 4 parts gave 7.1 where 2.6 is true.
+
+    Args:
+      first, second: (N, F) float features in an order that is random with respect to the clips.
+      parts: by default as many as `limit_parts` says.
+
+    Raises:
+      ValueError: N is below 2 F.
+
+    Source: Chong and Forsyth 2020, "Effectively unbiased FID and Inception score" (arXiv 1911.07023), with disjoint
+    parts instead of random subsets, so that the same clips always give the same number.
+    """
+    N, F = first.shape
+    parts = limit_parts(N, F) if parts is None else parts
+    if parts < 2:
+        raise ValueError(f"{N} clips of {F} features: the limit of many clips needs at least {2 * F} clips")
+    inverse, distance = [], []
+    for p in range(1, parts + 1):
+        size = N // p
+        pieces = [slice(i * size, (i + 1) * size) for i in range(p)]
+        inverse.append(1 / size)
+        distance.append(np.mean([frechet_distance(first[piece], second[piece]) for piece in pieces]))
+    return float(np.polyfit(inverse, distance, 1)[1])
+
+
+def limit_estimate(first: np.ndarray, second: np.ndarray, groups: int = 8) -> Estimate:
+    """`frechet_limit` of (N, F) features with its jackknife standard error."""
+    parts = limit_parts(*first.shape)
+    return jackknife(lambda kept: frechet_limit(first[kept], second[kept], parts), len(first), groups)
+
+
+def limit_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 8) -> Estimate:
+    """Limit of d(first, real) minus that of d(second, real), with its jackknife standard error; all (N, F)."""
+    parts = limit_parts(*real.shape)
+
+    def apart(kept: np.ndarray) -> float:
+        return frechet_limit(first[kept], real[kept], parts) - frechet_limit(second[kept], real[kept], parts)
+
+    return jackknife(apart, len(real), groups)

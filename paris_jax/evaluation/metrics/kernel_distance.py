@@ -1,0 +1,72 @@
+"""Kernel distance of two feature sets: the squared maximum mean discrepancy, unbiased at every number of clips.
+
+With Inception's features of images it is the Kernel Inception Distance (Binkowski et al. 2018, arXiv 1801.01401), with
+I3D's of videos the kernel video distance (Unterthiner et al. 2018, arXiv 1812.01717).
+"""
+
+import numpy as np
+
+from paris_jax.evaluation.estimates import Estimate, jackknife
+
+
+def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy with the kernel k(x, y) = (x . y / F + 1)^3.
+
+        d = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    Its mean is the distance of the distributions whatever the number of clips, so it may be below zero for equal ones.
+
+    Args:
+      first, second: (N, F) and (M, F) float features, N and M >= 2.
+    Raises:
+      ValueError: other shapes, or a feature that is not finite.
+    """
+    return _Kernels(first, second)(np.arange(len(first)), np.arange(len(second)))
+
+
+def kernel_estimate(first: np.ndarray, second: np.ndarray, groups: int = 16) -> Estimate:
+    """Kernel distance of (N, F) features with its jackknife standard error (clip i left out of both sets together)."""
+    kernels = _Kernels(first, second)
+    return jackknife(lambda kept: kernels(kept, kept), _common_count(first, second), groups)
+
+
+def kernel_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 16) -> Estimate:
+    """d(first, real) - d(second, real) with its jackknife standard error, paired by prompt; all (N, F)."""
+    a, b = _Kernels(first, real), _Kernels(second, real)
+    return jackknife(lambda kept: a(kept, kept) - b(kept, kept), _common_count(first, second, real), groups)
+
+
+class _Kernels:
+    """The kernels of all pairs, from which the distance of any subsets is a sum."""
+
+    def __init__(self, first: np.ndarray, second: np.ndarray):
+        first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+        if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+            raise ValueError(
+                f"features have shapes {first.shape} and {second.shape}: must be (N, F) and (M, F) with N, M >= 2"
+            )
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise ValueError("features are not finite")
+        self.within_first, self.within_second = _kernel(first, first), _kernel(second, second)
+        self.between = _kernel(first, second)
+
+    def __call__(self, rows: np.ndarray, columns: np.ndarray) -> float:
+        within = _mean_of_pairs(self.within_first, rows) + _mean_of_pairs(self.within_second, columns)
+        return float(within - 2 * self.between[np.ix_(rows, columns)].mean())
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _mean_of_pairs(kernel: np.ndarray, kept: np.ndarray) -> float:
+    """Mean over i != j of the kernels of these clips."""
+    part = kernel[np.ix_(kept, kept)]
+    return float((part.sum() - np.trace(part)) / (len(kept) * (len(kept) - 1)))
+
+
+def _common_count(*features: np.ndarray) -> int:
+    counts = {len(f) for f in features}
+    if len(counts) > 1:
+        raise ValueError(f"sets have {sorted(counts)} clips: paired errors need equally many")
+    return counts.pop()

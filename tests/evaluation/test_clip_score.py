@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 
 from paris_jax.errors import UserError
-from paris_jax.evaluation.metrics.clip_score import ClipEncoder, clip_scores, scale_and_crop
+from paris_jax.evaluation.metrics.clip_score import ClipEncoder, clip_scores
+from paris_jax.evaluation.networks.frames import scale_and_crop
 from tests.oracles.encoders import FOLDER
 
 CLIP = FOLDER / "clip"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,6 +19,7 @@ from paris_jax.config import hashing
 from paris_jax.encoders import clip, placement
 from paris_jax.encoders.tokens import Tokenize, tokenizer
 from paris_jax.errors import UserError
+from paris_jax.evaluation.networks.frames import scale_and_crop
 from paris_jax.weights.reading import Later
 
 FRAMES = 64  # per call of the network
@@ -118,17 +118,6 @@ def clip_scores(frames_NTE: np.ndarray, texts_NE: np.ndarray) -> np.ndarray:
             f"embeddings have shapes {frames_NTE.shape} and {texts_NE.shape}: must be (N, T, E) and (N, E)"
         )
     return np.einsum("nte,ne->n", frames_NTE.astype(np.float64), texts_NE.astype(np.float64)) / frames_NTE.shape[1]
-
-
-def scale_and_crop(frames_BHW3: jax.Array, side: int) -> jax.Array:
-    """Scales frames (B, H, W, 3) uint8 to `side` at the shorter side: their middle (B, side, side, 3) in [0, 1]."""
-    _, H, W, _ = frames_BHW3.shape
-    scale = side / min(H, W)
-    rows, columns = max(side, round(H * scale)), max(side, round(W * scale))
-    pixels = frames_BHW3.astype(jnp.float32) / 255
-    scaled = jax.image.resize(pixels, (len(pixels), rows, columns, 3), "cubic", antialias=True)
-    top, left = (rows - side) // 2, (columns - side) // 2
-    return jnp.clip(scaled[:, top : top + side, left : left + side], 0, 1)
 
 
 def _unit(embedding: np.ndarray) -> np.ndarray:

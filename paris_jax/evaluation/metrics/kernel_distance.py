@@ -21,22 +21,22 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
     Raises:
       ValueError: other shapes, or a feature that is not finite.
     """
-    return _Kernels(first, second)(np.arange(len(first)), np.arange(len(second)))
+    return Kernels(first, second)(np.arange(len(first)), np.arange(len(second)))
 
 
 def kernel_estimate(first: np.ndarray, second: np.ndarray, groups: int = 16) -> Estimate:
     """Kernel distance of (N, F) features with its jackknife standard error (clip i left out of both sets together)."""
-    kernels = _Kernels(first, second)
+    kernels = Kernels(first, second)
     return jackknife(lambda kept: kernels(kept, kept), _common_count(first, second), groups)
 
 
 def kernel_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 16) -> Estimate:
     """d(first, real) - d(second, real) with its jackknife standard error, paired by prompt; all (N, F)."""
-    a, b = _Kernels(first, real), _Kernels(second, real)
+    a, b = Kernels(first, real), Kernels(second, real)
     return jackknife(lambda kept: a(kept, kept) - b(kept, kept), _common_count(first, second, real), groups)
 
 
-class _Kernels:
+class Kernels:
     """The kernels of all pairs, from which the distance of any subsets is a sum."""
 
     def __init__(self, first: np.ndarray, second: np.ndarray):

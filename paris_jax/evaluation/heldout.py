@@ -63,6 +63,13 @@ class Heldout:
         """Whether every clip has ground-truth attributes."""
         return all(self.attributes)
 
+    @property
+    def has_shapes_attributes(self) -> bool:
+        """Whether every clip has the attributes of the embedded shapes, and no value that they do not have."""
+        return self.has_attributes and all(
+            a.keys() == ATTRIBUTES.keys() and all(v in ATTRIBUTES[k] for k, v in a.items()) for a in self.attributes
+        )
+
 
 def _in_order(attributes: dict[str, str]) -> dict[str, str]:
     """Returns the attributes in the order of `ATTRIBUTES`, others last; records store them sorted by name."""

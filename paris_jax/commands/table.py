@@ -167,9 +167,9 @@ def _export(call: Call) -> None:
 
 
 def _evaluate(call: Call) -> None:
-    from paris_jax.evaluation.protocol import evaluate
+    from paris_jax.commands.evaluate import evaluate
 
-    evaluate(call.experiment(call.run), call.run)
+    evaluate(call)
 
 
 def _plan(call: Call) -> None:
@@ -280,12 +280,14 @@ COMMANDS = {
         _sample,
     ),
     "evaluate": Command(
-        "ensemble and monolith side by side, to RUN/evaluation/report.html",
+        "ensemble and monolith side by side; any videos by FVD; ensembles and sampling settings",
         (
             "paris-jax evaluate --workdir=runs/shapes",
-            "paris-jax evaluate --workdir=runs/shapes --config.evaluation.num_clips=256",
+            "paris-jax evaluate --generated=samples --reference=videos --num_clips=2048",
+            "paris-jax evaluate --workdir=runs/shapes --vary=top_k=1,2,3 --vary=num_inference_steps=10,20",
+            "paris-jax evaluate --workdir=runs/shapes --ensemble=runs/shapes/ensemble --ensemble=bundled:shapes",
         ),
-        (flag_groups.config, flag_groups.workdir),
+        (flag_groups.config, flag_groups.workdir, flag_groups.evaluating),
         _evaluate,
     ),
     "plan": Command(

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from etils import epath
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from paris_jax.artifacts import ensemble_manifest, locks, manifest
@@ -18,15 +16,17 @@ from paris_jax.artifacts.schemas import EvaluationManifest, NetworkManifest
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.records import read_records
-from paris_jax.data.sources.shapes import ATTRIBUTES
 from paris_jax.diffusion import cond_masks, timesteps
 from paris_jax.encoders import codecs
 from paris_jax.encoders.published import EncoderStore
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
-from paris_jax.evaluation import compute, heldout, report, results, scores
+from paris_jax.evaluation import companions, compute, folders, heldout, report, results, scores
+from paris_jax.evaluation.cache import ResultCache
+from paris_jax.evaluation.companions import Instruments
+from paris_jax.evaluation.features import WeightFiles
 from paris_jax.evaluation.heldout import Heldout
-from paris_jax.evaluation.metrics import flow_loss
+from paris_jax.evaluation.metrics import flow_loss, routing
 from paris_jax.evaluation.metrics.attribute_classifier import WEIGHTS, AttributeClassifier, read_card
 from paris_jax.evaluation.metrics.flow_loss import Losses, Points
 from paris_jax.models.dit import video_tokens
@@ -34,10 +34,14 @@ from paris_jax.models.dit import video_tokens
 logger = logging.getLogger(__name__)
 RESULTS, REPORT, PARTIAL = "results.json", "report.html", ".partial"
 MONOLITH, ROUTER = Role("monolith"), Role("router")
+NO_FILES = WeightFiles()
 
 
-def evaluate(experiment: Experiment, run: RunFolder) -> None:
+def evaluate(experiment: Experiment, run: RunFolder, files: WeightFiles = NO_FILES) -> None:
     """Compares both models and writes RUN/evaluation/{results.json,report.html}.
+
+    Args:
+      files: weights of published networks to score with, too: FVD, CLIP score and so on.
 
     Each model's videos and losses are cached, so an interrupted evaluation resumes. A finished one is repeated only if
     sampling or evaluation settings or a network changed.
@@ -46,17 +50,18 @@ def evaluate(experiment: Experiment, run: RunFolder) -> None:
       UserError: an earlier command is missing, or there are too few held-out clips.
     """
     with locks.only_writer(run.evaluation):
-        _evaluate(experiment, run)
+        _evaluate(experiment, run, files)
 
 
-def _evaluate(experiment: Experiment, run: RunFolder) -> None:
+def _evaluate(experiment: Experiment, run: RunFolder, files: WeightFiles) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     if not experiment.data.heldout_fraction:
         raise UserError(
             "config.data.heldout_fraction=0 holds out no clips for the evaluation; raise it, with a new --workdir"
         )
     check_ready(run)
-    key = evaluation_hash(experiment, run)
+    instruments = Instruments.load(files, experiment.data.num_frames)
+    key = evaluation_hash(experiment, run, instruments)
     if manifest.exists(run.evaluation) and manifest.read(run.evaluation, EvaluationManifest).evaluation_hash == key:
         logger.info(
             "the evaluation is done already, with the same models, clips, settings and versions: %s",
@@ -65,14 +70,14 @@ def _evaluate(experiment: Experiment, run: RunFolder) -> None:
         return
     (run.evaluation / manifest.FILE_NAME).unlink(missing_ok=True)  # the old result is no longer valid
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    cache = ResultCache(run.evaluation / PARTIAL, key)
     with Progress(*columns) as progress:
-        comparison = EvaluationRun(experiment, run, ResultCache(run.evaluation / PARTIAL, key), progress)
+        comparison = EvaluationRun(experiment, run, instruments, cache, progress)
         found, videos = comparison.results(key)
     manifest.write_json(run.evaluation / RESULTS, found)
     report.write_report(found, videos, run.evaluation / REPORT, comparison.ensemble.fps)
     manifest.write(run.evaluation, EvaluationManifest, [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
-    if (run.evaluation / PARTIAL).exists():
-        (run.evaluation / PARTIAL).rmtree()
+    cache.clear()
     logger.info("%s", compute.describe(found["compute"]))
     logger.info("%s", results.headline(found["comparisons"]))
     logger.info("the evaluation is done: %s", run.evaluation / REPORT)
@@ -91,7 +96,7 @@ def check_ready(run: RunFolder) -> None:
             raise UserError(f"There is no {name} at {folder}; run '{command}' first")
 
 
-def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
+def evaluation_hash(experiment: Experiment, run: RunFolder, instruments: Instruments) -> str:
     """Returns the hash of everything that decides the scores: settings, both models, held-out clips and classifier."""
     folders = (run.ensemble, run.export(MONOLITH), run.heldout)
     inputs = {
@@ -101,30 +106,25 @@ def evaluation_hash(experiment: Experiment, run: RunFolder) -> str:
         "classifier": read_card(),
         "classifier_weights": manifest.hash_file(WEIGHTS),
         "versions": {name: manifest.versions()[name] for name in ("paris-jax", "jax", "flax")},
+        "instruments": instruments.describe(),
         "schema": results.SCHEMA,
     }
     return hashing.hash_text(hashing.canonical_json(inputs))
 
 
-class ResultCache:
-    """Cache of arrays on disk, from which an interrupted evaluation of the same hash resumes."""
-
-    def __init__(self, folder: epath.Path, key: str):
-        self._folder, self._key = folder, key
-
-    def get(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        path = self._folder / f"{name}-{self._key[:16]}.safetensors"
-        if not path.exists():
-            # A file under its final name is complete, because it is written under another name and renamed.
-            manifest.write_atomically(path, safetensors.numpy.save(make()))
-        return safetensors.numpy.load(path.read_bytes())
-
-
 class EvaluationRun:
     """One evaluation: both models, the held-out clips, and the measurements."""
 
-    def __init__(self, experiment: Experiment, run: RunFolder, cache: ResultCache, progress: Progress):
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: RunFolder,
+        instruments: Instruments,
+        cache: ResultCache,
+        progress: Progress,
+    ):
         self.experiment, self.run, self.cache, self.progress = experiment, run, cache, progress
+        self.instruments = instruments
         settings = experiment.evaluation
         sampling = dataclasses.asdict(experiment.sampling)
         store = EncoderStore()
@@ -155,12 +155,22 @@ class EvaluationRun:
         losses = self._losses()
         classifier = AttributeClassifier.load()
         classified = {model: scores.ClassifiedVideos(classifier, v) for model, v in videos.items()}
-        others = scores.ClassifiedVideos(classifier, heldout.decode(self.ensemble, self.others.latents))
-        rows, by_attribute, left_out = self._scores(classified, others)
+        others = heldout.decode(self.ensemble, self.others.latents)
+        of_others = scores.ClassifiedVideos(classifier, others)
+        rows, by_attribute, left_out = self._scores(classified, of_others)
         both = {model: losses[model] for model in results.MODELS}
         rows += [*scores.flow(both), scores.motion(videos)]
         rows += [scores.cond_frames(kind, self._cond_errors(kind, videos)) for kind in self.experiment.masks.kinds]
+        more, missing = companions.rows(
+            videos | {companions.OTHERS: others},
+            self.prompts.captions,
+            {model: c.features for model, c in classified.items()} | {companions.OTHERS: of_others.features},
+            self.instruments,
+            self.cache,
+            self.prompts.has_shapes_attributes,
+        )
         num_clusters = self.experiment.clustering.num_clusters
+        clusters, measured = self.scored.clusters, losses["experts"]
         shown = self.experiment.evaluation.num_shown
         found = {
             "schema": results.SCHEMA,
@@ -170,10 +180,13 @@ class EvaluationRun:
             "complete": not left_out,
             "left_out": left_out,
             "protocol": self._protocol(),
+            "notes": [*missing, *folders.degenerate(videos)],
             "comparisons": rows,
+            "companions": more,
             **scores.flow_curves(both, self.scored.clusters, num_clusters),
             "attribute_accuracy": by_attribute,
-            "router": scores.router(losses["router"], self.scored.clusters),
+            "router": scores.router(measured.probability, clusters),
+            "experts": scores.experts(measured, self.ensemble.clusters, losses["ensemble"], clusters, num_clusters),
             "expert_use": scores.expert_use(routing, self.ensemble.clusters, self.prompts.clusters),
             "compute": self._compute(),
             "shown": scores.shown_clips(self.prompts, classified, routing, shown),
@@ -237,7 +250,7 @@ class EvaluationRun:
         return errors
 
     def _losses(self) -> dict[str, Any]:
-        """Returns the losses of both models and the router's hits (N, bins), all at the same points."""
+        """Returns the losses of both models, and router and experts on their own, all at the same points."""
         settings = self.experiment.evaluation
         latents = self.ensemble.scale.normalise(self.scored.latents)
         points = Points.draw(latents, self.scored.ids, settings.loss_timesteps, settings.seed)
@@ -251,13 +264,15 @@ class EvaluationRun:
                 return dataclasses.asdict(flow_loss.heldout_losses(velocity, points, advance=advance))
 
             losses[name] = Losses(**self.cache.get(f"losses-{name}", measure))
-        advance = self._bar("router", batches)
-        route = heldout.route(self.ensemble, captions, self.experiment.clustering.num_clusters)
+        advance = self._bar("router and experts", batches)
+        num_clusters = self.experiment.clustering.num_clusters
 
-        def hits() -> dict[str, np.ndarray]:
-            return {"hits": flow_loss.router_hits(route, points, self.scored.clusters, advance=advance)}
+        def measure_experts() -> dict[str, np.ndarray]:
+            route = heldout.route(self.ensemble, captions, num_clusters)
+            each = {k: heldout.velocity(self.ensemble, captions, {"fixed_expert": k}) for k in self.ensemble.clusters}
+            return dataclasses.asdict(routing.measure(route, each, points, num_clusters, advance=advance))
 
-        losses["router"] = self.cache.get("router", hits)["hits"]
+        losses["experts"] = routing.ExpertMeasurements(**self.cache.get("experts", measure_experts))
         return losses
 
     def _bar(self, name: str, total: int) -> Callable[[], None]:
@@ -269,12 +284,8 @@ class EvaluationRun:
     ) -> tuple[list, dict | None, list[str]]:
         """Returns the comparisons of attribute accuracy and Frechet distance, and the reasons for those left out."""
         rows, by_attribute, left_out = [], None, []
-        shapes_only = self.prompts.has_attributes and all(
-            a.keys() == ATTRIBUTES.keys() and all(v in ATTRIBUTES[k] for k, v in a.items())
-            for a in self.prompts.attributes
-        )
         note = ""
-        if shapes_only:
+        if self.prompts.has_shapes_attributes:
             row, by_attribute = scores.attribute_accuracy(self.prompts.attributes, classified)
             rows.append(row)
         else:
@@ -325,6 +336,7 @@ class EvaluationRun:
             "classifier": f"trained on {card['training_clips']:,} shapes; predicts all attributes of "
             f"{card['accuracy']['all']:.1%} of fresh clips correctly ({card['command']})",
             "intervals": "95 %, normal; jackknife over 16 groups of clips for the Frechet distance",
+            **self.instruments.describe(),
             "device": jax.devices()[0].device_kind,
             "versions": manifest.versions(),
         }

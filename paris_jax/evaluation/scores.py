@@ -8,7 +8,7 @@ import numpy as np
 from paris_jax.evaluation import estimates, results
 from paris_jax.evaluation.heldout import Heldout
 from paris_jax.evaluation.metrics import attribute_accuracy as accuracies
-from paris_jax.evaluation.metrics import flow_loss
+from paris_jax.evaluation.metrics import flow_loss, routing
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.flow_loss import Losses
 from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_estimate
@@ -131,13 +131,34 @@ def flow_curves(losses: dict[str, Losses], clusters: np.ndarray, num_clusters: i
     return entries | {"loss_by_cluster": {"clusters": list(range(num_clusters)), **by_cluster}}
 
 
-def router(hits: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
-    """Returns the entry router: accuracy in each timestep bin, from hits (N, bins)."""
-    bins = hits.shape[1]
+def router(probability: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """Returns the entry router from the router's probabilities (N, bins, K)."""
+    bins = probability.shape[1]
     return {
         "edges": [b / bins for b in range(bins + 1)],
-        "accuracy": [estimates.proportion(hits[:, b]) for b in range(bins)],
+        "accuracy": routing.accuracy(probability, clusters),
         "chance": float(np.unique(clusters, return_counts=True)[1].max() / len(clusters)),
+        "confusion": routing.confusion(probability, clusters).tolist(),
+        "calibration": [routing.calibration(probability[:, b], clusters) for b in range(bins)],
+        "calibration_all": routing.calibration(probability, clusters),
+    }
+
+
+def experts(
+    measured: routing.ExpertMeasurements, held: Sequence[int], routed: Losses, clusters: np.ndarray, num_clusters: int
+) -> dict[str, Any] | None:
+    """Returns the entry experts; None with a single expert, or where the expert of a cluster is missing."""
+    if len(held) < 2 or set(clusters.tolist()) - set(held):
+        return None
+    oracle = routing.oracle_losses(measured.losses, list(held), clusters)
+    return {
+        "experts": list(held),
+        "clusters": list(range(num_clusters)),
+        "loss": routing.experts_by_cluster(measured.losses, clusters, num_clusters),
+        "oracle": estimates.mean(oracle.mean(1)),
+        "routed": estimates.mean(routed.loss.mean(1)),
+        "routed_minus_oracle": estimates.difference(routed.loss.mean(1), oracle.mean(1)),
+        "disagreement": flow_loss.by_time(measured.disagreement),
     }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paris_jax.evaluation.metrics import flow_loss
-from paris_jax.evaluation.metrics.flow_loss import Points, by_cluster, by_time, heldout_losses, router_hits
+from paris_jax.evaluation.metrics.flow_loss import Points, by_cluster, by_time, heldout_losses
 
 SHAPE = (2, 4, 4, 3)
 
@@ -78,17 +78,6 @@ def test_by_time_and_by_cluster():
     assert first is not None
     assert second is not None
     assert (first["value"], first["n"], second["value"], empty) == (3.0, 2, 15.0, None)
-
-
-def test_router_hits_by_time():
-    given, clusters = points(), np.arange(10) % 2
-
-    def route(x, t, index):  # knows the cluster early (near the data), says 0 near the noise
-        chosen = np.where(t < 0.5, clusters[index], 0)
-        return np.eye(2)[chosen]
-
-    hits = router_hits(route, given, clusters, batch=4)
-    np.testing.assert_allclose(hits.mean(0), [1, 1, 0.5, 0.5])
 
 
 def test_expert_use_is_the_mean_over_clips():

@@ -57,6 +57,13 @@ def test_with_enough_clips_every_row_is_there(larger):
         "motion",
         *KEPT,
     ]
+    assert [c["id"] for c in found["companions"]] == ["shapes_kernel", "flicker", "identity"]
+    assert any("64 features need 128 clips" in note for note in found["notes"])
+    experts = found["experts"]
+    assert np.shape(experts["loss"]) == (3, 3) and experts["oracle"]["n"] == 16
+    own = [experts["loss"][k][k]["value"] * experts["loss"][k][k]["n"] for k in range(3) if experts["loss"][k][k]]
+    assert sum(own) / 16 == pytest.approx(experts["oracle"]["value"], rel=1e-9)
+    assert np.sum(found["router"]["confusion"], axis=(1, 2)).tolist() == [16] * 4
     frechet = found["comparisons"][1]
     assert all(0 < frechet[who]["value"] < np.inf and frechet[who]["stderr"] > 0 for who in ("ensemble", "monolith"))
     assert frechet["reference"]["value"] < min(frechet[model]["value"] for model in ("ensemble", "monolith"))
@@ -99,6 +106,7 @@ def test_writes_results_and_report(micro, finished, calls):
     )
     assert [c["id"] for c in found["comparisons"]] == ["attribute_accuracy", "loss", "error", "motion", *KEPT]
     assert "Frechet" in found["left_out"][0]  # with four prompts
+    assert all(c["winner"] == "none" for c in found["comparisons"])
     assert found["compute"]["equal"] is True
     assert sum(e["steps"] for e in found["compute"]["experts"]) == found["compute"]["monolith"]["steps"]
     np.testing.assert_allclose(np.sum(found["expert_use"]["by_step"], axis=1), 1, atol=1e-5)

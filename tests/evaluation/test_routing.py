@@ -44,16 +44,22 @@ def test_a_router_that_says_its_true_frequencies_is_calibrated():
     assert routing.calibration(probability, clusters)["error"] < 0.02
 
 
-def test_probabilities_are_taken_at_every_point():
+def test_router_and_experts_are_measured_at_every_point():
     latents = np.random.default_rng(1).standard_normal((5, 1, 2, 2, 1)).astype(np.float32)
     points = Points.draw(latents, list("abcde"), 3, 0)
     calls = []
 
     def route(x, t, index):
-        return np.stack([t, 1 - t], axis=1)
+        return np.stack([t, 0 * t, 1 - t], axis=1)
 
-    found = routing.probabilities(route, points, 2, batch=2, advance=lambda: calls.append(1))
-    np.testing.assert_allclose(found[..., 0], points.times)
+    experts = {0: lambda x, t, index: 0 * x, 2: lambda x, t, index: 0 * x + 1}
+    found = routing.measure(route, experts, points, 3, batch=2, advance=lambda: calls.append(1))
+    np.testing.assert_allclose(found.probability[..., 0], points.times)
+    target = points.noise(3, 1) - latents[3]
+    np.testing.assert_allclose(found.losses[:, 3, 1], [np.mean(target**2), np.mean((1 - target) ** 2)], rtol=1e-6)
+    # Velocities 0 and 1 with weights t and 1 - t have a standard deviation of sqrt(t (1 - t)), their x0 t times that.
+    t = points.times.astype(float)
+    np.testing.assert_allclose(found.disagreement, t * np.sqrt(t * (1 - t)), rtol=1e-5)
     assert len(calls) == 9
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paris_jax.evaluation import scores
+from paris_jax.evaluation import results, scores
 from paris_jax.evaluation.metrics.flow_loss import Losses
 from paris_jax.evaluation.metrics.frechet import frechet_distance
 
@@ -72,9 +72,10 @@ def test_losses_are_paired_by_clip():
 
 
 def test_router_accuracy_stands_beside_the_largest_cluster():
-    hits = np.ones((10, 4), bool)
-    hits[:5, 3] = False
-    made = scores.router(hits, np.array([0] * 7 + [1] * 3))
+    clusters = np.array([0] * 7 + [1] * 3)
+    probability = np.repeat(np.eye(2)[clusters][:, None], 4, axis=1)
+    probability[:5, 3] = [0, 1]
+    made = scores.router(probability, clusters)
     assert [e["value"] for e in made["accuracy"]] == [1, 1, 1, 0.5]
     assert made["chance"] == 0.7
 
@@ -86,3 +87,25 @@ def test_expert_use_by_step_and_by_cluster_of_the_prompt():
     made = scores.expert_use(routing, [0, 2], np.array([0, 0, 2, 2]))
     assert made["by_step"] == [[0.75, 0.25]] * 3
     assert made["by_cluster"] == {"0": [1.0, 0.0], "2": [0.5, 0.5]}
+
+
+def compared(value: float, stderr: float, n: int, smallest: float = 0.0) -> dict:
+    by_model = {model: {"value": 1.0, "stderr": 0.1, "n": n} for model in results.MODELS}
+    return results.compare(
+        "loss", "Loss", "lower", by_model, {"value": value, "stderr": stderr, "n": n}, smallest=smallest
+    )
+
+
+def test_a_verdict_that_is_withheld_says_why():
+    few = compared(-17.0, 1.0, 4)  # 17 standard errors
+    assert few["winner"] == "none" and few["withheld"] == "4 clips are too few for a verdict, which needs 8"
+    assert results.headline([few]) == "No verdict: 4 clips are too few for a verdict, which needs 8."
+    within = compared(-5.0, 0.3, 96, smallest=6.0)
+    assert within["winner"] == "none" and "within the error of real clips" in within["withheld"]
+
+
+def test_a_verdict_that_the_interval_decides_withholds_nothing():
+    assert compared(-17.0, 1.0, 96)["winner"] == "ensemble" and compared(-17.0, 1.0, 96)["withheld"] == ""
+    unclear = compared(-1.0, 1.0, 4)
+    assert unclear["winner"] == "none" and unclear["withheld"] == ""
+    assert "No clear winner" in results.headline([unclear])

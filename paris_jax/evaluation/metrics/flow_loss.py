@@ -1,4 +1,4 @@
-"""Held-out flow loss and velocity error of any velocity function, and router accuracy by timestep.
+"""Held-out flow loss and velocity error of any velocity function.
 
 The noise and timesteps of a clip depend on (seed, clip id) only, so all models and runs share the same points.
 Timesteps are uniform in equal bins of [0, 1], one per bin and clip.
@@ -108,25 +108,6 @@ def by_cluster(values: np.ndarray, clusters: np.ndarray, num_clusters: int) -> l
     """Mean and standard error over the clips of each cluster, after averaging over timesteps; None without clips."""
     per_clip, clusters = values.mean(1), np.asarray(clusters)
     return [mean(per_clip[clusters == k]) if (clusters == k).any() else None for k in range(num_clusters)]
-
-
-def router_hits(
-    route: Velocity, points: Points, clusters: np.ndarray, batch: int = 32, advance: Callable[[], None] | None = None
-) -> np.ndarray:
-    """Computes at every point whether the router's most likely cluster is the clip's own.
-
-    Args:
-      route: (x, t, clip indices) -> (B, K) probabilities.
-      clusters: (N,) int, the cluster of each clip.
-    Returns:
-      (N, bins) bool.
-    """
-    hits = np.zeros(points.times.shape, bool)
-    for b, index, x, t, _ in points.batches(batch):
-        hits[index, b] = np.asarray(route(x, t, index)).argmax(-1) == np.asarray(clusters)[index]
-        if advance:
-            advance()
-    return hits
 
 
 def num_batches(points: Points, batch: int = 32) -> int:

@@ -1,6 +1,7 @@
 """The router as a classifier of clusters, by timestep: accuracy, confusion, calibration; and the experts by cluster."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,21 +12,52 @@ from paris_jax.evaluation.metrics.flow_loss import Points, Velocity
 CONFIDENCE_BINS = 10
 
 
-def probabilities(
-    route: Velocity, points: Points, num_clusters: int, batch: int = 32, advance: Callable[[], None] | None = None
-) -> np.ndarray:
-    """The router's p(cluster) at every point, (N, bins, K) float32.
+@dataclasses.dataclass(frozen=True)
+class ExpertMeasurements:
+    """Router and experts at every held-out point.
+
+    Attributes:
+      probability: (N, bins, K) the router's p(cluster); 0 for clusters without an expert.
+      losses: (E, N, bins) flow loss of each expert on its own.
+      disagreement: (N, bins) standard deviation of the experts' predictions of x0, weighted by the router; a root mean
+        square over the latent, in units of the data's standard deviation.
+    """
+
+    probability: np.ndarray
+    losses: np.ndarray
+    disagreement: np.ndarray
+
+
+def measure(
+    route: Velocity,
+    experts: Mapping[int, Velocity],
+    points: Points,
+    num_clusters: int,
+    batch: int = 32,
+    advance: Callable[[], None] | None = None,
+) -> ExpertMeasurements:
+    """Evaluates the router, and each expert on its own, at every point.
 
     Args:
       route: (x, t, clip indices) -> (B, K) probabilities.
+      experts: velocity of the expert of each cluster.
       advance: called after each batch.
     """
-    found = np.zeros((*points.times.shape, num_clusters), np.float32)
-    for b, index, x, t, _ in points.batches(batch):
-        found[index, b] = route(x, t, index)
+    shape, clusters = points.times.shape, list(experts)
+    probability = np.zeros((*shape, num_clusters), np.float32)
+    losses, disagreement = np.zeros((len(experts), *shape)), np.zeros(shape)
+    for b, index, x, t, target in points.batches(batch):
+        weight = np.asarray(route(x, t, index), np.float64)
+        v = np.stack([np.asarray(velocity(x, t, index), np.float64) for velocity in experts.values()])
+        losses[:, index, b] = ((v - target) ** 2).mean((2, 3, 4, 5))
+        # x0 = x - t v, so the experts' x0 differ as t times their velocities do.
+        share = weight[:, clusters].T[..., None, None, None, None]
+        spread = (share * (v - (share * v).sum(0)) ** 2).sum(0).mean((1, 2, 3, 4))
+        disagreement[index, b] = t * np.sqrt(spread)
+        probability[index, b] = weight
         if advance:
             advance()
-    return found
+    return ExpertMeasurements(probability, losses, disagreement)
 
 
 def accuracy(probability: np.ndarray, clusters: np.ndarray) -> list[Estimate]:

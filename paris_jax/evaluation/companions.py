@@ -1,0 +1,160 @@
+"""Scores beside the main comparison: distances without bias, other networks' features, steadiness, text and taste."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from paris_jax.encoders import codecs
+from paris_jax.evaluation import distances, estimates, features, results
+from paris_jax.evaluation.cache import ResultCache
+from paris_jax.evaluation.features import FeatureNetwork, TextScores, WeightFiles
+from paris_jax.evaluation.metrics import frechet, identity, kernel_distance
+from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
+from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
+from paris_jax.evaluation.metrics.clip_score import clip_scores
+from paris_jax.evaluation.metrics.flicker import temporal_flicker
+from paris_jax.evaluation.results import MODELS, Comparison
+
+OTHERS = "others"  # the other held-out clips, which distances are to
+Videos = Mapping[str, np.ndarray]  # by model, and "real" and OTHERS: (N, T, H, W, 3) float32 in [-1, 1]
+_DISTANCES = {
+    "frechet": (frechet.frechet_estimate, frechet.frechet_difference),
+    "limit": (frechet.limit_estimate, frechet.limit_difference),
+    "kernel": (kernel_distance.kernel_estimate, kernel_distance.kernel_difference),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+    """What the user's files of weights measure with."""
+
+    networks: tuple[FeatureNetwork, ...]
+    texts: TextScores | None
+
+    @classmethod
+    def load(cls, files: WeightFiles, frames: int) -> "Instruments":
+        """Raises UserError if a file cannot be read, or a network needs more frames than the videos have."""
+        networks = tuple(features.networks(files))
+        for network in networks:
+            network.check_frames(frames)
+        return cls(networks, TextScores.load(files))
+
+    def describe(self) -> dict[str, str]:
+        return features.describe(self.networks) | (self.texts.describe() if self.texts else {})
+
+
+def rows(
+    videos: Videos,
+    captions: Sequence[str],
+    shapes_features: Mapping[str, np.ndarray],
+    instruments: Instruments,
+    cache: ResultCache,
+    is_shapes: bool,
+) -> tuple[list[Comparison], list[str]]:
+    """All companions, and a sentence for each distance that is left out.
+
+    Args:
+      captions: N prompts.
+      shapes_features: the shapes classifier's, by the same names as `videos`.
+      is_shapes: whether the videos are the embedded shapes, whose attributes can be read back.
+    """
+    found, left_out = _distances(features.shapes_classifier(), shapes_features, ("kernel", "limit"))
+    for network in instruments.networks:
+        of_network = {name: _features(network, name, v, cache) for name, v in videos.items()}
+        more, missing = _distances(network, of_network, tuple(_DISTANCES))
+        found, left_out = found + more, left_out + missing
+    if videos["real"].shape[1] > 1:
+        found.append(_flicker(videos))
+        found += [_identity(videos)] if is_shapes else []
+    if instruments.texts:
+        found += _texts(videos, captions, instruments.texts)
+    return found, left_out
+
+
+def _features(network: FeatureNetwork, name: str, videos: np.ndarray, cache: ResultCache) -> np.ndarray:
+    return cache.get(f"{network.name}-{name}", lambda: {"features": network(codecs.to_uint8(videos))})["features"]
+
+
+def _distances(
+    network: FeatureNetwork, by_set: Mapping[str, np.ndarray], kinds: Sequence[str]
+) -> tuple[list[Comparison], list[str]]:
+    """Rows of one network's distances, each paired by prompt; features of frames are averaged over each clip."""
+    sets = {name: x.mean(1) if x.ndim == 3 else x for name, x in by_set.items()}
+    N, F = sets["real"].shape
+    if N < distances.MIN_CLIPS:
+        return [], [f"{network.label}: left out, because it needs {distances.MIN_CLIPS} clips and there are {N}."]
+    found, left_out = [], []
+    for kind in kinds:
+        label = distances.labels(network)[kind]
+        if kind == "limit" and frechet.limit_parts(N, F) < 2:
+            left_out.append(f"{label}: left out, because {F} features need {2 * F} clips and there are {N}.")
+            continue
+        estimate, difference = _DISTANCES[kind]
+        floor = estimate(sets["real"], sets[OTHERS])
+        found.append(
+            results.compare(
+                f"{network.name}_{kind}",
+                label,
+                "lower",
+                {model: estimate(sets[model], sets[OTHERS]) for model in MODELS},
+                difference(sets["ensemble"], sets["monolith"], sets[OTHERS]),
+                reference=floor,
+                reference_label="floor: real against real",
+                note="" if kind == "frechet" else "no bias in the number of clips",
+                smallest=floor["stderr"] if kind == "frechet" else 0.0,
+            )
+        )
+    return found, left_out
+
+
+def _per_clip(
+    name: str,
+    label: str,
+    better: results.Direction,
+    score: Callable[[np.ndarray], np.ndarray],
+    videos: Videos,
+    note: str,
+    unit: str = "",
+) -> Comparison:
+    """A row of a score that each clip has on its own."""
+    each = {model: score(videos[model]) for model in (*MODELS, "real")}
+    summary = estimates.proportion if unit == "share" else estimates.mean
+    return results.compare(
+        name,
+        label,
+        better,
+        {model: summary(each[model]) for model in MODELS},
+        estimates.difference(each["ensemble"], each["monolith"]),
+        unit=unit,
+        reference=summary(each["real"]),
+        reference_label="held-out clips",
+        note=note,
+    )
+
+
+def _flicker(videos: Videos) -> Comparison:
+    return _per_clip(
+        "flicker", "Temporal flicker", None, temporal_flicker, videos, "gray levels of 255, where nothing moves"
+    )
+
+
+def _identity(videos: Videos) -> Comparison:
+    classifier = AttributeClassifier.load()
+    note = f"first and last half show the same {', '.join(identity.LASTING)}"
+    return _per_clip(
+        "identity", "Object kept", "higher", lambda v: identity.identity_kept(classifier, v), videos, note, "share"
+    )
+
+
+def _texts(videos: Videos, captions: Sequence[str], texts: TextScores) -> list[Comparison]:
+    sets = {name: texts.encoder.embed_frames(codecs.to_uint8(v)) for name, v in videos.items() if name != OTHERS}
+    embedded, cut = texts.encoder.embed_texts(captions)
+    note = f"{texts.encoder.name}, raw cosine" + (f"; {cut} captions are cut" if cut else "")
+    found = [_per_clip("clip", "CLIP score", "higher", lambda frames: clip_scores(frames, embedded), sets, note)]
+    if head := texts.head:
+        note = f"LAION {head.version}"
+        found.append(
+            _per_clip("aesthetic", "Aesthetic score", "higher", lambda f: aesthetic_scores(head, f), sets, note)
+        )
+    return found

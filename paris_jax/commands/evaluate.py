@@ -41,7 +41,7 @@ def evaluate(call: Arguments) -> Any:
     experiment = call.experiment(run)
     if call["ensemble"] or call["vary"]:
         named = call["ensemble"] or [str(run.ensemble)]
-        kind = "sweeps/sampling" if call["vary"] else "comparisons"
+        kind = protocol.SWEEP if call["vary"] else "comparisons"
         compared = systems.systems(named, call["vary"])
         return systems.evaluate_systems(experiment, run, compared, _weights(call), call["out"] or run.path / kind)
     if call["out"]:

@@ -21,7 +21,7 @@ from paris_jax.encoders import codecs
 from paris_jax.encoders.published import EncoderStore
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
-from paris_jax.evaluation import companions, compute, folders, heldout, report, results, scores
+from paris_jax.evaluation import companions, compute, folders, headline_figure, heldout, report, results, scores
 from paris_jax.evaluation.cache import ResultCache
 from paris_jax.evaluation.companions import Instruments
 from paris_jax.evaluation.features import WeightFiles
@@ -33,6 +33,7 @@ from paris_jax.models.dit import video_tokens
 
 logger = logging.getLogger(__name__)
 RESULTS, REPORT, PARTIAL = "results.json", "report.html", ".partial"
+SWEEP = "sweeps/sampling"  # below a run folder
 MONOLITH, ROUTER = Role("monolith"), Role("router")
 NO_FILES = WeightFiles()
 
@@ -76,7 +77,11 @@ def _evaluate(experiment: Experiment, run: RunFolder, files: WeightFiles) -> Non
         found, videos = comparison.results(key)
     manifest.write_json(run.evaluation / RESULTS, found)
     report.write_report(found, videos, run.evaluation / REPORT, comparison.ensemble.fps)
-    manifest.write(run.evaluation, EvaluationManifest, [RESULTS, REPORT], experiment.hash, evaluation_hash=key)
+    figures = headline_figure.render(found)
+    for name, data in figures.items():
+        manifest.write_atomically(run.evaluation / name, data)
+    names = [RESULTS, REPORT, *figures]
+    manifest.write(run.evaluation, EvaluationManifest, names, experiment.hash, evaluation_hash=key)
     cache.clear()
     logger.info("%s", compute.describe(found["compute"]))
     logger.info("%s", results.headline(found["comparisons"]))
@@ -107,9 +112,18 @@ def evaluation_hash(experiment: Experiment, run: RunFolder, instruments: Instrum
         "classifier_weights": manifest.hash_file(WEIGHTS),
         "versions": {name: manifest.versions()[name] for name in ("paris-jax", "jax", "flax")},
         "instruments": instruments.describe(),
+        "sweep": finished_sweep(run),
         "schema": results.SCHEMA,
     }
     return hashing.hash_text(hashing.canonical_json(inputs))
+
+
+def finished_sweep(run: RunFolder) -> dict[str, Any] | None:
+    """The scores of `evaluate --vary`, which the report shows, too; None where there is no sweep."""
+    if not manifest.exists(run.path / SWEEP):
+        return None
+    manifest.read(run.path / SWEEP, EvaluationManifest)
+    return manifest.read_json(run.path / SWEEP / RESULTS)
 
 
 class EvaluationRun:
@@ -181,6 +195,7 @@ class EvaluationRun:
             "left_out": left_out,
             "protocol": self._protocol(),
             "notes": [*missing, *folders.degenerate(videos)],
+            "sweep": finished_sweep(self.run),
             "comparisons": rows,
             "companions": more,
             **scores.flow_curves(both, self.scored.clusters, num_clusters),

@@ -16,10 +16,11 @@ from etils import epath
 
 from paris_jax.artifacts import manifest
 from paris_jax.data import video as video_io
-from paris_jax.evaluation import plots
+from paris_jax.evaluation import plots, report_sections
 from paris_jax.evaluation.plots import Series
 from paris_jax.evaluation.results import MODELS, Comparison, format_estimate, headline
 
+ON_FIRST_SCREEN = 2  # clips
 LABELS = {"real": "real clip", "ensemble": "ensemble", "monolith": "monolith"}  # the columns of videos, in order
 
 
@@ -47,27 +48,41 @@ def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: fl
         script=_file("report.js"),
         experiment=html.escape(results["experiment"]),
         headline=html.escape(headline(results["comparisons"])),
-        experts=len(compute["experts"]),
+        num_experts=len(compute["experts"]),
+        number=report_sections.number(results),
+        first_cards="".join(
+            _card(i, clip, videos, fps, experts) for i, clip in enumerate(results["shown"][:ON_FIRST_SCREEN])
+        ),
         same_compute="with the same training compute" if compute["equal"] else "with different training compute",
         prompts=html.escape(str(results["protocol"]["prompts"])),
         left_out="".join(f'<p class="warning">{html.escape(reason)}</p>' for reason in results["left_out"]),
         tiles="".join(_tile(c) for c in _first(results["comparisons"])),
         score_rows="".join(map(_score_row, results["comparisons"])),
+        companion_rows="".join(map(_score_row, results["companions"])),
         ticks_explained=""
         if accuracy is None
         else "Under each, the predicted attributes: ✓ as in the prompt, ✗ otherwise.",
-        cards="".join(_card(i, clip, videos, fps, experts) for i, clip in enumerate(results["shown"])),
+        more_clips=_more_clips(results["shown"], videos, fps, experts),
         attribute_accuracy="" if accuracy is None else _attribute_accuracy(accuracy),
         model_legend=plots.legend([(model, model) for model in MODELS]),
         expert_legend=plots.legend(marks),
         **_losses(results),
         **_routing(results, [name for name, _ in marks]),
+        experts_alone=report_sections.experts(results),
+        sweep=report_sections.sweep(results["sweep"]),
+        open_questions="".join(f"<li>{html.escape(q)}</li>" for q in report_sections.open_questions(results)),
         compute_said=_compute_sentence(compute),
         compute_rows=_compute_rows(compute),
         protocol="".join(_entry(name, value) for name, value in results["protocol"].items()),
         config_hash=html.escape(results["config_hash"][:16]),
         schema=html.escape(results["schema"]),
     )
+
+
+def _more_clips(shown: Sequence[Any], videos: Mapping[str, np.ndarray], fps: float, experts: Sequence[int]) -> str:
+    """The clips that the first screen does not show; "" if it shows all."""
+    cards = [_card(i, clip, videos, fps, experts) for i, clip in enumerate(shown) if i >= ON_FIRST_SCREEN]
+    return _template("report_clips.html").substitute(cards="".join(cards)) if cards else ""
 
 
 def _file(name: str) -> str:
@@ -100,8 +115,8 @@ def _tile(c: Comparison) -> str:
 
 
 def _pill(c: Comparison) -> str:
-    text = "no clear winner" if c["winner"] == "none" else f"{c['winner']} wins"
-    return f'<span class="pill {c["winner"]}">{text}</span>'
+    reason = f"<small>{html.escape(c['withheld'])}</small>" if c["withheld"] else ""
+    return f'<span class="pill {c["winner"]}">{report_sections.verdict(c)}</span>{reason}'
 
 
 def _score_row(c: Comparison) -> str:

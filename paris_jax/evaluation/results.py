@@ -5,6 +5,7 @@
     complete       false if a score had to be left out;  left_out: one sentence for each, with the reason
     notes          sentences on companions that are left out, and on degenerate videos
     protocol       name -> text or number: seeds, prompts, steps, guidance, counts, device, versions
+    sweep          scores of sampling settings (systems.py), or null
     comparisons    list of {id, label, unit, better, ensemble, monolith, difference, winner, withheld, reference,
                    reference_label, note}
                      better: "lower", "higher", or null if neither direction is better;  unit: "", "share" or a name

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from playwright import sync_api
@@ -46,3 +47,14 @@ def browse(path: Path, until: str = "html[data-settled]") -> Visit:
         browser.close()
     visit.asked = [address for address in visit.asked if not address.startswith(("data:", "file:", "blob:"))]
     return visit
+
+
+def look(path: Path, width: int, height: int, *scripts: str, scheme: Literal["light", "dark"] = "light") -> list[Any]:
+    """What functions of JavaScript return on a page in a window of this size."""
+    with sync_api.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.goto(path.as_uri())
+        found = [page.evaluate(script) for script in scripts]
+        browser.close()
+    return found

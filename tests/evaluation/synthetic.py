@@ -72,6 +72,8 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
                 strict=True,
             )
         }
+    bins = {"confidence": [0.7, 0.95], "accuracy": [0.6, 0.97], "count": [20, 172]}
+    calibration = {"error": 0.028, "log_loss": 0.11, **bins}
     use = np.array([[0.4, 0.3, 0.3]] * 20) + 0.2 * np.sin(np.arange(20) / 4)[:, None] * [1, -0.5, -0.5]
     return {
         "schema": results.SCHEMA,
@@ -86,7 +88,19 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             "routing": "top_k, 1",
             "versions": {"jax": "0.10.2", "flax": "0.12.8"},
         },
+        "notes": ["Of the 96 videos of monolith, 1 are of one colour and 0 are repeated."],
         "comparisons": comparisons,
+        "companions": [
+            results.compare(
+                "shapes_kernel",
+                "Kernel distance (shapes classifier)",
+                "lower",
+                {"ensemble": estimate(1.2, 0.3), "monolith": estimate(1.9, 0.3)},
+                estimate(-0.7, 0.2),
+                reference=estimate(0.0, 0.1),
+                reference_label="floor: real against real",
+            )
+        ],
         "loss_by_time": {
             "edges": edges,
             "ensemble": [estimate(v, 0.012, 192) for v in curve + gap],
@@ -110,6 +124,32 @@ def make(shown: int = 6, attributes: bool = True) -> tuple[dict, dict[str, np.nd
             "edges": edges,
             "accuracy": [estimate(v, 0.02, 192) for v in (0.99, 0.99, 0.98, 0.97, 0.96, 0.97, 0.95, 0.94)],
             "chance": 0.36,
+            "confusion": [[[60, 4, 0], [1, 63, 0], [0, 0, 64]]] * 8,
+            "calibration": [calibration] * 8,
+            "calibration_all": calibration,
+        },
+        "experts": {
+            "experts": [0, 1, 2],
+            "clusters": [0, 1, 2],
+            "loss": [[estimate(0.5 if i == j else 0.9) for j in range(3)] for i in range(3)],
+            "oracle": estimate(0.61, 0.004, 192),
+            "routed": estimate(0.612, 0.004, 192),
+            "routed_minus_oracle": estimate(0.002, 0.001, 192),
+            "disagreement": [estimate(v) for v in np.linspace(0.02, 0.4, 8)],
+        },
+        "sweep": {
+            "systems": [
+                {
+                    "ensemble": "runs/x/ensemble",
+                    "overrides": {"top_k": k},
+                    "experts_per_step": k,
+                    "seconds_per_video": 0.1 * k,
+                    "scores": {"correct": estimate(0.6 + 0.05 * k, 0.04), "shapes_frechet": estimate(30 - k, 2)},
+                }
+                for k in (1, 2, 3)
+            ],
+            "labels": {"correct": "Attribute accuracy", "shapes_frechet": "Frechet distance (shapes classifier)"},
+            "protocol": {"prompts": 96},
         },
         "expert_use": {
             "clusters": [0, 1, 2],

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from paris_jax.evaluation import report
+from paris_jax.evaluation import headline_figure, report
 from paris_jax.evaluation.results import format_estimate
 from tests.evaluation import synthetic
-from tests.evaluation.browser import browse, needs_browser
+from tests.evaluation.browser import browse, look, needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +82,123 @@ def test_console_errors_are_noticed(page, tmp_path):
     assert any("undefined_name" in message for message in browse(broken, until="html").logged)
 
 
+# Texts of one plot, or cells of one table, that are drawn over each other by more than a pixel.
+OVERPRINTED = """() => {
+  const found = [];
+  for (const parent of document.querySelectorAll("svg.plot, table, .number, .tile, .card")) {
+    const texts = [...parent.querySelectorAll("text, td, th, dt, dd, h2, h3, li, .pill")];
+    const boxes = texts.map((e) => [e, e.getBoundingClientRect()]);
+    for (const [i, [a, r]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 1)) {
+      if (a.contains(b) || b.contains(a)) continue;
+      const w = Math.min(r.right, q.right) - Math.max(r.left, q.left);
+      const h = Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top);
+      if (w > 1 && h > 1) found.push(`${a.textContent} / ${b.textContent}`);
+    }
+  }
+  return found;
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 760, 1280])
+def test_nothing_is_printed_over_another_and_the_page_is_no_wider_than_the_screen(page, width):
+    over, wide = look(page, width, 800, OVERPRINTED, "() => document.documentElement.scrollWidth")
+    assert over == []
+    assert wide <= width
+
+
+@needs_browser
+def test_overprinting_would_be_noticed(page, tmp_path):
+    moved = tmp_path / "moved.html"
+    moved.write_text(page.read_text().replace("</style>", ".plot .tick { font-size: 60px; }</style>", 1))
+    assert look(moved, 390, 800, OVERPRINTED)[0]
+
+
+@needs_browser
+def test_the_first_screen_is_verdict_number_and_videos(page):
+    shown = "['h1', 'section.number', 'video', '#pause']"
+    bottoms = f"() => {shown}.map((s) => document.querySelector(s).getBoundingClientRect().bottom)"
+    assert max(look(page, 1280, 800, bottoms)[0]) <= 800
+
+
+@needs_browser
+def test_the_keyboard_reaches_every_control_and_wide_table(page):
+    focus = """async () => {
+      const names = [];
+      for (const e of document.querySelectorAll("a, button, [tabindex]")) {
+        e.focus();
+        names.push(document.activeElement === e);
+      }
+      return names;
+    }"""
+    reached = look(page, 1280, 800, focus)[0]
+    assert len(reached) >= 3 + page.read_text().count('tabindex="0"') and all(reached)
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_the_contrast_that_wcag_asks_for(page, scheme):
+    """4.5 to 1 for every colour of text, on the page and on cards."""
+    ratios = look(page, 1280, 800, CONTRAST, scheme=scheme)[0]
+    assert min(ratios.values()) >= 4.5, ratios
+
+
+CONTRAST = """() => {
+  const style = getComputedStyle(document.documentElement), light = (name) => {
+    const hex = style.getPropertyValue(name).trim().slice(1);
+    const part = [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * part[0] + 0.7152 * part[1] + 0.0722 * part[2];
+  };
+  const found = {};
+  for (const text of ["--ink", "--soft", "--faint", "--ensemble", "--monolith", "--real", "--good", "--bad"])
+    for (const ground of ["--page", "--card"]) {
+      const [a, b] = [light(text), light(ground)].sort((x, y) => y - x);
+      found[`${text} on ${ground}`] = (a + 0.05) / (b + 0.05);
+    }
+  return found;
+}"""
+
+
+def test_every_plot_has_a_name_for_screen_readers(page):
+    plots = [a for tag, a in Tags(page.read_text()).seen if tag == "svg"]
+    assert plots and all(a.get("role") == "img" and a.get("aria-label") for a in plots)
+
+
+def test_what_cannot_be_concluded_is_listed(page):
+    text = page.read_text()
+    listed = text[text.index("What cannot be concluded") : text.index("How to read the scores")]
+    assert "Which model has the better held-out flow loss: the 95 % interval" in listed
+    assert "another seed of training" in listed and "1 are of one colour" in listed
+    assert "29% of the lower distance is what real clips have" in listed  # 0.9 of 3.1
+
+
+def test_the_first_screen_shows_raw_values_beside_the_ratio_over_the_floor(page):
+    text = page.read_text()
+    number = re.search(r'<section class="number".*?</section>', text, re.DOTALL).group()
+    assert "3.10 ± 0.22" in number and "4.40 ± 0.30" in number
+    assert "the monolith is 1.59 times as far as the ensemble" in number  # (4.4 - 0.9) / (3.1 - 0.9)
+
+
+def test_a_withheld_verdict_is_not_called_unclear():
+    results, videos = synthetic.make(shown=1)
+    results["comparisons"][1] |= {"winner": "none", "withheld": "4 clips are too few for a verdict, which needs 8"}
+    text = report.render(results, videos, 8.0)
+    assert "verdict withheld" in text and "4 clips are too few for a verdict" in text
+
+
+def test_the_headline_is_a_figure_to_share():
+    pytest.importorskip("matplotlib", reason="draws the figure; pip install -e '.[evaluation]'")
+    made = headline_figure.render(synthetic.make(shown=1)[0])
+    assert made["headline.png"].startswith(b"\x89PNG") and made["headline.pdf"].startswith(b"%PDF")
+    assert headline_figure.render(synthetic.make(shown=1)[0]) == made  # nothing of the time of day is in it
+
+
 def test_everything_is_inlined(page):
     text = page.read_text()
     for tag, attributes in Tags(text).seen:
         for name in ("src", "href"):
-            assert attributes.get(name, "data:").startswith("data:"), tag
+            assert attributes.get(name, "data:").startswith(("data:", "#")), tag
     assert "url(" not in text
     assert "@import" not in text
     assert "${" not in text.replace("`${decoded} of ${videos.length}`", "").replace("`0 of ${videos.length}`", "")
@@ -102,6 +214,11 @@ PANELS = {
     "Router accuracy by time": ("circle", 8),
     "Expert use by step": ("polygon", 3),  # an area an expert
     "Expert use by prompt": ("tr", 3),  # a row a cluster
+    "Each expert on each cluster": ("td", 1 + 3 * 3),  # its corner, and a loss each
+    "Disagreement by time": ("circle", 8),
+    "Router’s confusion": ("td", 1 + 3 * 3),
+    "Attribute accuracy by setting": ("rect", 3),
+    "Frechet distance (shapes classifier) by setting": ("rect", 3),
 }
 
 

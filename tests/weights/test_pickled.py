@@ -135,3 +135,26 @@ def test_files_of_old_versions_are_refused_with_a_remedy(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"before version 1\.6; save its tensors again, as safetensors"):
         read_arrays(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_file_with_any_byte_changed_is_read_or_refused_in_one_sentence(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    if kind == "numpy":
+        whole = pickle.dumps({"params": {"kernel": np.arange(6.0), "bias": np.ones(2, np.float32)}}, protocol=4)
+    else:
+        whole = archive(
+            tmp_path, lambda torch: {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2)}
+        ).read_bytes()
+    errors = []
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(0, 256)
+        write(tmp_path / "w", bytes(data))
+        try:
+            read_arrays(tmp_path / "w")
+        except UserError as error:
+            errors.append(str(error))
+    assert len(errors) > 20
+    assert not any("\n" in error for error in errors)

@@ -164,12 +164,13 @@ def convert(path: epath.PathLike, out: epath.PathLike) -> str:
     out = epath.Path(out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out={out}: must end in .safetensors")
-    tensors = read(path or find())
+    path = path or find()
+    tensors = read(path)
     sha256 = hash_of(tensors)
     metadata = {
         "network": "I3D, Kinetics-400, RGB",
         "sha256": sha256,
-        "source_sha256": manifest.hash_file(path or find()),
+        "source_sha256": manifest.hash_file(path),
     }
     manifest.write_atomically(out, safetensors.numpy.save(tensors, metadata))
     return sha256

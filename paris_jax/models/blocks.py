@@ -157,7 +157,10 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
 
 # Primitives of the flash kernels. Their results include the log-sum-exp: with all of them saved, no kernel runs again.
 # A checkpoint name on the attended values alone would not prevent that.
-FLASH_PRIMITIVES = ("dot_product_attention_fwd_wrapper", "pallas_call")
+FLASH_PRIMITIVES = (
+    "dot_product_attention_fwd_wrapper",  # cuDNN's
+    "custom_vjp_call",  # Pallas': its forward rule calls the differentiable kernel again, for the log-sum-exp
+)
 
 
 def _is_flash(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,8 +115,8 @@ class Compiler:
         return dataclasses.replace(self._done[key], job=job)
 
 
-def compile_step(job: Job, target: Topology, devices: list[Any]) -> Planned:
-    """Compiles a job's training step for the devices of a topology."""
+def compile_step(job: Job, target: Topology, devices: list[Any], save: Path | None = None) -> Planned:
+    """Compiles a job's training step for the devices of a topology; writes its HLO text to `save`."""
     began, step = time.perf_counter(), ShardedStep(job, devices)
     mesh = " x ".join(f"{name} {n}" for name, n in step.mesh.shape.items() if n > 1) or "one device"
     logger.info("compiling %s for %s (%s, batch %d)", job.name, target, mesh, job.settings.global_batch_size)
@@ -135,4 +136,8 @@ def compile_step(job: Job, target: Topology, devices: list[Any]) -> Planned:
         return Planned(job, target, footprint, None, time.perf_counter() - began)
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     footprint = Footprint(arguments, temporaries, max(stats.peak_memory_in_bytes, arguments + temporaries), memory)
-    return Planned(job, target, footprint, program.read(compiled.as_text()), time.perf_counter() - began)
+    seconds, hlo = time.perf_counter() - began, compiled.as_text()
+    if save:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.write_text(hlo)
+    return Planned(job, target, footprint, program.read(hlo), seconds)

@@ -119,14 +119,26 @@ def _visit(computations: dict[str, dict[str, Instruction]], name: str, times: in
     instructions = computations.get(name, {})
     for each in instructions.values():
         if each.opcode == "while":
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', each.line)
             body = re.search(r"\bbody=%?([\w.\-]+)", each.line)
             if body:
-                _visit(computations, body[1], times * (int(trips[1]) if trips else 1), fused, report)
+                _visit(computations, body[1], times * _trips(computations, each), fused, report)
             continue
         for called in each.called():
             _visit(computations, called, times, fused or each.opcode == "fusion", report)
         _count(each, instructions, times, fused, report)
+
+
+def _trips(computations: dict[str, dict[str, Instruction]], loop: Instruction) -> int:
+    """How often the body of a loop runs: as XLA annotates it, or up to the constant of its condition; 1 if unknown."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.line):
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.line)
+    instructions = computations.get(condition[1], {}) if condition else {}
+    for each in instructions.values():
+        if each.opcode == "compare" and "direction=LT" in each.line and each.operands[-1] in instructions:
+            limit = re.search(r"constant\((\d+)\)", instructions[each.operands[-1]].line)
+            return int(limit[1]) if limit else 1
+    return 1
 
 
 def _count(each: Instruction, others: dict[str, Instruction], times: int, fused: bool, report: Report) -> None:
@@ -158,13 +170,35 @@ def _product_flops(each: Instruction, operands: list[tuple[str, tuple[int, ...]]
     if len(operands) < 2:
         return 0.0
     if each.opcode == "convolution":
-        labels = re.search(r"dim_labels=\w+_(\w+)->", each.line)
-        kernel = operands[1][1]
-        outputs = kernel[labels[1].index("o")] if labels else 1
-        return 2.0 * result * math.prod(kernel) / outputs
+        return _convolution_flops(each, operands[0][1], operands[1][1])
     summed = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', each.line)
     axes = [int(n) for n in re.findall(r"\d+", summed[1])] if summed else []
     return 2.0 * result * math.prod(operands[0][1][axis] for axis in axes)
+
+
+def _convolution_flops(each: Instruction, inputs: tuple[int, ...], kernel: tuple[int, ...]) -> float:
+    """FLOPs of a convolution, as which TPUs have every product: padding is not multiplied."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.line)
+    if labels is None:
+        return 0.0
+    of_input, of_kernel, of_result = labels.groups()
+    result, pairs = each.shapes[0][1], 1
+    for axis, name in enumerate(sorted(set(of_kernel) - set("io"))):
+        size, length = kernel[of_kernel.index(name)], result[of_result.index(name)]
+        low = int(_window(each.line, "pad", axis, "0_0").split("_")[0])
+        stride, spread = (int(_window(each.line, key, axis, "1")) for key in ("stride", "rhs_dilate"))
+        gap = int(_window(each.line, "lhs_dilate", axis, "1"))
+        reach = (inputs[of_input.index(name)] - 1) * gap + 1
+        starts = (place * stride - low for place in range(length))
+        pairs *= sum(0 <= s + k * spread < reach and (s + k * spread) % gap == 0 for s in starts for k in range(size))
+    batch, outputs = result[of_result.index("b")], result[of_result.index("f")]
+    return 2.0 * batch * outputs * kernel[of_kernel.index("i")] * pairs
+
+
+def _window(line: str, key: str, axis: int, default: str) -> str:
+    """One axis of an attribute of a convolution's window, such as the 11_11 of pad=0_0x11_11."""
+    found = re.search(rf"window=\{{[^}}]*\b{key}=([\dx_\-]+)", line)
+    return found[1].split("x")[axis] if found else default
 
 
 def _received(each: Instruction) -> int:

@@ -1,10 +1,11 @@
-"""Memory of sampling at full size, with the ensemble's sampler compiled ahead of time for a simulated TPU.
+"""Memory of sampling at full size, with the ensemble's sampler compiled for a TPU or GPU that is not attached.
 
     python -m tests.benchmarks.fits [--config=configs/paris2.py] [--chip=v5p:2x2x1] [--experts=3] [--batch=1]
         [--ways=auto,int8,auto+offload,int8+offload]
 
 For every placement of the experts (compute dtype or 8-bit integers, on the chip or in host memory), prints the bytes
-of arguments on the host and the peak memory of the chip during sampling with guidance. Needs libtpu.
+of arguments on the host and the peak memory of the chip during sampling with guidance, and the attention kernels in
+the program. Needs libtpu, or for `--chip=h100:1` JAX for CUDA; offload cannot be checked for GPUs.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from jax.sharding import SingleDeviceSharding
 
 from paris_jax.config import files
 from paris_jax.config.experiment import Experiment
+from paris_jax.diffusion import timesteps
 from paris_jax.diffusion.guidance import Strength
 from paris_jax.encoders import codecs
 from paris_jax.ensemble import conditioning, sparse_velocity
 from paris_jax.ensemble.routing import Routing
-from paris_jax.models import functional, stacks
+from paris_jax.models import functional, sharding_rules, stacks
 from paris_jax.models.dit import video_tokens
+from paris_jax.planning import program
 from paris_jax.planning.topologies import Topology
 
 GIB = 2**30
@@ -62,7 +65,9 @@ def main() -> None:
     parser.add_argument("--ways", default="auto,int8,auto+offload,int8+offload")
     flags = parser.parse_args()
     experiment = Experiment.from_config(files.load(flags.config))
-    device = Topology.parse(flags.chip).devices()[0]
+    target = Topology.parse(flags.chip)
+    device = target.devices()[0]
+    mesh = sharding_rules.device_mesh(sharding_rules.MESH_AXES, (1, 1, 1, 1), [device])  # names the platform
     T, H, W, C = codecs.latent_shape(experiment)
     sizes = {"channels": C, "pooled_width": 768, "dtype": "bfloat16"}
     network = functional.network_config(experiment.network, text_width=4096, **sizes)
@@ -75,6 +80,7 @@ def main() -> None:
         text, text, Strength(array()), router_temperature=array(), present=array(flags.experts, dtype=jnp.bool_)
     )
     routers = jax.tree.map(lambda a: array(*a.shape, dtype=a.dtype), functional.abstract(router))
+    capacity = timesteps.capacity(STEPS)
     places = tuple((0, k) for k in range(flags.experts))
     rows = 2 * B  # conditional and unconditional; one pass takes all of them
     size = f"{flags.experts} x {functional.count(network) / 1e9:.2f}B, latent {(T, H, W, C)}"
@@ -92,14 +98,18 @@ def main() -> None:
         start = time.perf_counter()
         state = jax.tree.map(
             lambda a: array(*a.shape, dtype=a.dtype),
-            jax.eval_shape(functools.partial(sparse_velocity.initial_state, plan, steps=STEPS), array(B, T, H, W, C)),
+            jax.eval_shape(
+                functools.partial(sparse_velocity.initial_state, plan, steps=capacity), array(B, T, H, W, C)
+            ),
         )
         span, keys = [array(dtype=jnp.int32)] * 2, array(B, 2, dtype=jnp.uint32)
         try:
-            lowered = sparse_velocity.take_steps.lower(
-                plan, arrays, state, *span, keys, array(STEPS + 1), condition, array(STEPS, dtype=jnp.int32)
-            )
-            memory = lowered.compile().memory_analysis()
+            with jax.set_mesh(mesh):
+                lowered = sparse_velocity.take_steps.lower(
+                    plan, arrays, state, *span, keys, array(capacity + 1), condition, array(capacity, dtype=jnp.int32)
+                )
+            compiled = lowered.compile(compiler_options=target.compiler_options)
+            memory, report = compiled.memory_analysis(), program.read(compiled.as_text() or "")
         except jax.errors.JaxRuntimeError as error:
             print(f"{way:14s} does not fit: {' '.join(str(error).split())[:1500]}", flush=True)
             continue
@@ -107,7 +117,8 @@ def main() -> None:
         host = memory.host_argument_size_in_bytes
         seconds = time.perf_counter() - start
         print(f"{way:14s} chip {chip / GIB:6.1f} GiB (temporary {memory.temp_size_in_bytes / GIB:.2f}), "
-              f"host {host / GIB:6.1f} GiB; compiled in {seconds:.0f} s", flush=True)  # fmt: skip
+              f"host {host / GIB:6.1f} GiB; flash attention {report.flash or 'none'}; compiled in {seconds:.0f} s",
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

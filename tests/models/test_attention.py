@@ -90,6 +90,17 @@ def test_a_gpu_without_flash_attention_falls_back_with_a_reason(caplog):
 
 
 @pytest.mark.parametrize("remat, kernels", [("none", 1), ("named", 1), ("full", 2)])
+def test_rematerialisation_by_name_never_repeats_a_tpus_attention_kernel(remat, kernels):
+    def block(x):
+        return attention._pallas(x, x, x, None) * 2
+
+    block = block if remat == "none" else jax.checkpoint(block, policy=blocks.REMAT[remat])
+    gradient = jax.make_jaxpr(jax.grad(lambda x: block(x).astype(jnp.float32).sum()))
+    text = str(gradient(jnp.ones((1, 256, 2, 128), jnp.bfloat16)))
+    assert text.count("pallas_call[") == kernels + 2  # the backward pass has two
+
+
+@pytest.mark.parametrize("remat, kernels", [("none", 1), ("named", 1), ("full", 2)])
 def test_rematerialisation_by_name_never_repeats_the_attention_kernel(cuda, remat, kernels):
     def block(x, _):
         q = x * 2

@@ -74,6 +74,8 @@ def sampling(values: flags.FlagValues) -> None:
     flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
     text = "int8 takes half the memory, or less"
     flags.DEFINE_enum("weights_dtype", "auto", ("auto", "int8"), text, flag_values=values)
+    text = "of activations and matrix products; by default that of training"
+    flags.DEFINE_enum("compute_dtype", "", ("", "float32", "bfloat16", "float16"), text, flag_values=values)
     flags.DEFINE_bool("offload", False, "keep the experts in host memory", flag_values=values)
     for name, what in (("vae", "HunyuanVideo's VAE"), ("t5", "T5"), ("clip", "CLIP")):
         text = f"folder of {what}, where the ensemble was trained with it"

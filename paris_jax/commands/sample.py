@@ -155,7 +155,7 @@ def sample(
       ensemble: folder of the ensemble, or "bundled:NAME".
       prompts: sampled as one batch.
       output: where the videos go.
-      load: keyword arguments of `Ensemble.load`: `mesh`, `weights_dtype`, `offload` and `encoders`.
+      load: keyword arguments of `Ensemble.load`: `mesh`, `weights_dtype`, `compute_dtype`, `offload` and `encoders`.
       prompts_file: more prompts, sampled `batch_size` at a time; a line without a seed gets the seed plus its number.
       verbose: print the mean routing weights also where the router had no choice.
       **params: see `Ensemble.sample`. With `preview_every_steps`, a contact sheet of the videos as predicted so far

@@ -122,7 +122,8 @@ def _sample(call: Call) -> None:
 
     if not call["ensemble"]:
         raise UserError("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
-    options = {"mesh": _mesh(call["mesh"]), "weights_dtype": call["weights_dtype"], "offload": call["offload"]}
+    options = {name: call[name] for name in ("weights_dtype", "compute_dtype", "offload")}
+    options |= {"mesh": _mesh(call["mesh"])}
     options["encoders"] = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
     sample(
         call["ensemble"],

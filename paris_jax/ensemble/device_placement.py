@@ -23,6 +23,7 @@ from paris_jax.training.sharding import check_network
 
 MESH_AXES = ("expert", *sharding_rules.MESH_AXES)
 WEIGHT_DTYPES = ("auto", "int8")
+COMPUTE_DTYPES = ("", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,17 @@ class PlacementOptions:
       mesh: devices of the ensemble; None for one device.
       weights_dtype: "auto", the dtype of the computation, or "int8" for the matrices of the blocks.
       offload: keep the matrices of the blocks in host memory and fetch them layer by layer.
+      compute_dtype: dtype of the computation; "" for that of each network's training.
     """
 
     mesh: Mesh | None = None
     weights_dtype: str = "auto"
     offload: bool = False
+    compute_dtype: str = ""
+
+    def config(self, network: functional.Config) -> functional.Config:
+        """A network's config with the dtype of the computation."""
+        return dataclasses.replace(network, dtype=self.compute_dtype) if self.compute_dtype else network
 
     def place(self, config: functional.Config, experts: list[functional.Params]) -> functional.Params:
         """Stacks the experts of one architecture (NumPy) on their devices, (members, ...).
@@ -93,12 +100,16 @@ class PlacementOptions:
             )
 
 
-def placement_options(axes: Mapping[str, int] | None, weights_dtype: str, offload: bool) -> PlacementOptions:
+def placement_options(
+    axes: Mapping[str, int] | None, weights_dtype: str, offload: bool, compute_dtype: str = ""
+) -> PlacementOptions:
     """Placement options from the arguments of `Ensemble.load`; refuses an impossible mesh or dtype."""
     mesh = make_ensemble_mesh(axes) if axes else None
     for problem in checks.choice("weights_dtype", weights_dtype, WEIGHT_DTYPES):
         raise UserError(problem)
-    return PlacementOptions(mesh, weights_dtype, offload)
+    for problem in checks.choice("compute_dtype", compute_dtype, COMPUTE_DTYPES):
+        raise UserError(problem)
+    return PlacementOptions(mesh, weights_dtype, offload, compute_dtype)
 
 
 def make_ensemble_mesh(axes: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
@@ -147,15 +158,20 @@ class PlacedEnsemble:
 
     def __init__(self, exported: ensemble_manifest.ExportedEnsemble, clusters: list[int], options: PlacementOptions):
         experts = [exported.experts[k] for k in clusters]
-        self.networks = tuple(dict.fromkeys(expert.config for expert in experts))  # each architecture once
-        members = [[e for e in experts if e.config == kind] for kind in self.networks]
-        self.slots = tuple((kind, members[kind].index(e)) for e in experts for kind in [self.networks.index(e.config)])
-        self.router = exported.router.config if exported.router else None
+        configs = [options.config(expert.config) for expert in experts]
+        self.networks = tuple(dict.fromkeys(configs))  # each architecture once
+        members = [[e for e, c in zip(experts, configs, strict=True) if c == kind] for kind in self.networks]
+        kinds = [self.networks.index(config) for config in configs]
+        self.slots = tuple((kind, members[kind].index(e)) for e, kind in zip(experts, kinds, strict=True))
+        self.router = options.config(exported.router.config) if exported.router else None
         self.mesh = options.mesh
         self.check(exported.shared.latent.shape)
 
         def place() -> sparse_velocity.EnsembleParams:
-            stacks = tuple(options.place(each[0].config, [expert.params for expert in each]) for each in members)
+            stacks = tuple(
+                options.place(config, [expert.params for expert in each])
+                for config, each in zip(self.networks, members, strict=True)
+            )
             router = replicate(exported.router.params if exported.router else None, self.mesh)
             return sparse_velocity.EnsembleParams(stacks, router, replicate(np.asarray(clusters, np.int32), self.mesh))
 

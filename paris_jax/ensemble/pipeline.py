@@ -75,6 +75,7 @@ class Ensemble:
         encoders: Mapping[str, str] | None = None,
         drop_encoders: bool = False,
         store: EncoderStore | None = None,
+        compute_dtype: str = "",
     ) -> "Ensemble":
         """Loads an ensemble folder (RUN/ensemble, local or gs://), or one that ships: "bundled:shapes".
 
@@ -88,8 +89,10 @@ class Ensemble:
           drop_encoders: frees published text encoders as soon as prompts are encoded, before the experts are placed on
             the device, which then holds one or the other. Encoded prompts are cached: `encode` all of them first.
           store: published encoders to share with other ensembles; by default this ensemble has its own.
+          compute_dtype: "float32", "bfloat16" or "float16", of activations and matrix products; by default that of
+            training. Flash attention on GPUs takes 16-bit floats only; a T4 has no bfloat16.
         """
-        options = device_placement.placement_options(mesh, weights_dtype, offload)
+        options = device_placement.placement_options(mesh, weights_dtype, offload, compute_dtype)
         return cls(ensemble_manifest.read(path), options, encoders, drop_encoders, store)
 
     @classmethod

@@ -110,7 +110,7 @@ def implementation(platform: str, capability: str, dtype: str, head_width: int, 
     elif capability and float(capability) < CUDNN_CAPABILITY:
         reason = f"cuDNN's kernel needs compute capability {CUDNN_CAPABILITY} (A100 or later), not {capability}"
     elif dtype not in ("bfloat16", "float16"):
-        reason = f"cuDNN's kernel takes 16-bit floats, not {dtype}"
+        reason = f"cuDNN's kernel takes 16-bit floats, not {dtype}; set compute_dtype"
     elif head_width % 8 or head_width > 128:
         reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:

@@ -46,7 +46,7 @@ def parsed(monkeypatch, tmp_path):
 
 def test_omitted_flags_keep_the_parameters_of_the_ensemble(parsed):
     call = parsed()
-    options = {"mesh": None, "weights_dtype": "auto", "offload": False, "encoders": {}}
+    options = {"mesh": None, "weights_dtype": "auto", "compute_dtype": "", "offload": False, "encoders": {}}
     assert call["options"] == options | {"drop_encoders": True}  # all prompts are encoded up front
     assert call["params"] == {"progress": True}
 
@@ -54,7 +54,13 @@ def test_omitted_flags_keep_the_parameters_of_the_ensemble(parsed):
 def test_every_flag_reaches_the_sampler(parsed):
     params = {
         **{"negative_prompt": "a", "num_inference_steps": 7, "seed": [4, 5], "fixed_expert": [0, 1]},
-        **{"timesteps": [1, 0.5, 0], "drop_experts": [1, 2], "on_nonfinite": "drop", "preview_every_steps": 3},
+        **{
+            "timestep_shift": 2.5,
+            "timesteps": [1, 0.5, 0],
+            "drop_experts": [1, 2],
+            "on_nonfinite": "drop",
+            "preview_every_steps": 3,
+        },
         **{"num_frames": 6, "height": 12, "width": 16, "solver": "ab2", "guidance_scale": 2.5},
         **{"guidance_method": "projected", "guidance_interval": [0.1, 0.8], "guidance_rescale": 0.5},
         **{"guidance_momentum": -0.2, "guidance_norm_threshold": 3.0, "guidance_eta": 0.5, "image": "a.png"},
@@ -68,9 +74,17 @@ def test_every_flag_reaches_the_sampler(parsed):
         return ",".join(map(str, value)) if isinstance(value, list) else value
 
     flags = [f"--{name}={as_text(value)}" for name, value in params.items()]
-    call = parsed(*flags, "--mesh=expert:3,fsdp:2", "--weights_dtype=int8", "--offload", "--vae=v", "--t5=t")
+    call = parsed(
+        *flags,
+        "--mesh=expert:3,fsdp:2",
+        "--weights_dtype=int8",
+        "--compute_dtype=bfloat16",
+        "--offload",
+        "--vae=v",
+        "--t5=t",
+    )
     assert call["options"] == {
-        **{"mesh": {"expert": 3, "fsdp": 2}, "weights_dtype": "int8", "offload": True},
+        **{"mesh": {"expert": 3, "fsdp": 2}, "weights_dtype": "int8", "compute_dtype": "bfloat16", "offload": True},
         "encoders": {"vae": "v", "t5": "t"},
         "drop_encoders": True,
     }

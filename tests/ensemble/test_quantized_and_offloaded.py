@@ -103,3 +103,17 @@ def test_what_cannot_be_kept_is_refused():
     odd = jax.tree.map(np.asarray, random_params(config, 0))
     with pytest.raises(UserError, match=r"weights_dtype='int8' with offload: \S+ has 6 inputs over 1 devices"):
         PlacementOptions(weights_dtype="int8", offload=True).place(config, [odd, odd])
+
+
+@pytest.mark.parametrize("dtype, error", [("bfloat16", 0.1), ("float16", 0.02)])
+def test_the_dtype_of_the_computation_is_chosen_when_an_ensemble_is_loaded(dtype, error):
+    """Kernels are stored in it, and so reach the flash attention of accelerators; videos stay near."""
+    given = {"num_inference_steps": 2, "seed": 3}
+    wide, narrow = Ensemble.load("bundled:shapes"), Ensemble.load("bundled:shapes", compute_dtype=dtype)
+    (network,), (stack,) = narrow._placed.networks, narrow._placed.params.experts
+    assert network.dtype == narrow._placed.router.dtype == dtype
+    assert stack["single_blocks"]["qkv_mlp"]["kernel"].dtype == dtype
+    videos = [ensemble.sample("a red ball", **given).videos for ensemble in (wide, narrow)]
+    assert 0 < np.sqrt(np.mean(np.square(videos[0] - videos[1]))) < error
+    with pytest.raises(UserError, match="compute_dtype='int8': must be one of"):
+        Ensemble.load("bundled:shapes", compute_dtype="int8")

@@ -329,7 +329,7 @@ class EvaluationRun:
         return compute.identity(experts, monolith, router)
 
     def _protocol(self) -> dict[str, Any]:
-        sampling, settings = self.experiment.sampling, self.experiment.evaluation
+        sampling, settings, data = self.experiment.sampling, self.experiment.evaluation, self.experiment.data
         card = read_card()
         detail = "".join(f", {name} = {value}" for name, value in self.routing.items() if name != "routing")
         shape = " x ".join(map(str, heldout.decode(self.ensemble, self.prompts.latents[:1]).shape[1:4]))
@@ -340,6 +340,8 @@ class EvaluationRun:
             "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
             + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
+            "split": f"{data.heldout_fraction:.1%} of the clips, held out before clustering, seed {data.seed}",
+            "weights": f"moving averages of the parameters, decay {self.experiment.training.ema_decay:g}",
             "noise": f"seed {settings.seed}; prompt i starts from the same noise in both models",
             "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, timestep shift {shift:g}",
             "guidance": f"{sampling.guidance_scale:g}, inside the merge, with the same weights for both branches",

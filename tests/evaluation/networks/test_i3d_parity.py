@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 from paris_jax.errors import UserError
+from paris_jax.evaluation.metrics.frechet import frechet_distance
 from paris_jax.evaluation.networks import i3d, i3d_weights
 
 torch = pytest.importorskip("torch", reason="the second implementation is PyTorch's; pip install torch==2.13.0")
@@ -60,7 +62,7 @@ def test_every_layer_is_that_of_the_second_implementation(tmp_path):
         assert difference(np.asarray(ours[name]), of_torch(value)) < 2e-5, name
 
 
-def test_the_published_weights_give_the_second_implementations_logits():
+def test_the_published_weights_give_the_second_implementations_logits_and_distance():
     from tests.oracles.i3d import I3D
 
     found = published()
@@ -69,14 +71,24 @@ def test_the_published_weights_give_the_second_implementations_logits():
     for unit in i3d.units():
         for part, name in i3d_weights._names("pytorch-i3d", unit).items():
             values = tensors[f"{unit}/{part}"]
-            state[name] = torch.from_numpy(values.transpose(4, 3, 0, 1, 2).copy() if part == "kernel" else values)
+            state[name] = torch.tensor(values.transpose(4, 3, 0, 1, 2) if part == "kernel" else values)
     network.load_state_dict(state)
-    x = videos(2, 16, 64, seed=3)
-    ours = i3d.features(found.params, jnp.asarray(x))
+    x = videos(8, 9, 64, seed=3)
+    x[4:] = np.roll(x[4:], 1, axis=2) * 0.7
+    ours = np.concatenate([i3d.features(found.params, jnp.asarray(part)) for part in np.split(x, 4)])
     resized = np.asarray(i3d.resize(jnp.asarray(x)))
     with torch.no_grad():
-        theirs = network(torch.from_numpy(resized.transpose(0, 4, 1, 2, 3).copy()))
-    assert difference(np.asarray(ours), theirs.numpy()) < 2e-5
+        theirs = network(torch.from_numpy(resized.transpose(0, 4, 1, 2, 3).copy())).numpy()
+    assert difference(ours, theirs) < 2e-5
+    assert frechet_distance(ours[:4], ours[4:]) == pytest.approx(by_matrix_root(theirs[:4], theirs[4:]), rel=1e-3)
+
+
+def by_matrix_root(first: np.ndarray, second: np.ndarray) -> float:
+    """The Frechet distance as it is usually computed, with scipy's matrix square root."""
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    c1, c2 = np.cov(first.T), np.cov(second.T)
+    root = scipy.linalg.sqrtm(c1 @ c2 + 1e-9 * np.eye(len(c1))).real
+    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * root))
 
 
 @pytest.mark.parametrize("naming", ["short", "lower"])

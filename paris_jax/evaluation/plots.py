@@ -65,7 +65,7 @@ def lines(
         middle = [f"{px:.1f},{y(e['value']):.1f}" for px, e in points]
         parts.append(f'<polyline class="line {s.style}" points="{" ".join(middle)}"/>')
         parts += [_dot(px, y(e["value"]), s, e, unit) for px, e in points]
-    return _svg(title, parts, y_label)
+    return _svg(_described(title, series, unit), parts, y_label)
 
 
 def differences(title: str, values: Sequence[Estimate | None], edges: Sequence[float], y_label: str) -> str:
@@ -82,7 +82,7 @@ def differences(title: str, values: Sequence[Estimate | None], edges: Sequence[f
         style = ("ensemble" if e["value"] < 0 else "monolith") if significant else "neutral"
         parts.append(_whisker(px, y(e["value"] - half), y(e["value"] + half), style))
         parts.append(_dot(px, y(e["value"]), Series(series.name, style, values), e, ""))
-    return _svg(title, parts, y_label)
+    return _svg(_described(title, [series], ""), parts, y_label)
 
 
 def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: str, unit: str = "") -> str:
@@ -107,7 +107,7 @@ def bars(title: str, names: Sequence[str], series: Sequence[Series], y_label: st
             )
             low, high = _clip(e["value"] - half, y), _clip(e["value"] + half, y)
             parts.append(_whisker(px + width / 2, y(low), y(high), "on-bar"))
-    return _svg(title, parts, y_label, HEIGHT - 20)
+    return _svg(_described(f"{title} ({', '.join(names)})", series, unit), parts, y_label, HEIGHT - 20)
 
 
 def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]], x_label: str) -> str:
@@ -130,7 +130,8 @@ def shares(title: str, names: Sequence[str], by_step: Sequence[Sequence[float]],
     for s in sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
         parts.append(_tick(x(s + 0.5), str(s + 1)))
     parts.append(_below(x_label))
-    return _svg(title, parts, "mean weight")
+    means = [f"{name} {sum(row[k] for row in by_step) / count:.0%}" for k, name in enumerate(names)]
+    return _svg(f"{title}: {', '.join(means)}", parts, "mean weight")
 
 
 def interval(difference: Estimate, better: str | None, won: str) -> str:
@@ -153,6 +154,14 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     """Renders (name, CSS class) pairs as a legend of coloured marks."""
     items = "".join(f'<span><i class="swatch {style}"></i>{html.escape(name)}</span>' for name, style in entries)
     return f'<p class="legend">{items}</p>'
+
+
+def _described(title: str, series: Sequence[Series], unit: str) -> str:
+    """A plot in words, for those who do not see it: its title and all values."""
+    texts = [
+        f"{s.name} {', '.join('none' if e is None else _number(e['value'], unit) for e in s.values)}" for s in series
+    ]
+    return f"{title}: {'; '.join(texts)}"
 
 
 def _value_axis(series: Sequence[Series], unit: str, from_zero: bool = False, around_zero: bool = False) -> Axis:

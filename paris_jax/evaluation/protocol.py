@@ -224,6 +224,7 @@ class EvaluationRun:
 
             samples = self.cache.get(f"samples-{name}", draw)
             self.progress.update(task, completed=self.count)
+            folders.check_values(samples["videos"], name)
             videos[name] = samples["videos"]
             if name == "ensemble":
                 routing = samples["routing"]

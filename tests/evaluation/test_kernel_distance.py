@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from paris_jax.evaluation.metrics.kernel_distance import kernel_difference, kernel_distance, kernel_estimate
+from paris_jax.evaluation.metrics.kernel_distance import (
+    KernelBlocks,
+    kernel_difference,
+    kernel_distance,
+    kernel_estimate,
+)
 
 
 def test_equals_the_sums_over_pairs():
@@ -58,3 +63,17 @@ def test_wrong_features_are_refused():
         kernel_distance(x, x * np.inf)
     with pytest.raises(ValueError, match="equally many"):
         kernel_estimate(x, x[:9])
+
+
+def test_blocks_accumulate_the_mean_of_their_distances():
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((6, 16, 5)), rng.standard_normal((6, 16, 5)) + 0.3
+    blocks = KernelBlocks()
+    for first, second in zip(x, y, strict=True):
+        blocks = blocks.update(first, second)
+    each = np.array([kernel_distance(first, second) for first, second in zip(x, y, strict=True)])
+    found = blocks.estimate()
+    assert found["value"] == pytest.approx(each.mean(), rel=1e-12) and found["n"] == 6
+    assert found["stderr"] == pytest.approx(each.std(ddof=1) / np.sqrt(6), rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        KernelBlocks().update(x[0], y[0]).estimate()

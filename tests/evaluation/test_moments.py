@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paris_jax.evaluation.estimates import mean
 from paris_jax.evaluation.metrics.frechet import frechet_distance
-from paris_jax.evaluation.metrics.moments import Moments, frechet_of_moments
+from paris_jax.evaluation.metrics.moments import Moments, estimate_of, frechet_of_moments
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,3 +82,12 @@ np.testing.assert_allclose(found.covariance, np.cov(twice.T), rtol=1e-12)
 """
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=ROOT)
+
+
+def test_a_score_of_each_clip_accumulates_to_its_mean_and_error():
+    scores = np.random.default_rng(6).standard_normal(30)
+    found, expected = estimate_of(accumulated(scores[:, None], [13, 17])), mean(scores)
+    assert found["n"] == 30 and found["value"] == pytest.approx(expected["value"], rel=1e-12)
+    assert found["stderr"] == pytest.approx(expected["stderr"], rel=1e-12)
+    with pytest.raises(ValueError, match="need 1"):
+        estimate_of(accumulated(np.ones((4, 2)), [4]))

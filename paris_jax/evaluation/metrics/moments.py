@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paris_jax.evaluation.estimates import Estimate
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -74,6 +76,16 @@ def _merge(first: Moments, second: Moments) -> Moments:
     apart = second.mean - first.mean
     scatter = first.scatter + second.scatter + jnp.outer(apart, apart) * first.count * share
     return Moments(count, first.mean + apart * share, scatter)
+
+
+def estimate_of(moments: Moments) -> Estimate:
+    """Mean and standard error of a score that each clip has on its own, accumulated as moments of width 1."""
+    if moments.mean.shape != (1,) or float(moments.count) < 2:
+        raise ValueError(
+            f"moments have width {moments.mean.shape} and count {float(moments.count):g}: need 1, and >= 2"
+        )
+    n = int(moments.count)
+    return Estimate(value=float(moments.mean[0]), stderr=float(np.sqrt(moments.covariance[0, 0] / n)), n=n)
 
 
 def frechet_of_moments(first: Moments, second: Moments) -> float:

@@ -9,7 +9,7 @@ from paris_jax.encoders import codecs
 from paris_jax.evaluation import distances, estimates, features, results
 from paris_jax.evaluation.cache import ResultCache
 from paris_jax.evaluation.features import FeatureNetwork, TextScores, WeightFiles
-from paris_jax.evaluation.metrics import frechet, identity, kernel_distance
+from paris_jax.evaluation.metrics import identity
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
@@ -18,11 +18,6 @@ from paris_jax.evaluation.results import MODELS, Comparison
 
 OTHERS = "others"  # the other held-out clips, which distances are to
 Videos = Mapping[str, np.ndarray]  # by model, and "real" and OTHERS: (N, T, H, W, 3) float32 in [-1, 1]
-_DISTANCES = {
-    "frechet": (frechet.frechet_estimate, frechet.frechet_difference),
-    "limit": (frechet.limit_estimate, frechet.limit_difference),
-    "kernel": (kernel_distance.kernel_estimate, kernel_distance.kernel_difference),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +57,7 @@ def rows(
     found, left_out = _distances(features.shapes_classifier(), shapes_features, ("kernel", "limit"))
     for network in instruments.networks:
         of_network = {name: _features(network, name, v, cache) for name, v in videos.items()}
-        more, missing = _distances(network, of_network, tuple(_DISTANCES))
+        more, missing = _distances(network, of_network, tuple(distances.GROUPS))
         found, left_out = found + more, left_out + missing
     if videos["real"].shape[1] > 1:
         found.append(_flicker(videos))
@@ -77,35 +72,27 @@ def _features(network: FeatureNetwork, name: str, videos: np.ndarray, cache: Res
 
 
 def _distances(
-    network: FeatureNetwork, by_set: Mapping[str, np.ndarray], kinds: Sequence[str]
+    network: FeatureNetwork, sets: Mapping[str, np.ndarray], kinds: Sequence[str]
 ) -> tuple[list[Comparison], list[str]]:
-    """Rows of one network's distances, each paired by prompt; features of frames are averaged over each clip."""
-    sets = {name: x.mean(1) if x.ndim == 3 else x for name, x in by_set.items()}
-    N, F = sets["real"].shape
-    if N < distances.MIN_CLIPS:
-        return [], [f"{network.label}: left out, because it needs {distances.MIN_CLIPS} clips and there are {N}."]
-    found, left_out = [], []
-    for kind in kinds:
-        label = distances.labels(network)[kind]
-        if kind == "limit" and frechet.limit_parts(N, F) < 2:
-            left_out.append(f"{label}: left out, because {F} features need {2 * F} clips and there are {N}.")
-            continue
-        estimate, difference = _DISTANCES[kind]
-        floor = estimate(sets["real"], sets[OTHERS])
+    """Rows of one network's distances, each paired by prompt."""
+    possible, missing = distances.available(sets["real"])
+    found = []
+    for kind in (kind for kind in kinds if kind in possible):
+        floor = distances.estimate(kind, sets["real"], sets[OTHERS])
         found.append(
             results.compare(
                 f"{network.name}_{kind}",
-                label,
+                distances.labels(network)[kind],
                 "lower",
-                {model: estimate(sets[model], sets[OTHERS]) for model in MODELS},
-                difference(sets["ensemble"], sets["monolith"], sets[OTHERS]),
+                {model: distances.estimate(kind, sets[model], sets[OTHERS]) for model in MODELS},
+                distances.difference(kind, sets["ensemble"], sets["monolith"], sets[OTHERS]),
                 reference=floor,
                 reference_label="floor: real against real",
                 note="" if kind == "frechet" else "no bias in the number of clips",
                 smallest=floor["stderr"] if kind == "frechet" else 0.0,
             )
         )
-    return found, left_out
+    return found, [f"{network.label}: {sentence}" for sentence in missing]
 
 
 def _per_clip(

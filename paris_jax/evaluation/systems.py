@@ -31,7 +31,7 @@ from paris_jax.evaluation import distances, estimates, features, folders, heldou
 from paris_jax.evaluation.cache import ResultCache
 from paris_jax.evaluation.features import TextScores, WeightFiles
 from paris_jax.evaluation.heldout import Heldout
-from paris_jax.evaluation.metrics import attribute_accuracy, frechet, routing
+from paris_jax.evaluation.metrics import attribute_accuracy, routing
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
@@ -258,10 +258,9 @@ class _SystemsRun:
         if found is not first:
             for network in self.networks:
                 name = f"features {network.name}"
-                if len(self.prompts) >= distances.MIN_CLIPS and found[name].ndim == 2:
-                    differences[f"{network.name}_frechet"] = frechet.frechet_difference(
-                        found[name], first[name], others[name]
-                    )
+                for kind in distances.available(found[name])[0]:
+                    paired = distances.difference(kind, found[name], first[name], others[name])
+                    differences[f"{network.name}_{kind}"] = paired
             for name in ("correct", "identity", "clip", "aesthetic"):
                 if name in found:
                     differences[name] = estimates.difference(found[name], first[name])

@@ -67,7 +67,7 @@ def test_features_are_not_computed_again(videos, network, tmp_path):
     assert run(videos, instruments, tmp_path) == first and calls == []
 
 
-def test_features_of_frames_are_averaged_over_each_clip(videos, tmp_path):
+def test_features_of_frames_are_compared_frame_by_frame(videos, tmp_path):
     def embed(given):
         return given.astype(np.float32).mean((2, 3)) / 255
 

@@ -84,19 +84,3 @@ def frechet_limit(first: np.ndarray, second: np.ndarray, parts: int | None = Non
         inverse.append(1 / size)
         distance.append(np.mean([frechet_distance(first[piece], second[piece]) for piece in pieces]))
     return float(np.polyfit(inverse, distance, 1)[1])
-
-
-def limit_estimate(first: np.ndarray, second: np.ndarray, groups: int = 8) -> Estimate:
-    """`frechet_limit` of (N, F) features with its jackknife standard error."""
-    parts = limit_parts(*first.shape)
-    return jackknife(lambda kept: frechet_limit(first[kept], second[kept], parts), len(first), groups)
-
-
-def limit_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 8) -> Estimate:
-    """Limit of d(first, real) minus that of d(second, real), with its jackknife standard error; all (N, F)."""
-    parts = limit_parts(*real.shape)
-
-    def apart(kept: np.ndarray) -> float:
-        return frechet_limit(first[kept], real[kept], parts) - frechet_limit(second[kept], real[kept], parts)
-
-    return jackknife(apart, len(real), groups)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paris_jax.evaluation.estimates import Estimate, jackknife
+from paris_jax.evaluation.estimates import Estimate
 
 
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -27,18 +27,6 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
       ValueError: other shapes, or a feature that is not finite.
     """
     return Kernels(first, second)(np.arange(len(first)), np.arange(len(second)))
-
-
-def kernel_estimate(first: np.ndarray, second: np.ndarray, groups: int = 16) -> Estimate:
-    """Kernel distance of (N, F) features with its jackknife standard error (clip i left out of both sets together)."""
-    kernels = Kernels(first, second)
-    return jackknife(lambda kept: kernels(kept, kept), _common_count(first, second), groups)
-
-
-def kernel_difference(first: np.ndarray, second: np.ndarray, real: np.ndarray, groups: int = 16) -> Estimate:
-    """d(first, real) - d(second, real) with its jackknife standard error, paired by prompt; all (N, F)."""
-    a, b = Kernels(first, real), Kernels(second, real)
-    return jackknife(lambda kept: a(kept, kept) - b(kept, kept), _common_count(first, second, real), groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +101,3 @@ def _mean_of_pairs(kernel: np.ndarray, kept: np.ndarray) -> float:
     """Mean over i != j of the kernels of these clips."""
     part = kernel[np.ix_(kept, kept)]
     return float((part.sum() - np.trace(part)) / (len(kept) * (len(kept) - 1)))
-
-
-def _common_count(*features: np.ndarray) -> int:
-    counts = {len(f) for f in features}
-    if len(counts) > 1:
-        raise ValueError(f"sets have {sorted(counts)} clips: paired errors need equally many")
-    return counts.pop()

@@ -172,6 +172,7 @@ def _worse(videos: np.ndarray, rng: np.random.Generator, spread: float) -> np.nd
 def _shown(clip, index: int, attributes: bool) -> dict:
     asked = clip.attributes if attributes else {}
     wrong = asked | ({"speed": "slow", "colour": "cyan"} if attributes else {})
-    read = {"real": asked, "ensemble": asked, "monolith": wrong} if attributes else {}
+    longest = asked | ({"direction": "counterclockwise"} if attributes else {})
+    read = {"real": asked, "ensemble": longest, "monolith": wrong} if attributes else {}
     use = [0.94, 0.06, 0.0]
     return {"id": clip.id, "caption": clip.caption, "cluster": index % 3, "asked": asked, "read": read, "use": use}

@@ -87,7 +87,13 @@ OVERPRINTED = """() => {
   const found = [];
   for (const parent of document.querySelectorAll("svg.plot, table, .number, .tile, .card")) {
     const texts = [...parent.querySelectorAll("text, td, th, dt, dd, h2, h3, li, .pill")];
-    const boxes = texts.map((e) => [e, e.getBoundingClientRect()]);
+    const printed = (e) => {  // its box, and what of its text reaches beyond it
+      const range = document.createRange();
+      range.selectNodeContents(e);
+      const a = e.getBoundingClientRect(), b = e.tagName === "text" ? a : range.getBoundingClientRect();
+      return { left: Math.min(a.left, b.left), right: Math.max(a.right, b.right), top: a.top, bottom: a.bottom };
+    };
+    const boxes = texts.map((e) => [e, printed(e)]);
     for (const [i, [a, r]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 1)) {
       if (a.contains(b) || b.contains(a)) continue;
       const w = Math.min(r.right, q.right) - Math.max(r.left, q.left);

@@ -7,7 +7,7 @@ from paris_jax.config import fields
 from paris_jax.config.checks import Problems
 from paris_jax.config.fields import setting
 
-PredictionType = Literal["velocity", "noise"]
+PredictionType = Literal["velocity", "noise", "x0"]
 TimestepSamplerName = Literal["logit_normal", "uniform", "shifted_uniform"]
 OptimizerName = Literal["adamw", "muon", "adafactor"]
 LrSchedule = Literal["cosine", "constant", "wsd"]
@@ -95,7 +95,9 @@ class TrainingSettings:
     )
     init_from: str = setting("", "folder of initial weights (`paris-jax import`, or an export); empty: random")
     prediction_type: str = setting(
-        "velocity", "velocity: flow matching; noise: DDPM on the cosine path, timesteps uniform", choices=PredictionType
+        "velocity",
+        "velocity: flow matching; noise: DDPM on the cosine path, timesteps uniform; x0: the clean sample",
+        choices=PredictionType,
     )
     timestep_sampler: str = setting(
         "logit_normal",

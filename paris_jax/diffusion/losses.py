@@ -6,6 +6,8 @@ import optax
 
 from paris_jax.diffusion import path, predictions
 
+LARGEST_WEIGHT = 16.0  # [O] of the loss of predicted data, from t = 1/4 downwards
+
 
 def flow_matching(velocity_field: predictions.Predictor, x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
     """|| v(x_t, t) - (e - x_0) ||^2, averaged over each sample's elements: (B,) float32.
@@ -22,6 +24,15 @@ def noise_prediction(network: predictions.Predictor, x_0: jax.Array, noise: jax.
     Ho et al. 2020 (arXiv 2006.11239), equation 14: DDPM's simple loss.
     """
     return _mean_square(network(predictions.cosine(x_0, noise, s_B), s_B), noise)
+
+
+def data_prediction(network: predictions.Predictor, x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
+    """min(1 / t^2, 16) || x_0^(x_t, t) - x_0 ||^2, averaged over each sample's elements: (B,) float32.
+
+    1 / t^2 makes it the loss of the velocity; unbounded, a few samples at small t would rule a clipped gradient.
+    """
+    weight_B = jnp.minimum(1 / jnp.square(t_B), LARGEST_WEIGHT)
+    return weight_B * _mean_square(network(path.interpolate(x_0, noise, t_B), t_B), x_0)
 
 
 def _mean_square(predicted: jax.Array, target: jax.Array) -> jax.Array:

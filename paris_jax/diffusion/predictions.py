@@ -9,6 +9,13 @@ signal-to-noise ratio: tan(pi s / 2) = t / (1 - t). The network predicts the noi
 converted to a velocity before the merge (Heterogeneous experts, arXiv 2603.06741):
 
     x_0^ = clip((x_s - sin e^) / max(cos, 0.01), -20, 20)        v = e^ - x_0^
+
+A data-predicting network (x_0^(x_t, t), on the linear path) has the velocity
+
+    v = (x_t - x_0^) / max(t, 0.05)
+
+The velocity contains the noise, which has full rank; the data need not: a network that predicts them may be narrower
+than its tokens (Back to basics, arXiv 2511.13720, which bounds t by 0.05 as well).
 """
 
 from collections.abc import Callable
@@ -22,8 +29,10 @@ from paris_jax.diffusion import path
 PREDICTIONS = {
     "velocity": "velocity v = e - x_0",
     "noise": "noise e at x_s = cos(pi s / 2) x_0 + sin(pi s / 2) e",
+    "x0": "clean sample x_0",
 }
 SMALLEST_SHARE = 0.01  # lower bound of the data coefficient, by which a prediction is divided
+SMALLEST_TIME = 0.05  # lower bound of the timestep by which the noise in x_t is divided
 LARGEST_DATA = 20.0  # clipping bound of the predicted data, in standard deviations of the data
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]  # (x (B, ...), t (B,)) -> prediction (B, ...)
 
@@ -45,6 +54,12 @@ def velocity_from_noise(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> j
     return noise - jnp.clip(data, -LARGEST_DATA, LARGEST_DATA)
 
 
+def velocity_from_data(network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
+    """The velocity of the linear path at (x_t, t) from a network that predicts the clean sample."""
+    return (x_t - network(x_t, t_B)) / path.per_sample(jnp.maximum(t_B, SMALLEST_TIME), x_t)
+
+
 def velocity(prediction_type: str, network: Predictor, x_t: jax.Array, t_B: jax.Array) -> jax.Array:
     """The velocity at (x_t, t) from a network with a prediction type of `PREDICTIONS`."""
-    return network(x_t, t_B) if prediction_type == "velocity" else velocity_from_noise(network, x_t, t_B)
+    convert = {"noise": velocity_from_noise, "x0": velocity_from_data}.get(prediction_type)
+    return convert(network, x_t, t_B) if convert else network(x_t, t_B)

@@ -55,7 +55,7 @@ class DiTConfig:
     remat: str = "none"  # rematerialisation in the backward pass: a key of `blocks.REMAT`
     dtype: str = "float32"  # of the computation; parameters are float32
     cond_frames: bool = False  # whether the network has an input for conditioning frames (image-to-video)
-    prediction_type: str = "velocity"  # or "noise" (DDPM): a key of `diffusion.predictions.PREDICTIONS`
+    prediction_type: str = "velocity"  # or "noise", "x0": a key of `diffusion.predictions.PREDICTIONS`
     attention: str = "joint"  # or "factorised": the attention pattern (`attention.pattern`)
 
 
@@ -139,7 +139,10 @@ class SingleBlock(nnx.Module):
 
 
 class SpatiotemporalDiT(nnx.Module):
-    """Predicts the velocity v(x_t, t, text) of a noised video latent, or its noise (`config.prediction_type`)."""
+    """Predicts the velocity v(x_t, t, text) of a noised video latent, or its noise, or the clean latent.
+
+    `config.prediction_type` says which.
+    """
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         dtype, D = jnp.dtype(config.dtype), config.hidden

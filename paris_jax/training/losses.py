@@ -16,6 +16,7 @@ TIME_BINS = 8
 MASK_KEY = (
     3  # folded into a sample's key for its conditioning mask; differs from the splits for noise, timestep and dropout
 )
+LOSSES = {"velocity": losses.flow_matching, "noise": losses.noise_prediction, "x0": losses.data_prediction}
 Batch = dict[str, jax.Array]
 PerSampleLosses = Callable[..., jax.Array]  # (config, params, batch, x_0, noise, t_B) -> (B,)
 
@@ -66,9 +67,9 @@ def drop_text(
 def expert_losses(
     config: Any, params: functional.Params, batch: Batch, x_0: jax.Array, noise: jax.Array, t_B: jax.Array
 ) -> jax.Array:
-    """Flow-matching loss of each sample, or DDPM's where the network predicts noise, (B,)."""
+    """Flow-matching loss of each sample, or that of the noise or the data where the network predicts these, (B,)."""
     condition = batch["tokens"], batch["length"], batch["pooled"], batch.get("cond")
-    loss = {"velocity": losses.flow_matching, "noise": losses.noise_prediction}[config.prediction_type]
+    loss = LOSSES[config.prediction_type]
     return loss(lambda x, t: functional.apply(config, params, x, t, *condition), x_0, noise, t_B)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paris_jax.diffusion import path, predictions
-from paris_jax.diffusion.losses import noise_prediction
+from paris_jax.diffusion.losses import LARGEST_WEIGHT, data_prediction, flow_matching, noise_prediction
 
 MEAN, STD = 0.4, 0.7
 
@@ -75,3 +75,30 @@ def test_ddpms_loss_of_the_exact_noise_is_the_posterior_variance():
     data, rest = np.cos(s * np.pi / 2) ** 2 * STD**2, np.sin(s * np.pi / 2) ** 2
     assert losses.shape == (n,)
     np.testing.assert_allclose(losses.mean(), data / (data + rest), rtol=0.01)
+
+
+def exact_data(x, t_B):
+    """E[x_0 | x_t]."""
+    return path.data_from_velocity(x, exact_velocity(x, t_B), t_B)
+
+
+def test_the_exact_data_become_the_exact_velocity():
+    t = jnp.linspace(predictions.SMALLEST_TIME, 1.0, 50)
+    x = 1.5 * jax.random.normal(jax.random.key(0), (50, 2, 3))
+    v = predictions.velocity("x0", exact_data, x, t)
+    np.testing.assert_allclose(v, exact_velocity(x, t), atol=2e-5)
+    # The velocity points at the predicted data, and below the bound a part of the way.
+    for time, share in ((0.5, 1.0), (0.05, 1.0), (0.01, 0.2), (0.0, 0.0)):
+        v = predictions.velocity("x0", lambda x, t: jnp.zeros_like(x), x[:1], jnp.array([time]))
+        np.testing.assert_allclose(path.data_from_velocity(x[:1], v, jnp.array([time])), (1 - share) * x[:1], atol=1e-6)
+
+
+def test_the_loss_of_data_is_that_of_the_velocity_up_to_a_bounded_weight():
+    x_0, noise = jax.random.normal(jax.random.key(4), (2, 5, 2, 3))
+    t = jnp.array([1.0, 0.6, 0.25, 0.1, 0.0])
+    network = lambda x, t: jnp.tanh(x) + path.per_sample(t, x)  # noqa: E731
+    given = data_prediction(network, x_0, noise, t)
+    by_velocity = flow_matching(lambda x, t: predictions.velocity("x0", network, x, t), x_0, noise, t)
+    np.testing.assert_allclose(given[:3], by_velocity[:3], rtol=1e-4)
+    error = np.square(np.asarray(network(path.interpolate(x_0, noise, t), t) - x_0)).mean((1, 2))
+    np.testing.assert_allclose(given[3:], LARGEST_WEIGHT * error[3:], rtol=1e-5)

@@ -15,6 +15,7 @@ from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
+from paris_jax.diffusion import path
 from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.ensemble import sparse_velocity
 from paris_jax.ensemble.routing import Routing
@@ -45,6 +46,16 @@ class GaussianNoise:
         return noise * (x - data * params["mean"]) / (data**2 * params["std"] ** 2 + noise**2)
 
 
+@dataclasses.dataclass(frozen=True)
+class GaussianData(GaussianVelocity):
+    """E[x_0 | x_t] for N(mean, std^2), as an expert."""
+
+    prediction_type: str = "x0"
+
+    def apply(self, params, x, t, *text):
+        return path.data_from_velocity(x, super().apply(params, x, t, *text), t)
+
+
 def mixed_arrays(kinds):
     """The exact mixture's experts, stacked by kind."""
     pick = lambda which: {k: MIXTURE[k][jnp.array(which)] for k in ("mean", "std")}  # noqa: E731
@@ -52,11 +63,11 @@ def mixed_arrays(kinds):
     return EnsembleParams(stacks, MIXTURE, jnp.arange(3, dtype=jnp.int32))
 
 
-@pytest.mark.parametrize("kinds", [(0, 1, 0), (1, 1, 0), (0, 0, 0)])
+@pytest.mark.parametrize("kinds", [(0, 1, 0), (1, 1, 0), (0, 2, 1), (0, 0, 0)])
 @pytest.mark.parametrize("routing", [Routing("full"), Routing("top_k", 2)])
-def test_exact_experts_of_both_kinds_give_the_same_flow_as_of_one(kinds, routing):
+def test_exact_experts_of_every_kind_give_the_same_flow_as_of_one(kinds, routing):
     x, t, text = inputs()
-    networks = (GaussianVelocity(), GaussianNoise())[: max(kinds) + 1]
+    networks = (GaussianVelocity(), GaussianNoise(), GaussianData())[: max(kinds) + 1]
     places = tuple((kind, kinds[:e].count(kind)) for e, kind in enumerate(kinds))
     mixed = SamplerConfig(networks, places, GaussianPosterior(), routing)
     v, _ = sparse_velocity.ensemble_velocity(mixed, mixed_arrays(kinds), x, t, told(text), jnp.int32(0))

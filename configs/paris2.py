@@ -138,7 +138,7 @@ def _opensora2(config: Any) -> None:
     All marks [S] here are of its public configs: diffusion/inference/256px.py and diffusion/train/stage1_i2v.py.
     """
     _11b(config)
-    config.data.update(num_frames=129, height=192, width=336)  # [S] 16:9 at 256 px
+    config.data.update(num_frames=129, height=192, width=336, cond_images=True)  # [S] 16:9 at 256 px
     # [S] in sampling; in training its captions name the clip's own motion score, which is not computed here [O].
     config.text.suffix = "24 FPS. 4 motion score."
     config.masks.update(none=1.0, first=5.0, last=1.0, both=1.0, prefix=0.0)  # [S]

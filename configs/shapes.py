@@ -66,6 +66,7 @@ def _bundled(config: ConfigDict) -> None:
 
 def _image(config: ConfigDict) -> None:
     config.codec.time = 1  # one latent frame per conditioning frame: 8 x 5 x 5 = 200 tokens of 48 numbers
+    config.data.cond_images = True
     config.masks.update(none=0.3, first=0.4, last=0.1, both=0.1, prefix=0.1)
     # Measured: with Open-Sora 2.0's guidance, the error of conditioning frames is half of that without oscillation.
     config.sampling.update(image_guidance_scale=3.0, guidance_oscillation="both", image_guidance_ramp=True)

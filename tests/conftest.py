@@ -90,6 +90,7 @@ def micro_config():
     config.network.update(preset="tiny", hidden=64, heads=4)
     config.diffusion.timestep_shift = 2.0
     config.masks.update(none=0.5, first=0.3, prefix=0.2)
+    config.data.cond_images = True
     config.training.update(
         steps=12, global_batch_size=4, warmup_steps=2, log_every_steps=4, checkpoint_every_steps=4, ema_decay=0.9
     )

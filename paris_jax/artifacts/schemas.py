@@ -193,12 +193,14 @@ class RecordsManifest(LatentSpaceManifest, frozen=True, kw_only=True):
       features: name and weights of the encoder of the clustered features.
       source: where the clips come from.
       clips: their number.
+      cond_images: whether records hold the first and last frame encoded as images.
       partition: identity of the partition, in folders that `cluster` wrote.
     """
 
     features: dict[str, Any]
     source: dict[str, Any]
     clips: Count
+    cond_images: bool = False
     partition: OptionalSha256 = ""
 
 

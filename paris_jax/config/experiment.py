@@ -40,6 +40,7 @@ LOCATION_FIELDS = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("
 # Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
 # So those folders are still those of their configs.
 LATER_FIELDS = {
+    "data": {"cond_images": False},
     "codec": {"posterior": "mean"},
     "network": {"attention": "joint"},
     "router": {"attention": "joint"},
@@ -105,6 +106,11 @@ class Experiment:
         T = (data.num_frames - codec.first_frames) // codec.time + codec.first_frames
         if self.masks.kinds and T == 1:
             yield f"masks.{self.masks.kinds[0]} gives frames to clips of a single latent frame; leave masks.none alone"
+        if self.masks.image_kinds and not data.cond_images:
+            yield (
+                f"masks.{self.masks.image_kinds[0]} needs data.cond_images=True: sampling is given an encoded image, "
+                "not a latent of the clip"
+            )
         if self.router_training.prediction_type != "velocity":
             yield (
                 f"router_training.prediction_type={self.router_training.prediction_type!r}: a router has no choice "

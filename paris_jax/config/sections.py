@@ -26,6 +26,9 @@ class DataSettings:
     width: int = setting(20, "pixels", at_least=1)
     fps: float = setting(8.0, "frames per second", above=0)
     seed: int = fields.seed()
+    cond_images: bool = setting(
+        False, "also encode each clip's first and last frame as images, as image-to-video is given them"
+    )
     heldout_fraction: float = setting(
         0.05, "fraction of the clips held out before clustering, never trained on", at_least=0.0, at_most=0.5
     )

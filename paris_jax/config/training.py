@@ -56,6 +56,11 @@ class MaskSettings:
         """The kinds with conditioning frames whose weight is above 0."""
         return [name for name, weight in dataclasses.asdict(self).items() if weight and name != "none"]
 
+    @property
+    def image_kinds(self) -> list[str]:
+        """Those of `kinds` whose frames are images in sampling: the first frame, the last, or both."""
+        return [name for name in self.kinds if name != "prefix"]
+
 
 # Fields of `TrainingSettings` that do not change what is learned, only how and where it is computed: a job may be
 # resumed with other values.

@@ -17,7 +17,7 @@ from paris_jax.errors import UserError
 logger = logging.getLogger(__name__)
 READ_AHEAD = 3  # prefetched batches
 THREADS = 2  # threads that read records
-FIELDS = ("latent", "tokens", "length", "pooled", "cluster", "index")
+FIELDS = ("latent", "tokens", "length", "pooled", "cluster", "index")  # and cond_images, where records have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Collate:
 
     Attributes:
       text_length: length to which tokens are padded with zeros.
-      fields: arrays of the batch, some of `FIELDS`.
+      fields: arrays of the batch, some of `FIELDS` and cond_images.
     """
 
     text_length: int
@@ -39,7 +39,7 @@ class Collate:
             "cluster": np.asarray([-1 if r.cluster is None else r.cluster for r in records], np.int32),
             "index": np.asarray([position % 2**31 for position, _ in samples], np.int32),
         }
-        for name in {"latent", "pooled"} & set(self.fields):
+        for name in {"latent", "pooled", "cond_images"} & set(self.fields):
             batch[name] = np.stack([getattr(record, name) for record in records])
         if "tokens" in self.fields:
             first = records[0].tokens
@@ -81,7 +81,7 @@ def training_batches(
       A dict of arrays, b = batch / process_count:
       latent (b, T, H, W, C) float16, not normalised; tokens (b, L, Dt) float16 or bfloat16, padded with zeros; length
       (b,) int32, true lengths; pooled (b, Dp), of the dtype of the tokens; cluster (b,) int32, -1 if none; index (b,)
-      int32, the sample's position in the stream.
+      int32, the sample's position in the stream; cond_images (b, 2, H, W, C) float16, not normalised.
 
     Raises:
       UserError: a folder is incomplete, the folders come from different data sets, or there are fewer clips than one

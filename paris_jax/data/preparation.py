@@ -243,9 +243,14 @@ def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | 
         embeddings |= _encode_captions(experiment, new, store)
         embeddings = {clip.caption: embeddings[clip.caption] for clip in batch}
         videos = np.stack([clip.video for clip in batch])
-        for clip, latent, feature in zip(batch, codec.encode(videos), extract_features(videos), strict=True):
+        images: Any = [None] * len(batch)
+        if experiment.data.cond_images:
+            ends = codecs.encode_images(codec, videos[:, [0, -1]].reshape(-1, *videos.shape[2:]))
+            images = ends.reshape(len(batch), 2, *ends.shape[1:]).astype(np.float16)
+        encoded = zip(batch, codec.encode(videos), extract_features(videos), images, strict=True)
+        for clip, latent, feature, ends in encoded:
             latent, (tokens, pooled) = latent.astype(np.float16), embeddings[clip.caption]
-            yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes)
+            yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes, cond_images=ends)
 
 
 def _encode_captions(
@@ -310,6 +315,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         clips=total.clips,
         fps=experiment.data.fps,
         source=clips.describe(),
+        cond_images=experiment.data.cond_images,
     )
     for job in jobs:
         job.marker.unlink(missing_ok=True)

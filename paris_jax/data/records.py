@@ -30,7 +30,7 @@ ENDING = ".array_record"
 NULL = "null.safetensors"  # the null text embedding, unless it is zeros
 SHARD_SIZE = 512  # records
 # Required entries of a manifest of records: with them a job runs from its folder alone.
-CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source")
+CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source", "cond_images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Record:
       caption: the caption's text.
       attributes: ground-truth attributes of the clip; {} if the source provides none.
       cluster: index of the clip's cluster; None before clustering.
+      cond_images: (2, H, W, C) float16, the first and the last frame encoded as images; None where not asked for.
     """
 
     id: str
@@ -56,14 +57,16 @@ class Record:
     caption: str
     attributes: dict[str, str]
     cluster: int | None = None
+    cond_images: np.ndarray | None = None
 
 
-ARRAYS = ("latent", "tokens", "pooled", "feature")
+ARRAYS = ("latent", "tokens", "pooled", "feature", "cond_images")
 
 
 def encode_record(record: Record) -> bytes:
     """Encodes a record as safetensors bytes; equal records give equal bytes."""
-    arrays = {name: np.ascontiguousarray(getattr(record, name)) for name in ARRAYS}
+    given = {name: getattr(record, name) for name in ARRAYS}
+    arrays = {name: np.ascontiguousarray(array) for name, array in given.items() if array is not None}
     fields = {name: getattr(record, name) for name in ("id", "caption", "attributes", "cluster")}
     # A single metadata entry, because safetensors stores several in no fixed order.
     return safetensors.numpy.save(arrays, metadata={"record": hashing.canonical_json(fields)})

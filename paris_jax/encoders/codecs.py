@@ -196,6 +196,15 @@ def latent_shape(experiment: Experiment) -> tuple[int, int, int, int]:
     return sizes(**dataclasses.asdict(experiment.codec)).latent_shape(data.num_frames, data.height, data.width)
 
 
+def encode_images(codec: Codec, images: np.ndarray) -> np.ndarray:
+    """Images (N, height, width, 3) uint8 as latent frames (N, H, W, C) float32, as sampling encodes an image.
+
+    A codec that packs several frames into its first latent frame gets each image as many times.
+    """
+    packed = codec.first or codec.time
+    return codec.encode(np.repeat(images[:, None], packed, axis=1))[:, 0]
+
+
 def from_description(description: CodecDescription, folder: str = "", store: EncoderStore | None = None) -> Codec:
     """Rebuilds a codec from its `describe()`; published weights lie in `folder`, or where PARIS_JAX_VAE says."""
     there = folder or os.environ.get("PARIS_JAX_VAE", "")

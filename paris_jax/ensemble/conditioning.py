@@ -182,7 +182,7 @@ class CondFrames:
         for name, index in (("image", 0), ("last_image", T - 1)):
             for row, picture in enumerate(_one_per_sample(name, getattr(self, name), count, 3)):
                 image = self._fit(_pixels(name, picture, 3), size, name)
-                latent[row, index] = scale.normalise(codec.encode(np.stack([image] * packed)))[0]
+                latent[row, index] = scale.normalise(codecs.encode_images(codec, image[None]))[0]
                 mask[row, index] = True
         for row, beginning in enumerate(_one_per_sample("video", self.video, count, 4)):
             frames = self._last_frames(beginning, codec, T, fps)

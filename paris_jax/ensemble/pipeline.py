@@ -153,7 +153,8 @@ class Ensemble:
         Args:
           prompt: one prompt, or several.
           params: sampling parameters; by default the ensemble's own, `self.params`.
-          cond: the networks' conditioning input itself (N, T, H, W, 1 + C), instead of images or a video.
+          cond: the networks' conditioning input itself (N, T, H, W, 1 + C), instead of images or a video; its frames
+            are decoded as they are sampled.
           noise: the initial noise itself, (N, T, H, W, C); the seed is then for the noise of a stochastic solver.
           progress: show a progress bar.
           on_preview: called every `preview_every_steps` steps as `on_preview(steps done, videos)`, with the videos
@@ -200,7 +201,7 @@ class Ensemble:
             return self._placed.draw(config, start, (keys, timesteps, condition, fixed_expert), watcher)
 
         z, trace, stopped = self._draw_finite(draw, resolved)
-        if cond is not None:  # as Open-Sora 2.0: conditioning frames are decoded as they were given
+        if frames:  # as Open-Sora 2.0: images and videos are decoded as they were given
             z = cond_masks.write_back(z, np.asarray(cond))
 
         def decoded(done: int) -> Samples:

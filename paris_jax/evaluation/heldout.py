@@ -24,6 +24,7 @@ class Heldout:
       latents: (N, T, H, W, C) float32, as encoded by the codec, not normalised.
       clusters: (N,) int, nearest cluster of each clip.
       ids, captions, attributes: N each; attributes are {} if the source provides none.
+      cond_images: (N, 2, H, W, C) float32, first and last frames encoded as images; None where records have none.
     """
 
     ids: list[str]
@@ -31,6 +32,7 @@ class Heldout:
     clusters: np.ndarray
     captions: list[str]
     attributes: list[dict[str, str]]
+    cond_images: np.ndarray | None = None
 
     @classmethod
     def order(cls, records: Iterable[Record], seed: int) -> "Heldout":
@@ -42,12 +44,14 @@ class Heldout:
             members = np.flatnonzero(clusters == k)
             rank[members] = (np.arange(len(members)) + 0.5) / len(members)
         ordered = [shuffled[i] for i in np.argsort(rank, kind="stable")]
+        images = [r.cond_images.astype(np.float32) for r in ordered if r.cond_images is not None]
         return cls(
             ids=[r.id for r in ordered],
             latents=np.stack([r.latent.astype(np.float32) for r in ordered]),
             clusters=np.array([-1 if r.cluster is None else r.cluster for r in ordered]),
             captions=[r.caption for r in ordered],
             attributes=[_in_order(r.attributes) for r in ordered],
+            cond_images=np.stack(images) if len(images) == len(ordered) > 0 else None,
         )
 
     def __len__(self) -> int:
@@ -55,7 +59,8 @@ class Heldout:
 
     def __getitem__(self, part: slice) -> "Heldout":
         return Heldout(
-            self.ids[part], self.latents[part], self.clusters[part], self.captions[part], self.attributes[part]
+            *(self.ids[part], self.latents[part], self.clusters[part], self.captions[part], self.attributes[part]),
+            None if self.cond_images is None else self.cond_images[part],
         )
 
     @property

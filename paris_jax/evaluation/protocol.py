@@ -243,7 +243,11 @@ class EvaluationRun:
         x_0 = jnp.asarray(self.ensemble.scale.normalise(self.prompts.latents[:count]))
         T = x_0.shape[1]
         mask = jnp.broadcast_to(cond_masks.of_kind(kind, T, prefix=T // 2), (count, T))
-        cond, frames = np.asarray(cond_masks.cond_input(x_0, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
+        clean = x_0
+        if kind != "prefix" and self.prompts.cond_images is not None:
+            images = self.ensemble.scale.normalise(self.prompts.cond_images[:count])
+            clean = cond_masks.with_images(x_0, jnp.asarray(images))
+        cond, frames = np.asarray(cond_masks.cond_input(clean, mask)), self.ensemble.codec.frames_of(np.asarray(mask))
         noise = np.asarray(self.ensemble.noise(self.count, self.experiment.evaluation.seed))[:count]
 
         def error(sampled: np.ndarray) -> np.ndarray:

@@ -45,9 +45,10 @@ class Job:
     @property
     def fields(self) -> tuple[str, ...]:
         """The arrays of a batch that this role reads."""
+        images = ("cond_images",) if self.masks.image_kinds else ()
         if isinstance(self.config, RouterConfig):
-            return "latent", "pooled", "cluster", "index"
-        return "latent", "tokens", "length", "pooled", "index"
+            return "latent", "pooled", "cluster", "index", *images
+        return "latent", "tokens", "length", "pooled", "index", *images
 
     @property
     def flops_per_sample(self) -> int:

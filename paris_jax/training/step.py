@@ -66,7 +66,8 @@ def make_step(
         noise, t_B = randomness.normal(noise_keys, x_0.shape[1:]), timestep_sampler.draw(time_keys)
         inputs = drop_text(batch, drop_keys, settings, null)
         if config.cond_frames:
-            inputs = add_cond_frames(inputs, jax.vmap(lambda key: jax.random.fold_in(key, MASK_KEY))(keys), masks)
+            mask_keys = jax.vmap(lambda key: jax.random.fold_in(key, MASK_KEY))(keys)
+            inputs = add_cond_frames(inputs, mask_keys, masks, scale)
 
         def mean_loss(params: functional.Params) -> tuple[jax.Array, jax.Array]:
             losses_B = per_sample_losses(config, params, inputs, x_0, noise, t_B)
@@ -149,6 +150,7 @@ class ShardedStep:
             "pooled": ((B, job.config.pooled_width), job.text_dtype),
             "cluster": ((B,), jnp.int32),
             "index": ((B,), jnp.int32),
+            "cond_images": ((B, 2, *job.latent_shape[1:]), jnp.float16),
         }
         place = sharding.batch_sharding(self.mesh)
         return {name: jax.ShapeDtypeStruct(*shapes[name], sharding=place) for name in job.fields}

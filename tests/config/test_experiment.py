@@ -103,6 +103,7 @@ def test_a_whole_number_stands_for_a_float():
         ("network__hidden", 100, "for example hidden=112"),
         ("router__preset", "B", "config.router.preset='B': must be one of tiny, small, b"),
         ("diffusion__timestep_std", 0.0, "config.diffusion.timestep_std=0.0: must be above 0"),
+        ("masks__last", 1.0, "config.masks.last needs data.cond_images=True"),
         ("diffusion__timestep_shift", -1.0, "config.diffusion.timestep_shift=-1.0: must be at least 0"),
         ("training__global_batch_size", 0, "config.training.global_batch_size=0: must be at least 1"),
         ("training__warmup_steps", 1000, "config.training.warmup_steps=1000: must be below steps=1000"),

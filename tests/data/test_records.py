@@ -38,6 +38,7 @@ CONTRACT = {
     "text_length": 5,
     "fps": 8.0,
     "source": {"name": "test"},
+    "cond_images": False,
 }
 
 

@@ -86,6 +86,15 @@ def test_a_sample_of_the_posterior_has_its_mean_and_spread_and_depends_on_the_vi
     assert sampler.describe().posterior == "sample" and codec.describe().posterior == "mean"
 
 
+def test_a_last_frame_encoded_as_an_image_is_another_latent_than_the_clip_s_last(codec):
+    """The clip's causal latent knows all frames before it, and stands for four of them."""
+    clip = np.random.default_rng(5).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    latent, images = codec.encode(clip), codecs.encode_images(codec, clip[[0, -1]])
+    for image, frame in zip(images, (clip[:1], clip[-1:]), strict=True):
+        np.testing.assert_allclose(image, codec.encode(frame)[0], atol=1e-5)
+    assert np.linalg.norm(images[1] - latent[-1]) > 0.02 * np.linalg.norm(latent[-1])
+
+
 def test_time_is_tiled_only_where_the_memory_asks_for_it():
     """Published use has no tiles in time: 33 and 129 frames of 256 pixels are whole on an H100, 33 with 24 GB."""
     frames = lambda gib, dtype: hunyuan.Tiling.within(gib * 2**30, dtype).frames  # noqa: E731

@@ -1,6 +1,7 @@
 """`paris-jax assemble`: checks every expert and the router, and admits them to RUN/ensemble."""
 
 import logging
+import time
 from collections.abc import Mapping
 
 from etils import epath
@@ -12,6 +13,7 @@ from paris_jax.config.experiment import Experiment
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+POLL = 10.0  # seconds between looks for networks that are not trained yet
 
 
 def assemble(
@@ -19,6 +21,7 @@ def assemble(
     run: RunFolder,
     allow_missing: bool = False,
     elsewhere: Mapping[int, epath.PathLike] | None = None,
+    wait: float = 0.0,
 ) -> None:
     """Admits the experts and the router of a run, each checked file by file and array by array.
 
@@ -26,7 +29,9 @@ def assemble(
       allow_missing: admit the experts that are there; at least one, and the router, must be.
       elsewhere: of clusters, the export folder of an expert to copy instead of this run's: one of another size or
         objective, say, trained by another team, on the same clusters.
+      wait: seconds to wait for networks of this run that are not trained yet.
     """
+    _wait_for_roles(experiment, run, elsewhere or {}, wait)
     with locks.only_writer(run.ensemble):
         _assemble(experiment, run, allow_missing, elsewhere)
 
@@ -62,6 +67,21 @@ def _assemble(
     from_elsewhere = f", {len(elsewhere)} of them from elsewhere" if elsewhere else ""
     holds = "holds" if _text(run) != before else "was assembled already and holds"
     logger.info("%s %s %d experts and the router%s%s", run.ensemble, holds, len(experts), from_elsewhere, missing)
+
+
+def _wait_for_roles(
+    experiment: Experiment, run: RunFolder, elsewhere: Mapping[int, epath.PathLike], wait: float
+) -> None:
+    """Waits until all experts and the router are exported, or for `wait` seconds."""
+    experts = [Role("expert", k) for k in range(experiment.clustering.num_clusters) if k not in elsewhere]
+    until, said = time.monotonic() + wait, ""
+    while absent := [role.name for role in (*experts, Role("router")) if not manifest.exists(run.export(role))]:
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        if said != (said := ", ".join(absent)):
+            logger.info("waiting for %s, for %.0f s at most", said, left)
+        time.sleep(min(POLL, left))
 
 
 def _check_kinds(

@@ -30,6 +30,18 @@ if ! "$folder/bin/python" -m pip show --quiet "${weights%%==*}" 2>/dev/null; the
     say "$weights could not be installed; the tests that need it are skipped"
 fi
 
+# Parsers of the schedulers, by which tests validate manifests. With pip instead of uv, this would take minutes.
+schedulers=.venv-schedulers
+if ! cmp --silent launch/schedulers.txt "$schedulers/.installed"; then
+  say "Installing the parsers of SkyPilot, xpk and JobSet into $schedulers"
+  if "$python" -m venv --clear "$schedulers" && [ -x "$folder/bin/uv" ] &&
+    "$folder/bin/uv" pip install --quiet --python "$schedulers/bin/python" --requirement launch/schedulers.txt; then
+    cp launch/schedulers.txt "$schedulers/.installed"
+  else
+    say "they could not be installed; the tests that need them are skipped"
+  fi
+fi
+
 # The tests open the report in a real browser.
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

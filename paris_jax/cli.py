@@ -82,6 +82,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Call]:
     for define in COMMANDS[name].define:
         define(values)
     takes_config = "config" in values
+    try:
+        arguments = [name, *values.read_flags_from_files(list(arguments[1:]), force_gnu=True)]  # of --flagfile=FILE
+    except (flags.Error, OSError) as error:
+        raise UserError(
+            f"paris-jax {name}: {' '.join(str(error).split())}; name a file with one flag a line"
+        ) from error
     changes = [a for a in arguments[1:] if takes_config and a.startswith("--config.")]
     if half := next((c for c in changes if "=" not in c), None):
         raise UserError(f"paris-jax {name}: {half} has no value; write {half}=value")
@@ -166,6 +172,10 @@ def run(arguments: Sequence[str]) -> int:
         else:
             start_logging(call["verbose"])
             start_jax(name, call)
+            if "preflight" in call.flags and call["preflight"]:
+                from paris_jax.launchers.preflight import preflight
+
+                preflight(call["preflight"], call.run.path, arguments)
             COMMANDS[name].run(call)
         return 0
     except (UserError, DeviceLostAgain) as error:

@@ -11,6 +11,7 @@ ORDER = (
         "__main__",
         "cli",
         "commands",
+        "launchers",
         "local_jobs",
         "evaluation",
         "ensemble",

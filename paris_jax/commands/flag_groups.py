@@ -58,6 +58,8 @@ def assembling(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("allow_missing", False, "assemble the experts that exist", flag_values=values)
     text = "cluster:folder, the export of an expert of another run on the same clusters; repeatable"
     flags.DEFINE_multi_string("expert", [], text, flag_values=values)
+    text = "seconds to wait for roles that are not trained yet; with --allow_missing, go on without experts after that"
+    flags.DEFINE_float("wait", 0.0, text, lower_bound=0.0, flag_values=values)
 
 
 def sampling(values: flags.FlagValues) -> None:
@@ -159,6 +161,38 @@ def target(values: flags.FlagValues) -> None:
 def placing(values: flags.FlagValues) -> None:
     flags.DEFINE_string("devices", "auto", "auto (all there are), cpu, gpu:0,1 or tpu:0,1,2,3", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the commands and their devices, run nothing", flag_values=values)
+
+
+def launching(values: flags.FlagValues) -> None:
+    """Flags of `launch`; those of the launchers come from their `Settings`."""
+    from paris_jax.launchers.table import LAUNCHERS, settings_fields
+
+    flags.DEFINE_enum("on", None, list(LAUNCHERS), "what starts the jobs", flag_values=values)
+    flags.DEFINE_string(
+        "name", "", "prefix of the jobs' names; by default the last part of --workdir", flag_values=values
+    )
+    flags.DEFINE_string("role", "", "one role, 'expert 0', router or monolith, instead of all", flag_values=values)
+    flags.DEFINE_bool("follow", False, "with logs: go on until interrupted", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print every command and manifest, run nothing", flag_values=values)
+    for name, (field, launchers) in settings_fields().items():
+        allowed = fields.describe_range(field)
+        text = f"{', '.join(launchers)}: {field.metadata['help']}{f' ({allowed})' * bool(allowed)}"
+        shown = f" [default: {field.default}]" if field.default not in ("", False) else ""
+        DEFINE[type(field.default)](name, None, text + shown, flag_values=values)
+
+
+def launcher_settings(values: flags.FlagValues) -> dict[str, Any]:
+    """The settings of launchers that were given as flags."""
+    from paris_jax.launchers.table import settings_fields
+
+    return {name: values[name].value for name in settings_fields() if values[name].value is not None}
+
+
+def checking(values: flags.FlagValues) -> None:
+    text = (
+        "check devices, run folder, disk, versions and clock first, as jobs do: cpu, gpu:8 or tpu:16 of the whole job"
+    )
+    flags.DEFINE_string("preflight", None, text, flag_values=values)
 
 
 def workers(values: flags.FlagValues) -> None:

@@ -114,7 +114,7 @@ def _assemble(call: Call) -> None:
         if int(cluster) in elsewhere:
             raise UserError(f"--expert={argument}: cluster {cluster} is given twice; name one expert for each")
         elsewhere[int(cluster)] = folder
-    assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere)
+    assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere, call["wait"])
 
 
 def _sample(call: Call) -> None:
@@ -195,6 +195,19 @@ def _status(call: Call) -> None:
     status(call.run)
 
 
+def _launch(call: Call) -> None:
+    from paris_jax.commands.launch import launch
+
+    if call["on"] is None:
+        raise UserError("--on is missing; it is slurm, tpu_vm, gke or skypilot")
+    if not call["workdir"]:
+        raise UserError("--workdir is missing; name the run folder that all jobs reach, such as gs://bucket/run")
+    experiment = call.experiment(None if call["config"] else call.run)
+    given = flag_groups.launcher_settings(call.flags)
+    options = {name: call[name] for name in ("name", "role", "follow", "dry_run")}
+    launch(call["on"], call.files, experiment, call["workdir"], call.config_flags, given, **options)
+
+
 def _quickstart(call: Call) -> None:
     from paris_jax.local_jobs.quickstart import quickstart
 
@@ -235,13 +248,13 @@ COMMANDS = {
     "prepare": Command(
         "clips to latents, text and features",
         (f"paris-jax prepare {_RUN}",),
-        (flag_groups.config, flag_groups.workdir, flag_groups.workers),
+        (flag_groups.config, flag_groups.workdir, flag_groups.checking, flag_groups.workers),
         _prepare,
     ),
     "cluster": Command(
         "features to K clusters, one data folder each",
         (f"paris-jax cluster {_RUN}",),
-        (flag_groups.config, flag_groups.workdir),
+        (flag_groups.config, flag_groups.workdir, flag_groups.checking),
         _cluster,
     ),
     "train": Command(
@@ -250,6 +263,7 @@ COMMANDS = {
         (
             flag_groups.config,
             flag_groups.workdir,
+            flag_groups.checking,
             flag_groups.role,
             flag_groups.training,
             flag_groups.joining,
@@ -271,7 +285,7 @@ COMMANDS = {
             "paris-jax assemble --workdir=runs/shapes",
             "paris-jax assemble --workdir=runs/shapes --expert=1:runs/noise/experts/1/export",
         ),
-        (flag_groups.config, flag_groups.workdir, flag_groups.assembling),
+        (flag_groups.config, flag_groups.workdir, flag_groups.checking, flag_groups.assembling),
         _assemble,
     ),
     "sample": Command(
@@ -291,7 +305,7 @@ COMMANDS = {
             "paris-jax evaluate --workdir=runs/shapes --vary=top_k=1,2,3 --vary=num_inference_steps=10,20",
             "paris-jax evaluate --workdir=runs/shapes --ensemble=runs/shapes/ensemble --ensemble=bundled:shapes",
         ),
-        (flag_groups.config, flag_groups.workdir, flag_groups.evaluating),
+        (flag_groups.config, flag_groups.workdir, flag_groups.evaluating, flag_groups.checking),
         _evaluate,
     ),
     "plan": Command(
@@ -303,6 +317,16 @@ COMMANDS = {
         ),
         (flag_groups.config, flag_groups.workdir, flag_groups.target),
         _plan,
+    ),
+    "launch": Command(
+        "places all stages on SLURM, Cloud TPU, GKE or SkyPilot",
+        (
+            "paris-jax launch --on=slurm --config=configs/shapes.py:h200 --workdir=/shared/shapes --gpus=8 --dry_run",
+            "paris-jax launch --on=gke train --workdir=gs://bucket/run --image=IMAGE --accelerator=v5e:4x4 --dry_run",
+        ),
+        (flag_groups.config, flag_groups.workdir, flag_groups.launching),
+        _launch,
+        takes_files=True,
     ),
     "import": Command(
         "published weights of FLUX.1-dev or Open-Sora 2.0, to sample from or to start training from",

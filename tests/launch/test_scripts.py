@@ -1,5 +1,6 @@
 """The shell scripts: sound, clear about what is missing, and printing exactly what they would run."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -11,13 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from paris_jax.launchers.table import LAUNCHERS
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-EXPERIMENT = ("--config=configs/shapes.py:small", "--experts=2")
 PYTHON = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-SLURM = ("launch/slurm.sh", *EXPERIMENT, "--workdir=/shared/my runs/shapes")
-TPU_FLAGS = (*EXPERIMENT, "--workdir=gs://bucket/run", "--project=p", "--zones=us-central1-a,europe-west4-b")
-TPU_FLAGS += ("--type=v5litepod-4", "--runtime=v2-alpha-tpuv5-lite")
 
 
 def run(*command: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,13 +51,13 @@ def test_shell_is_sound(script):
 
 
 @pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS if s.name not in ("device_flags.sh", "goes_on.sh")], ids=lambda p: p.name
+    "script", [s for s in SCRIPTS if s.name not in ("device_flags.sh", "launcher.sh")], ids=lambda p: p.name
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_script_answers_help_and_does_nothing(script, flag, tmp_path):
     shown = run(str(script), flag, HOME=str(tmp_path))
     assert shown.returncode == 0 and not shown.stderr
-    assert f"./launch/{script.name}" in shown.stdout or script.name == "slurm_job.sh"
+    assert f"launch/{script.name}" in shown.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -180,148 +179,67 @@ class TestDeviceFlags:
         assert "the first argument must be gpu or tpu" in self.told("cpu", "true").stderr
 
 
-class TestSlurm:
-    def test_dry_run_prints_one_job_for_each_role_and_their_order(self):
-        lines = run(
-            *SLURM, "--gpus=8", "--sbatch=--partition=gpu", "--config.training.steps=7", "--dry_run"
-        ).stdout.splitlines()
-        jobs = {line.split("=")[0]: line for line in lines if "=$(sbatch " in line}
-        assert list(jobs) == [
-            "prepare",
-            "cluster",
-            "expert_0",
-            "expert_1",
-            "router",
-            "monolith",
-            "assemble",
-            "evaluate",
-        ]
-        assert '--dependency="afterok:$prepare"' in jobs["cluster"]
-        for role in ("expert_0", "expert_1", "router", "monolith"):
-            assert '--dependency="afterok:$cluster"' in jobs[role]
-            assert "--ntasks-per-node=8 --gpus-per-node=8" in jobs[role]
-            assert "--requeue" in jobs[role]
-            assert "--partition=gpu launch/slurm_job.sh train" in jobs[role]
-        assert '--dependency="afterok:$expert_0:$expert_1:$router:$monolith"' in jobs["assemble"]
-        assert jobs["expert_1"].endswith(
-            "train --config=configs/shapes.py:small --config.training.steps=7 '--workdir=/shared/my runs/shapes' "
-            "--role=expert --cluster=1)"
+class TestLauncherScripts:
+    """The scripts only find or install the package and hand their flags to `paris-jax launch`."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path):
+        shutil.copytree(ROOT / "launch", tmp_path / "launch")
+        executable(tmp_path / ".venv/bin/paris-jax", '#!/bin/sh\nprintf "%s|" "$@"\n')
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["slurm", "tpu_vm", "gke", "skypilot"])
+    def test_flags_and_actions_are_handed_on(self, checkout, name):
+        flags = ("train", "--workdir=/shared/my runs", "--dry_run")
+        assert run(str(checkout / f"launch/{name}.sh"), *flags).stdout == "|".join(
+            ["launch", f"--on={name}", *flags, ""]
         )
 
-    def test_what_it_prints_is_a_script_that_submits(self, tmp_path):
-        log = tmp_path / "log"
-        executable(tmp_path / "bin/sbatch", f'#!/bin/sh\nprintf "%s|" "$@" >>{log}\necho >>{log}\nwc -l <{log}\n')
-        path = beside_path(tmp_path / "bin")
-        done = run("bash", "-c", run(*SLURM, "--dry_run").stdout, path=path)
-        assert done.stdout == "Submitted; the last job is 8\n"
-        submitted = log.read_text().splitlines()
-        assert "|--dependency=afterok:3:4:5:6|" in submitted[6]
-        assert submitted[6].endswith("|launch/slurm_job.sh|assemble|--workdir=/shared/my runs/shapes|")
+    @pytest.mark.parametrize("name", ["slurm", "tpu_vm", "gke", "skypilot"])
+    def test_the_help_names_every_action_and_setting(self, name):
+        shown = run(f"launch/{name}.sh", "--help").stdout
+        settings = [field.name for field in dataclasses.fields(LAUNCHERS[name].Settings)]
+        missing = [word for word in (*LAUNCHERS[name].ACTIONS, *(f"--{s}" for s in settings)) if word not in shown]
+        assert not missing
 
-    @pytest.mark.parametrize(
-        ("stage", "code", "lost_after", "requeued"),
-        [
-            ("train", 75, 300, True),
-            ("evaluate", 75, 300, True),
-            ("train", 0, 0, False),
-            ("train", 1, 0, False),
-            ("train", 134, 300, False),
-            ("train", 134, 0, True),
-            ("train", 137, 0, True),
-            ("evaluate", 137, 0, False),
-        ],
-    )
-    def test_a_job_that_was_preempted_or_lost_a_process_is_queued_again(
-        self, tmp_path, stage, code, lost_after, requeued
-    ):
-        executable(tmp_path / "bin/srun", f'#!/bin/sh\necho "srun $@ with $XLA_FLAGS"\nexit {code}\n')
+    def test_a_job_says_what_it_is_started_without(self, tmp_path):
         shutil.copytree(ROOT / "launch", tmp_path / "launch")
-        executable(tmp_path / "bin/scontrol", '#!/bin/sh\necho "scontrol $@"\n')
-        path = beside_path(tmp_path / "bin")
-        told = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42", "PARIS_JAX_LOST_AFTER": str(lost_after)}
-        done = run("launch/slurm_job.sh", stage, path=path, **told)
-        assert done.returncode == code
-        assert f".venv/bin/paris-jax {stage} with --xla_gpu_" in done.stdout
-        assert ("scontrol requeue 42" in done.stdout) == requeued
-
-    @pytest.mark.parametrize(
-        ("flags", "sentence"),
-        [(("--gpus=none",), "--gpus=none: must be a whole number"), (("--expert=2",), "--expert=2 is unknown")],
-    )
-    def test_refuses_a_wrong_flag(self, flags, sentence):
-        done = run(*SLURM, *flags, "--dry_run")
-        assert done.returncode == 1
-        assert sentence in done.stderr
-
-
-class TestTpuVm:
-    def dry(self, action: str, *flags: str) -> list[str]:
-        done = run("launch/tpu_vm.sh", action, *TPU_FLAGS, *flags, "--dry_run")
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    def test_asks_for_one_slice_for_each_role_over_the_zones(self):
-        created = [line for line in self.dry("create", "--spot") if " create " in line]
-        assert [re.search(r"create (\S+) --project=p --zone=(\S+)", line).groups() for line in created] == [
-            ("paris-expert-0", "us-central1-a"),
-            ("paris-expert-1", "europe-west4-b"),
-            ("paris-router", "us-central1-a"),
-            ("paris-monolith", "europe-west4-b"),
-        ]
-        assert all("--accelerator-type=v5litepod-4" in line and line.endswith("--spot") for line in created)
-
-    def test_trains_each_role_on_all_workers_of_its_slice_until_it_is_not_preempted(self):
-        lines = self.dry("train")
-        assert len(lines) == 4
-        assert all("--worker=all" in line and "goes_on $code $SECONDS" in line for line in lines)
-        assert "ssh paris-expert-1 " in lines[1]
-        assert "--workdir=gs://bucket/run --role=expert --cluster=1;" in lines[1]
-
-    @pytest.mark.parametrize(("codes", "lost_after"), [("75 75 4", 300), ("134 137 75 4", 0), ("75 134", 300)])
-    def test_the_loop_on_a_slice_goes_on_after_a_loss_and_passes_other_codes_on(self, tmp_path, codes, lost_after):
-        command = re.search(r"'--command=cd paris_jax && (.*)'$", self.dry("train", "--role=router")[0]).group(1)
-        told = 'echo "$@" with $LIBTPU_INIT_ARGS >>log'
-        executable(
-            tmp_path / ".venv/bin/paris-jax",
-            f"#!/bin/sh\n{told}\nset -- {codes}\nshift $(($(wc -l <log) - 1))\nexit $1\n",
+        script = str(tmp_path / "launch/job.sh")
+        assert "needs DEVICES, HOW and a command" in run(script, "gpu:8").stderr
+        assert "gpus: must be cpu, gpu:8 or tpu:16" in run(script, "gpus", "exit", "train").stderr
+        assert (
+            ".venv/bin/python is missing; run ./launch/install.sh first" in run(script, "cpu", "exit", "train").stderr
         )
-        shutil.copytree(ROOT / "launch", tmp_path / "launch")
-        environment = os.environ | {"PARIS_JAX_LOST_AFTER": str(lost_after)}
-        loop = ["bash", "-c", command.replace("sleep 5", ":")]
-        done = subprocess.run(loop, cwd=tmp_path, env=environment, check=False)
-        *_, last = codes.split()
-        assert done.returncode == int(last)
-        lines = (tmp_path / "log").read_text().splitlines()
-        assert len(lines) == len(codes.split())
-        expected = "train --config=configs/shapes.py:small --workdir=gs://bucket/run --role=router with --xla_tpu_"
-        assert all(line.startswith(expected) for line in lines)
 
-    @pytest.mark.parametrize("action", ["create", "install", "data", "finish", "status", "delete"])
-    def test_every_other_action_prints_gcloud_commands(self, action):
-        assert any(line.startswith("gcloud compute tpus ") for line in self.dry(action))
 
-    def test_one_role_alone(self):
-        assert len(self.dry("delete", "--role=expert 1")) == 1
+class TestDockerfiles:
+    @pytest.mark.parametrize("kind, extras", [("tpu", "tpu evaluation"), ("gpu", "cuda12 gcs evaluation")])
+    def test_images_are_installed_by_the_same_script_and_constraints(self, kind, extras):
+        text = (ROOT / f"launch/Dockerfile.{kind}").read_text()
+        assert f"RUN ./launch/install.sh {extras}\n" in text
+        assert not re.search(r"pip install|curl|://", text)
+        assert re.search(r"^FROM python:3\.12-", text, re.MULTILINE)  # constraints-py312.txt
 
-    def test_one_slice_that_fails_is_named_and_the_others_go_on(self, tmp_path):
-        log = tmp_path / "log"
-        executable(tmp_path / "bin/gcloud", f'#!/bin/sh\necho "$5" >>{log}\n[ "$5" != paris-router ]\n')
-        path = beside_path(tmp_path / "bin")
-        done = run("launch/tpu_vm.sh", "delete", *TPU_FLAGS, path=path)
-        assert done.returncode == 1
-        assert "delete failed for: router;" in done.stderr
-        assert sorted(log.read_text().split()) == ["paris-expert-0", "paris-expert-1", "paris-monolith", "paris-router"]
-
-    @pytest.mark.parametrize(
-        ("command", "sentence"),
-        [
-            (("start", *TPU_FLAGS), "The first argument must be create, install"),
-            (("create", *EXPERIMENT), "--workdir is required"),
-            (("create", *TPU_FLAGS, "--workdir=runs/x"), "--workdir=runs/x: must be a gs:// folder"),
-            (("create", *TPU_FLAGS, "--role=expert 7"), '--role=expert 7: must be one of "expert 0"'),
-        ],
-    )
-    def test_refuses(self, command, sentence):
-        done = run("launch/tpu_vm.sh", *command, "--dry_run")
-        assert done.returncode == 1
-        assert sentence in done.stderr
+    @pytest.mark.parametrize("kind", ["tpu", "gpu"])
+    def test_what_is_copied_is_enough_to_build_the_package(self, kind, tmp_path):
+        """And nothing of it is left out of the build's context by .dockerignore."""
+        context = set((ROOT / ".dockerignore").read_text().replace("!", "").split())
+        for line in (ROOT / f"launch/Dockerfile.{kind}").read_text().splitlines():
+            if line.startswith("COPY "):
+                *sources, _ = line.split()[1:]
+                for source in sources:
+                    assert source in context
+                    copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                    copy(ROOT / source, tmp_path / source)
+        command = [
+            sys.executable,
+            "-m",
+            "hatchling",
+            "build",
+            "--target",
+            "wheel",
+            "--directory",
+            str(tmp_path / "out"),
+        ]
+        built = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+        assert built.returncode == 0, built.stderr

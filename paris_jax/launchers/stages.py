@@ -1,0 +1,104 @@
+"""The stages of a run as commands with their order, the same for every scheduler."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from paris_jax.artifacts.run_folder import Role, roles
+from paris_jax.config.experiment import Experiment
+from paris_jax.errors import UserError
+
+PUBLISHED = ("hunyuan", "t5+clip", "dinov2")  # encoders that prepare runs on an accelerator
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One `paris-jax` command of a run, as a job of its own."""
+
+    name: str  # "expert 0"
+    arguments: tuple[str, ...]
+    after: tuple[str, ...] = ()  # names of the stages that must be done
+    needs_accelerator: bool = False
+    work: float = 0.0  # clips that are trained on; compares roles
+
+    @property
+    def slug(self) -> str:
+        """The name as schedulers accept it: "expert-0"."""
+        return self.name.replace(" ", "-")
+
+    @property
+    def is_role(self) -> bool:
+        return self.arguments[0] == "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The stages of one run under the name that its jobs carry."""
+
+    name: str
+    workdir: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def roles(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.is_role)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def job_name(self, stage: Stage) -> str:
+        return f"{self.name}-{stage.slug}"
+
+    def only(self, role: str) -> "Plan":
+        """The plan of one role alone, "expert 0" or "router"; the whole plan for ""."""
+        if not role:
+            return self
+        names = [stage.name for stage in self.roles]
+        if role not in names:
+            raise UserError(f"--role={role}: must be one of {', '.join(names)}")
+        return dataclasses.replace(self, stages=(self.stage(role),))
+
+
+def make_plan(experiment: Experiment, workdir: str, config: Sequence[str] = (), name: str = "") -> Plan:
+    """The stages of an experiment, in an order in which a single machine may run them.
+
+    Args:
+      config: the flags that pass the config to a command.
+      name: prefix of the jobs; by default the last part of `workdir`.
+    """
+    where = f"--workdir={workdir}"
+    published = {experiment.codec.name, experiment.text.name, experiment.features.name} & set(PUBLISHED)
+    trained = tuple(_role(experiment, role, (*config, where)) for role in roles(experiment.clustering.num_clusters))
+    stages = [
+        Stage("prepare", ("prepare", *config, where), needs_accelerator=bool(published)),
+        Stage("cluster", ("cluster", *config, where), ("prepare",)),
+        *trained,
+        Stage("assemble", ("assemble", *config, where), tuple(s.name for s in trained if s.name != "monolith")),
+    ]
+    if experiment.data.heldout_fraction:
+        after = ("assemble", "monolith")
+        stages.append(Stage("evaluate", ("evaluate", *config, where), after, needs_accelerator=True))
+    return Plan(name or _job_prefix(workdir), workdir, tuple(stages))
+
+
+def _role(experiment: Experiment, role: Role, flags: Sequence[str]) -> Stage:
+    settings = experiment.settings_of(role.kind)
+    work = experiment.steps(role.kind) * settings.global_batch_size
+    return Stage(role.name, ("train", *flags, *role.arguments.split()), ("cluster",), True, float(work))
+
+
+def _job_prefix(workdir: str) -> str:
+    """A name that DNS labels, SLURM and gcloud accept, from the last part of a path."""
+    last = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")
+    return (last if last[:1].isalpha() else f"run-{last}".rstrip("-"))[:24].rstrip("-")
+
+
+def spread(stages: Sequence[Stage], speeds: Sequence[float]) -> list[list[Stage]]:
+    """Queues the stages on places of these speeds: the longest first, each where it would end earliest."""
+    queues: list[list[Stage]] = [[] for _ in speeds]
+    busy = [0.0] * len(speeds)
+    for stage in sorted(stages, key=lambda stage: -stage.work):
+        place = min(range(len(speeds)), key=lambda k: busy[k] + stage.work / speeds[k])
+        busy[place] += stage.work / speeds[place]
+        queues[place].append(stage)
+    return queues

@@ -3,15 +3,21 @@
 import ctypes
 import dataclasses
 import glob
+import heapq
+import itertools
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 
 from paris_jax.errors import UserError
 
 KINDS = "auto, cpu, cpu:0,1, gpu:0,1 or tpu:0,1,2,3"
 # libtpu's bounds of the chips of one process: x, y, z extents for each number of chips that tiles a host.
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+
+# n devices train n ** SCALING times as fast as one: assumed, not measured.
+SCALING = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +30,31 @@ class Devices:
     kind: str
     numbers: tuple[str, ...] = ()
 
-    def groups(self, num_roles: int) -> list["Devices"]:
-        """Splits the devices into disjoint groups of equal size, at most one for each role."""
+    def groups(self, work: Sequence[float], batch: int = 0) -> list["Devices"]:
+        """Splits the devices into disjoint groups, at most one for each role, the largest first.
+
+        Cores of a CPU are split evenly. Accelerators are split into groups of 1, 2, 4 or 8, such that the roles, each
+        started on the next free group, end earliest: of eight GPUs, the monolith of three experts gets four.
+
+        Args:
+          work: relative training costs of the roles, in the order in which they start.
+          batch: the size of a group must divide it; 0: any.
+        """
         if not self.numbers:
             return [self]
-        size = max(1, len(self.numbers) // max(1, num_roles))
-        if self.kind != "cpu":  # a power of two, so that it divides a batch
-            size = max(s for s in TPU_BOUNDS if s <= size)
-        count = max(1, min(num_roles, len(self.numbers) // size))
-        return [dataclasses.replace(self, numbers=self.numbers[i * size : (i + 1) * size]) for i in range(count)]
+        if self.kind == "cpu":
+            size = max(1, len(self.numbers) // max(1, len(work)))
+            sizes: Sequence[int] = (size,) * max(1, min(len(work), len(self.numbers) // size))
+        else:
+            allowed = [s for s in sorted(TPU_BOUNDS, reverse=True) if batch % s == 0]
+            # Of splits that end at the same time, the one with the fewest devices, in the most groups.
+            splits = [s for s in _splits(len(self.numbers), allowed) if len(s) <= max(1, len(work))]
+            sizes = min(splits, key=lambda split: (_makespan(work, split), sum(split), -len(split)))
+        ends = list(itertools.accumulate(sizes))
+        return [
+            dataclasses.replace(self, numbers=self.numbers[end - size : end])
+            for size, end in zip(sizes, ends, strict=True)
+        ]
 
     def environment(self) -> dict[str, str]:
         """Environment variables that restrict a process to these devices."""
@@ -46,6 +68,11 @@ class Devices:
             }
         return {"JAX_PLATFORMS": "cpu"}
 
+    @property
+    def expectation(self) -> str:
+        """The devices as --preflight takes them: "gpu:2"."""
+        return f"{self.kind}:{len(self.numbers)}" if self.kind != "cpu" and self.numbers else self.kind
+
     def pin(self) -> None:
         """Pins the calling thread, and every process that it starts, to these cores."""
         if self.kind == "cpu" and self.numbers:
@@ -56,6 +83,25 @@ class Devices:
         variables = [f"{name}={value}" for name, value in self.environment().items()]
         pinned = ["taskset", "-c", ",".join(self.numbers)] if self.kind == "cpu" and self.numbers else []
         return " ".join([*variables, *pinned])
+
+
+def _splits(devices: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All descending tuples of `sizes` (descending) whose sum is at most `devices`, but for the empty one."""
+    for k, size in enumerate(sizes):
+        if size <= devices:
+            yield (size,)
+            yield from ((size, *rest) for rest in _splits(devices - size, sizes[k:]))
+
+
+def _makespan(work: Sequence[float], sizes: Sequence[int]) -> float:
+    """When the last role ends, where each starts on the next free group."""
+    free = [(0.0, k) for k in range(len(sizes))]
+    ends = [0.0]
+    for each in work:
+        at, group = heapq.heappop(free)
+        ends.append(at + each / sizes[group] ** SCALING)
+        heapq.heappush(free, (ends[-1], group))
+    return max(ends)
 
 
 # From glibc's malloc.h.

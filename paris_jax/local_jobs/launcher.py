@@ -30,9 +30,18 @@ class LocalJob:
     name: str
     arguments: tuple[str, ...]
     log: Path | None = None
+    preflight: bool = False  # the command takes --preflight, and checks its devices
 
     def __str__(self) -> str:
         return shlex.join(("paris-jax", *self.arguments))
+
+    def arguments_on(self, devices: Devices) -> tuple[str, ...]:
+        """The arguments of the command where it runs on these devices."""
+        return (*self.arguments, *((f"--preflight={devices.expectation}",) if self.preflight else ()))
+
+    def command_on(self, devices: Devices) -> str:
+        """The command with the variables that restrict it to these devices, as for a shell."""
+        return f"{devices} {shlex.join(('paris-jax', *self.arguments_on(devices)))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +129,17 @@ class Launcher:
         self, jobs: Sequence[LocalJob], groups: Sequence[Devices], watch: Callable[[], None], every: float = 1.0
     ) -> None:
         """Runs each job, in order, on the next free group of devices, and calls `watch` every `every` seconds."""
-        waiting = collections.deque(jobs)
+        first, waiting = jobs[: len(groups)], collections.deque(jobs[len(groups) :])
 
-        def work(devices: Devices) -> None:
+        def work(devices: Devices, job: LocalJob) -> None:
             devices.pin()
+            self.run(job, devices)
             while waiting and not self.stopping:
                 with contextlib.suppress(IndexError):  # another thread took the last job
                     self.run(waiting.popleft(), devices)
 
         with concurrent.futures.ThreadPoolExecutor(len(groups)) as pool:
-            workers = [pool.submit(work, devices) for devices in groups]
+            workers = [pool.submit(work, devices, job) for devices, job in zip(groups, first, strict=False)]
             try:
                 while concurrent.futures.wait(workers, every, concurrent.futures.FIRST_EXCEPTION).not_done:
                     watch()
@@ -151,10 +161,10 @@ class Launcher:
                 variables["COLUMNS"] = "120"  # width of lines in the log
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(job.log.open("ab"))
-                log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {devices} {job}\n".encode())
+                log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {job.command_on(devices)}\n".encode())
                 log.flush()
             return subprocess.Popen(
-                [*self.program, *job.arguments],
+                [*self.program, *job.arguments_on(devices)],
                 env={**os.environ, **variables, **devices.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

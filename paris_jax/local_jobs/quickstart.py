@@ -4,6 +4,7 @@ Each role and each stage is a separate process, so that this one never holds a d
 """
 
 import dataclasses
+import math
 import shlex
 import signal
 import sys
@@ -60,7 +61,7 @@ def quickstart(
     """
     available = find_devices(devices)
     plan = make_plan(experiment, run, config)
-    groups = available.groups(len(plan.roles))
+    groups = available.groups(*_costs(experiment, list(plan.roles)))
     stage_devices = dataclasses.replace(available, numbers=()) if available.kind == "cpu" else groups[0]
     if dry_run:
         _print_commands(plan, groups, stage_devices)
@@ -90,16 +91,22 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
     """Returns the commands of all stages that are not done, and of evaluate, which detects itself that it is done."""
     workdir = f"--workdir={run}"
     stages = [("prepare", run.data), ("cluster", run.partition)]
-    before = [LocalJob(name, (name, *config, workdir)) for name, folder in stages if not manifest.exists(folder)]
+    before = [
+        LocalJob(name, (name, *config, workdir), preflight=True)
+        for name, folder in stages
+        if not manifest.exists(folder)
+    ]
     *others, monolith = roles(experiment.clustering.num_clusters)
     todo = {
-        role: LocalJob(role.name, ("train", *config, workdir, *role.arguments.split()), _log(experiment, run, role))
+        role: LocalJob(
+            role.name, ("train", *config, workdir, *role.arguments.split()), _log(experiment, run, role), preflight=True
+        )
         for role in (monolith, *others)
         if not manifest.exists(run.export(role))
     }
     after = []
     if todo or not manifest.exists(run.ensemble):
-        after.append(LocalJob("assemble", ("assemble", *config, workdir)))
+        after.append(LocalJob("assemble", ("assemble", *config, workdir), preflight=True))
     shown = run.samples / "quickstart.mp4"
     if experiment.data.source == "shapes" and (after or not shown.exists()):  # the prompts are about shapes
         prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
@@ -119,10 +126,17 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
             )
         )
     if experiment.data.heldout_fraction:
-        after.append(LocalJob("evaluate", ("evaluate", *config, workdir)))
+        after.append(LocalJob("evaluate", ("evaluate", *config, workdir), preflight=True))
     remaining = {job.name for job in (*before, *todo.values(), *after)}
     names = ["prepare", "cluster", *(role.name for role in (monolith, *others)), "assemble"]
     return JobGroups(before, todo, after, [name for name in names if name not in remaining])
+
+
+def _costs(experiment: Experiment, todo: Sequence[Role]) -> tuple[list[float], int]:
+    """The clips that each role trains on, and a number that divides all their batches."""
+    settings = [experiment.settings_of(role.kind) for role in todo]
+    work = [float(experiment.steps(r.kind) * s.global_batch_size) for r, s in zip(todo, settings, strict=True)]
+    return work, math.gcd(*(s.global_batch_size for s in settings))
 
 
 def _log(experiment: Experiment, run: RunFolder, role: Role) -> Path:
@@ -149,7 +163,8 @@ def _train(
     times: dict[str, float],
 ) -> None:
     kind = {"cpu": "core", "gpu": "GPU", "tpu": "chip"}[groups[0].kind]
-    each = f", {len(groups[0].numbers)} {kind}(s) each" if groups[0].numbers else ""
+    sizes = [str(len(group.numbers)) for group in groups]
+    each = f", {sizes[0] if len(set(sizes)) == 1 else ' + '.join(sizes)} {kind}(s) each" if groups[0].numbers else ""
     schedule = f"{len(groups)} side by side{each}" if len(groups) > 1 else "in turn"
     console.rule(f"[bold]train[/bold]: {len(plan.roles)} isolated processes, {schedule}  {sum(times.values()):.0f} s")
     began = time.perf_counter()
@@ -189,14 +204,14 @@ def _table(times: dict[str, float]) -> Table:
 
 def _print_commands(plan: JobGroups, groups: Sequence[Devices], stage_devices: Devices) -> None:
     jobs = list(plan.roles.values())
-    blocks = [[f"{stage_devices} {job}" for job in plan.before]]
+    blocks = [[job.command_on(stage_devices) for job in plan.before]]
     if jobs:
-        commands = [f"{devices} {job}" for devices, job in zip(groups, jobs, strict=False)]
+        commands = [job.command_on(devices) for devices, job in zip(groups, jobs, strict=False)]
         title = f"# {len(groups)} side by side:" if len(groups) > 1 else "# in turn:"
         blocks.append([title, *commands])
         if waiting := jobs[len(groups) :]:
             comment = ["# then, each on the next free group of devices:"] if len(groups) > 1 else []
-            prefix = "" if len(groups) > 1 else f"{groups[0]} "
-            blocks[-1] += [*comment, *(f"{prefix}{job}" for job in waiting)]
-    blocks.append([f"{stage_devices} {job}" for job in plan.after])
+            rest = [str(job) if len(groups) > 1 else job.command_on(groups[0]) for job in waiting]
+            blocks[-1] += [*comment, *rest]
+    blocks.append([job.command_on(stage_devices) for job in plan.after])
     print("\n\n".join("\n".join(block) for block in blocks if block))

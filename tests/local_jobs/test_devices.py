@@ -21,6 +21,9 @@ def of(kind, count):
     return Devices(kind, tuple(map(str, range(count))))
 
 
+PARIS = [3, 1, 1, 1, 0.3]  # costs of the monolith, three experts and the router
+
+
 @pytest.mark.parametrize(
     ("found", "num_roles", "groups"),
     [
@@ -28,21 +31,41 @@ def of(kind, count):
         (of("cpu", 8), 5, ["0", "1", "2", "3", "4"]),
         (of("cpu", 7), 2, ["0,1,2", "3,4,5"]),
         (of("cpu", 4), 0, ["0,1,2,3"]),
-        (of("gpu", 1), 5, ["0"]),
-        (of("gpu", 8), 5, ["0", "1", "2", "3", "4"]),
-        (of("gpu", 8), 3, ["0,1", "2,3", "4,5"]),  # three would not divide a batch
-        (of("tpu", 8), 4, ["0,1", "2,3", "4,5", "6,7"]),
-        (Devices("gpu", ("4", "6")), 4, ["4", "6"]),
         (Devices("cpu"), 5, [""]),  # cores that cannot be given out: in turn, on all of them
     ],
 )
-def test_groups_are_disjoint_and_of_one_size(found, num_roles, groups):
-    assert numbers(found.groups(num_roles)) == groups
+def test_cores_are_split_into_groups_of_one_size(found, num_roles, groups):
+    assert numbers(found.groups([1.0] * num_roles)) == groups
+
+
+@pytest.mark.parametrize(
+    ("found", "work", "groups"),
+    [
+        (of("gpu", 1), PARIS, ["0"]),
+        (of("gpu", 2), PARIS, ["0", "1"]),  # half each: the monolith, and all others in turn
+        (of("gpu", 4), PARIS, ["0,1", "2,3"]),
+        (of("gpu", 8), PARIS, ["0,1,2,3", "4", "5", "6", "7"]),
+        (of("gpu", 8), [1, 1, 1], ["0,1", "2,3", "4,5"]),  # three would not divide a batch
+        (of("tpu", 8), [1] * 4, ["0,1", "2,3", "4,5", "6,7"]),
+        (Devices("gpu", ("4", "6")), [1] * 4, ["4", "6"]),
+        (of("gpu", 8), [], ["0"]),
+    ],
+)
+def test_accelerators_are_split_so_that_all_roles_end_early(found, work, groups):
+    assert numbers(found.groups(work)) == groups
+
+
+def test_no_group_is_larger_than_what_divides_the_batch():
+    assert numbers(of("gpu", 8).groups([1, 1], batch=6)) == ["0,1", "2,3"]
+
+
+def test_what_a_job_expects_to_find_on_its_devices():
+    assert [each.expectation for each in (of("gpu", 2), of("tpu", 4), of("cpu", 2))] == ["gpu:2", "tpu:4", "cpu"]
 
 
 def test_libraries_are_told_what_they_may_see():
     assert of("gpu", 2).environment() == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    tpu = of("tpu", 8).groups(4)[1].environment()
+    tpu = of("tpu", 8).groups([1] * 4)[1].environment()
     assert tpu == {"TPU_VISIBLE_CHIPS": "2,3", "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,2,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
     assert of("cpu", 2).environment() == {"JAX_PLATFORMS": "cpu"}
 

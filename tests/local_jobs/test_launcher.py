@@ -57,7 +57,7 @@ class Trial:
         self.monkeypatch.setenv("PLAN", json.dumps(plan or {}))
         self.monkeypatch.setenv("SECONDS_EACH", str(seconds))
         jobs = [LocalJob(name, (name,), self.folder / f"{name}.log") for name in NAMES]
-        groups = Devices("gpu", devices).groups(len(jobs))
+        groups = Devices("gpu", devices).groups([1.0] * len(jobs))
         self.launcher.run_side_by_side(jobs, groups, watch, every=0.05)
         return self.notes()
 

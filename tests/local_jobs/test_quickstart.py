@@ -157,18 +157,28 @@ def test_dry_run_prints_the_commands_and_their_devices(micro, tmp_path):
     assert not quick.run_folder.path.exists()
     given = f"--config={tmp_path / 'given.py'} --workdir={quick.run_folder}"
     assert out.splitlines()[:10] == [
-        f"CUDA_VISIBLE_DEVICES=0 paris-jax prepare {given}",
-        f"CUDA_VISIBLE_DEVICES=0 paris-jax cluster {given}",
+        f"CUDA_VISIBLE_DEVICES=0 paris-jax prepare {given} --preflight=gpu:1",
+        f"CUDA_VISIBLE_DEVICES=0 paris-jax cluster {given} --preflight=gpu:1",
         "",
         "# 3 side by side:",
-        f"CUDA_VISIBLE_DEVICES=0 paris-jax train {given} --role=monolith",
-        f"CUDA_VISIBLE_DEVICES=1 paris-jax train {given} --role=expert --cluster=0",
-        f"CUDA_VISIBLE_DEVICES=2 paris-jax train {given} --role=expert --cluster=1",
+        f"CUDA_VISIBLE_DEVICES=0 paris-jax train {given} --role=monolith --preflight=gpu:1",
+        f"CUDA_VISIBLE_DEVICES=1 paris-jax train {given} --role=expert --cluster=0 --preflight=gpu:1",
+        f"CUDA_VISIBLE_DEVICES=2 paris-jax train {given} --role=expert --cluster=1 --preflight=gpu:1",
         "# then, each on the next free group of devices:",
         f"paris-jax train {given} --role=expert --cluster=2",
         f"paris-jax train {given} --role=router",
     ]
     assert [line.split()[2] for line in out.splitlines()[11:]] == ["assemble", "sample", "evaluate"]
+
+
+def test_all_of_eight_gpus_are_used(micro, tmp_path):
+    quick = Quickstart(tmp_path, micro)
+    _, out, _ = quick.end(
+        quick.start("--devices=gpu:0,1,2,3,4,5,6,7", "--dry_run", "--config.training.global_batch_size=8")
+    )
+    roles = [line for line in out.splitlines() if " train " in line]
+    assert [line.split()[0].partition("=")[2] for line in roles] == ["0,1,2,3", "4", "5", "6", "7"]
+    assert roles[0].endswith("--role=monolith --preflight=gpu:4")
 
 
 def test_a_plan_holds_what_is_left_to_do(micro, trained, tmp_path):

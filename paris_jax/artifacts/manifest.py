@@ -129,9 +129,9 @@ def write(folder: epath.PathLike, schema: type[M], files: Iterable[str], config_
       **content: the other entries of the schema.
     """
     folder = epath.Path(folder)
-    entries = {
-        name: {"bytes": (folder / name).stat().length, "sha256": hash_file(folder / name)} for name in sorted(files)
-    }
+    # Not by epath's stat, which fails for an owner without a name, as users of containers may be.
+    sizes = {name: safe_files.check_regular(folder / name) for name in sorted(files)}
+    entries = {name: {"bytes": size, "sha256": hash_file(folder / name)} for name, size in sizes.items()}
     value = {
         "schema": SCHEMA,
         "kind": kind(schema),

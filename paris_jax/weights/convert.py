@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import manifest
+from paris_jax.artifacts import manifest, safe_files
 from paris_jax.artifacts.schemas import NetworkManifest, WeightsManifest
 from paris_jax.artifacts.tensors import DTYPES, Tensors, write
 from paris_jax.errors import UserError
@@ -186,7 +186,7 @@ def import_network(
         network=network,
         parameters=functional.count(config),
         report=dataclasses.asdict(report),
-        origin={file.name: file.stat().length for file in tensors.files},
+        origin={file.name: safe_files.check_regular(file, follow_links=True) for file in tensors.files},
         **use or {},
     )
 

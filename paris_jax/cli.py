@@ -175,7 +175,9 @@ def run(arguments: Sequence[str]) -> int:
             if "preflight" in call.flags and call["preflight"]:
                 from paris_jax.launchers.preflight import preflight
 
-                preflight(call["preflight"], call.run.path, arguments)
+                # A role may have the right to write its own folder only.
+                output = call.run.role(call.role) if name == "train" else call.run.path
+                preflight(call["preflight"], output, arguments)
             COMMANDS[name].run(call)
         return 0
     except (UserError, DeviceLostAgain) as error:

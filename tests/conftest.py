@@ -34,6 +34,7 @@ LONG = (
     "test_several_processes",
     "test_train",
     "test_quickstart",
+    "test_isolation",
     "test_real_footage",
     "test_device_placement",
     "test_protocol",

@@ -1,4 +1,4 @@
-"""Preflight: what a job checks before it works: its devices, its run folder, disk, versions and clock.
+"""Preflight: what a job checks before it works: its devices, its folder, disk, versions and clock.
 
 A job that would train on the CPU in silence, or whose hosts run different code, costs hours before somebody notices.
 """
@@ -38,12 +38,12 @@ def parse(expected: str) -> tuple[str, int | None]:
     return kind, int(number) if colon else None
 
 
-def preflight(expected: str, workdir: epath.PathLike, arguments: Sequence[str]) -> None:
+def preflight(expected: str, output: epath.PathLike, arguments: Sequence[str]) -> None:
     """Checks this process, and that all processes of its job agree.
 
     Args:
       expected: kind and number of the devices of the whole job, such as "gpu:8".
-      workdir: the run folder, which must be writable; it is created.
+      output: the folder that the command writes, which is created where it is missing.
       arguments: the command line, which must be the same in all processes but for --process_id.
 
     Raises:
@@ -53,7 +53,7 @@ def preflight(expected: str, workdir: epath.PathLike, arguments: Sequence[str]) 
 
     _check_devices(expected, jax.default_backend(), jax.device_count())
     index = jax.process_index()
-    report = {"problems": list(storage_problems(workdir, index)), **_versions(arguments)}
+    report = {"problems": list(storage_problems(output, index)), **_versions(arguments)}
     reports = _gather(report)
     clocks = _gather({"time": time.time()})  # after the first exchange, for which all have waited
     problems = [
@@ -80,16 +80,18 @@ def _check_devices(expected: str, backend: str, found: int) -> None:
         )
 
 
-def storage_problems(workdir: epath.PathLike, index: int = 0) -> Iterator[str]:
-    """Sentences about a run folder that cannot be written, a full disk, and a clock unlike that of the storage."""
-    folder, now = epath.Path(workdir), time.time()
+def storage_problems(output: epath.PathLike, index: int = 0) -> Iterator[str]:
+    """Sentences about a folder that cannot be written, a full disk, and a clock unlike that of the storage."""
+    folder, now = epath.Path(output), time.time()
     probe = folder / f".preflight-{index}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text(str(now))
         if probe.read_text() != str(now):
             yield f"{folder} does not return what was written; look at its mount or bucket"
-        skew = now - float(probe.stat().mtime)
+        # etils looks for the owner's name, which a user of a container need not have.
+        made = os.stat(probe).st_mtime if safe_files.is_local(probe) else float(probe.stat().mtime)
+        skew = now - made
         probe.unlink()
         if abs(skew) > MAX_SKEW:
             yield f"the clock of this host is {skew:.0f} s apart from that of {folder}; synchronise it (NTP)"

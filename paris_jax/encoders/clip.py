@@ -16,20 +16,23 @@ from paris_jax.encoders.transformer import Blocks, Params, dense, norm, normalis
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, read_config, stacked
 
-COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # means and spreads it expects
+COLOURS = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of its input
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Sizes of CLIP's encoders that are not seen in their tensors; None for one that the files do not hold."""
+    """Sizes of CLIP's encoders that the tensors do not show; None for an encoder that the files lack."""
 
     text: Blocks | None
     vision: Blocks | None
-    end: int  # the token that ends a text; 2 in old files, where it is the largest one
+    end: int  # id of the end-of-text token; 2 in old files, which means the largest id
 
 
 class TowerSizes(Struct):
-    """Fields of one of CLIP's encoders in its config.json; by default those of the published ones."""
+    """Fields of one encoder in CLIP's config.json, with the published defaults."""
 
     hidden_size: Size | None = None
     hidden_act: str = "quick_gelu"
@@ -39,19 +42,19 @@ class TowerSizes(Struct):
 
 
 class ClipSizes(TowerSizes):
-    """CLIP's config.json: of both encoders, or, without `text_config`, of the text's alone."""
+    """CLIP's config.json: both encoders, or without `text_config` the text encoder alone."""
 
     text_config: TowerSizes | None = None
     vision_config: TowerSizes = msgspec.field(default_factory=TowerSizes)
 
 
 def read(folder: epath.PathLike) -> tuple[Clip, Params]:
-    """CLIP from a folder as published by Hugging Face: both encoders, or the text's alone (as beside FLUX.1-dev)."""
+    """CLIP from a folder in Hugging Face's format: both encoders, or the text encoder alone, as beside FLUX.1-dev."""
     described = read_config(folder, ClipSizes)
     reader, params, blocks = Reader(Tensors(folder)), {}, {}
     by_kind: dict[str, TowerSizes] = {"text": described.text_config or described, "vision": described.vision_config}
     for kind, first in (("text", "token"), ("vision", "patch")):
-        # A text encoder on its own is published with and without this beginning.
+        # Text encoders alone are published with and without this prefix.
         there = [f"{kind}_model.", ""]
         there = [root for root in there if reader.has(f"{root}embeddings.{first}_embedding.weight")]
         if not there:
@@ -78,7 +81,7 @@ def read(folder: epath.PathLike) -> tuple[Clip, Params]:
             raise UserError(f"{folder}: hidden_act is {sizes.hidden_act!r}; CLIP's is 'quick_gelu' or 'gelu'")
         blocks[kind] = Blocks(sizes.num_attention_heads or D // 64, activation, sizes.layer_norm_eps)
     if not params:
-        raise UserError(f"{folder} holds no encoder of CLIP; name the folder that its weights were downloaded to")
+        raise UserError(f"{folder} holds no CLIP encoder; name the folder with its downloaded weights")
     reader.done(("logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
     return Clip(blocks.get("text"), blocks.get("vision"), by_kind["text"].eos_token_id), params
 
@@ -95,11 +98,11 @@ def _layer(reader: Reader, name: str, D: int, F: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode_text(config: Clip, params: Params, ids_BL: jax.Array, dtype: str = "float32") -> dict[str, jax.Array]:
-    """CLIP of texts as token ids (B, L), padded at the end; all float32.
+    """Encodes texts, token ids (B, L) padded at the end.
 
     Returns:
-      "hidden" (B, L, D); "pooled" (B, D), that of the token that ends the text; and "embedding" (B, E), pooled and
-      projected, where the weights are there.
+      float32 arrays: "hidden" (B, L, D), the last layer; "pooled" (B, D), its end-of-text token; and where the weights
+      have a projection, "embedding" (B, E), the projected pooled vector.
     """
     blocks, text, L = config.text, params["text"], ids_BL.shape[1]
     assert blocks is not None
@@ -114,7 +117,7 @@ def encode_text(config: Clip, params: Params, ids_BL: jax.Array, dtype: str = "f
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode_image(config: Clip, params: Params, image_BHW3: jax.Array, dtype: str = "float32") -> dict[str, jax.Array]:
-    """CLIP of images in [0, 1] of the size it was trained on: "pooled" (B, D) and "embedding" (B, E), float32."""
+    """Encodes images in [0, 1] of the trained size to "pooled" (B, D) and "embedding" (B, E), float32."""
     blocks, vision = config.vision, params["vision"]
     assert blocks is not None
     x = patches(vision["patches"], normalise(image_BHW3, *COLOURS), dtype)

@@ -22,13 +22,13 @@ from paris_jax.encoders.published import EncoderStore, store_field
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import read_config
 
-# Fraction of a device's memory that coding a video may take; accelerators hold networks beside it.
+# Fraction of a device's memory for encoding or decoding a video; accelerators also hold the networks.
 MEMORY_FRACTION = {"cpu": 0.5, "gpu": 0.25, "tpu": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Packs blocks of time x height x width pixels into channels: exact, and nothing to train.
+    """Packs blocks of time x height x width pixels into channels, without loss or training.
 
     Works on NumPy and JAX arrays alike, with any number of leading axes.
     """
@@ -38,11 +38,15 @@ class Pixels:
     width: int = 2
 
     scaled: ClassVar[bool] = False
-    one_scale: ClassVar[bool] = True  # the channels are alike: one mean and spread normalises all
-    first: ClassVar[int] = 0  # frames at the start that stand outside the blocks of `time`
+    one_scale: ClassVar[bool] = True  # one mean and standard deviation normalises all channels
+    first: ClassVar[int] = 0  # frames at the start that are encoded outside the blocks of `time`
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns (T, H, W, C) of a video's latent; refuses sizes that the blocks do not divide."""
+        """Returns (T, H, W, C) of a video's latent.
+
+        Raises:
+          UserError: the blocks do not divide the size.
+        """
         check_divisible(self, frames, height, width)
         channels = 3 * self.time * self.height * self.width
         return frames // self.time, height // self.height, width // self.width, channels
@@ -66,7 +70,7 @@ class Pixels:
         return x.reshape(*lead, T * self.time, H * self.height, W * self.width, 3).astype(np.float32)
 
     def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
-        """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
+        """Expands a mask of latent frames (..., T) to the frames of the video (..., T'), bool."""
         return mask_T.repeat(self.time, axis=-1)
 
     def describe(self) -> PixelsDescription:
@@ -75,10 +79,10 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class HunyuanVideo:
-    """HunyuanVideo's causal VAE, the codec of Paris 2.0, from the folder `weights`; without it, its sizes alone.
+    """HunyuanVideo's causal VAE, the codec of Paris 2.0. Without the folder `weights` it only computes sizes.
 
     A latent is the mean of the VAE's posterior, or a sample of it whose noise depends on the video alone.
-    Videos of more than 256 rows or columns, or of more frames than the memory holds, are coded in overlapping pieces
+    Videos of more than 256 rows or columns, or of more frames than fit in memory, are coded in overlapping tiles
     (`hunyuan.Tiling`).
     """
 
@@ -86,17 +90,17 @@ class HunyuanVideo:
     height: int = 8
     width: int = 8
     weights: str = ""
-    sha256: str = ""  # of the weights; "": those found
+    sha256: str = ""  # of the weights; "": any
     posterior: Posterior = "mean"
     store: EncoderStore = store_field()
 
-    scaled: ClassVar[bool] = True  # latents have about unit spread already, as published networks expect them
+    scaled: ClassVar[bool] = True  # latents already have about unit spread, as published networks expect
     one_scale: ClassVar[bool] = True
-    first: ClassVar[int] = 1  # causal: the first frame is a latent frame of its own
+    first: ClassVar[int] = 1  # causal: the first frame becomes a latent frame of its own
 
     @property
     def channels(self) -> int:
-        """Of the latent: 16, or what the weights' config.json says."""
+        """Channels of the latent: 16, unless the weights' config.json differs."""
         folder = self.weights and epath.Path(self.weights).is_dir()
         return read_config(self.weights, hunyuan.VAESizes).latent_channels if folder else 16
 
@@ -123,7 +127,7 @@ class HunyuanVideo:
         return self._run(hunyuan.decode_tiled, hunyuan.decode, np.asarray(latent, np.float32) / hunyuan.SCALE)
 
     def _run(self, tiled: Any, function: Any, x: np.ndarray) -> np.ndarray:
-        """One video at a time on each device of this machine."""
+        """Codes one video at a time on each device of this machine."""
         vae, params = self.store.load("hunyuan", self.weights, self.sha256)
         memory = MEMORY_FRACTION[jax.default_backend()] * placement.memory()
         tiling = hunyuan.Tiling.within(memory, placement.dtype())
@@ -136,7 +140,7 @@ class HunyuanVideo:
         return made.reshape(*x.shape[:-4], *made.shape[1:])
 
     def frames_of(self, mask_T: np.ndarray) -> np.ndarray:
-        """Which frames of a video its latent frames stand for: (..., T) bool to (..., T') bool."""
+        """Expands a mask of latent frames (..., T) to the frames of the video (..., T'), bool."""
         return np.concatenate([mask_T[..., :1], mask_T[..., 1:].repeat(self.time, axis=-1)], axis=-1)
 
     def describe(self) -> HunyuanDescription:
@@ -149,7 +153,7 @@ def _floats(x: np.ndarray) -> np.ndarray:
 
 
 def check_divisible(blocks: "Codec", frames: int, height: int, width: int) -> None:
-    """Refuses a video's size that a codec's blocks do not divide."""
+    """Raises UserError if a codec's blocks do not divide a video's size."""
     for axis, size, first, block in (
         ("frames", frames, blocks.first, blocks.time),
         ("height", height, 0, blocks.height),
@@ -174,7 +178,7 @@ def codec(
     """Returns the codec of this name, e.g. codec("pixels", time=2, height=2, width=2), ready to run.
 
     Raises:
-      UserError: an unknown name, or weights that are not named, or not those promised by `sha256`.
+      UserError: an unknown name, or weights that are missing or do not match `sha256`.
     """
     for problem in checks.choice("codec", name, get_args(CodecName)):
         raise UserError(problem)
@@ -186,7 +190,7 @@ def codec(
 
 
 def sizes(name: str, weights: str = "", posterior: Posterior = "mean", **blocks: Any) -> Codec:
-    """Returns a codec as far as `latent_shape` goes, also where it cannot be run."""
+    """Returns a codec for its `latent_shape`; its weights are not needed."""
     return Pixels(**blocks) if name == "pixels" else HunyuanVideo(**blocks, weights=weights)
 
 
@@ -199,14 +203,14 @@ def latent_shape(experiment: Experiment) -> tuple[int, int, int, int]:
 def encode_images(codec: Codec, images: np.ndarray) -> np.ndarray:
     """Images (N, height, width, 3) uint8 as latent frames (N, H, W, C) float32, as sampling encodes an image.
 
-    A codec that packs several frames into its first latent frame gets each image as many times.
+    A codec that packs several frames into its first latent frame gets each image repeated as often.
     """
     packed = codec.first or codec.time
     return codec.encode(np.repeat(images[:, None], packed, axis=1))[:, 0]
 
 
 def from_description(description: CodecDescription, folder: str = "", store: EncoderStore | None = None) -> Codec:
-    """Rebuilds a codec from its `describe()`; published weights lie in `folder`, or where PARIS_JAX_VAE says."""
+    """Rebuilds a codec from its `describe()`; published weights are read from `folder` or PARIS_JAX_VAE."""
     there = folder or os.environ.get("PARIS_JAX_VAE", "")
     named = {"weights": there, "store": store} if isinstance(description, HunyuanDescription) else {}
     return codec(**msgspec.to_builtins(description), **named)
@@ -224,7 +228,7 @@ def to_uint8(video: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class LatentScale:
-    """Mean and spread of the latents of a data set, one for all channels (length 1) or one a channel.
+    """Mean and standard deviation of the latents of a data set, of all channels (length 1) or per channel.
 
     The networks see (latent - mean) / spread.
     """

@@ -16,12 +16,12 @@ from paris_jax.encoders.transformer import Blocks, Params, norm, normalise, patc
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, read_config, stacked
 
-COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and spreads it expects
+COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its input
 
 
 @dataclasses.dataclass(frozen=True)
 class Dino:
-    """Sizes of a DINOv2 that are not seen in its tensors."""
+    """Sizes of a DINOv2 that the tensors do not show."""
 
     blocks: Blocks
 
@@ -76,7 +76,7 @@ def _plain(reader: Reader, name: str, D: int) -> Params:
 
 
 def _swiglu(reader: Reader, name: str, D: int) -> Params:
-    """The gate and what it gates are one matrix in the files of the largest."""
+    """Reads an MLP; the giant model stores gate and input as one matrix."""
     F = (reader.shape(f"{name}.weights_in.weight") or (2 * D,))[0] // 2
     both = reader.layer(f"{name}.weights_in", 2 * F, D)
     gate, inner = ({k: v[part] for k, v in both.items()} for part in (slice(0, F), slice(F, None)))
@@ -85,9 +85,9 @@ def _swiglu(reader: Reader, name: str, D: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode(config: Dino, params: Params, image_BHW3: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Every token of DINOv2 of images in [0, 1], (B, 1 + N, D) float32; the first is the whole image's.
+    """Encodes images in [0, 1] to tokens (B, 1 + N, D) float32; the first is the class token.
 
-    Height and width are multiples of the patch; positions are interpolated to them.
+    Height and width must be multiples of the patch; position embeddings are interpolated.
     """
     blocks, patch = config.blocks, params["patches"]["weight"].shape[-1]
     rows, columns = image_BHW3.shape[1] // patch, image_BHW3.shape[2] // patch

@@ -15,9 +15,9 @@ ANGLES = 8  # orientations of edges
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Thumbnail, colour histogram, orientation of edges, and change over time, each scaled to a like weight.
+    """Thumbnail, colour histogram, edge orientations and temporal change, scaled to equal weight.
 
-    Our own choice for the embedded data and for machines without an accelerator; it knows nothing of any label.
+    Our own choice, for the embedded data and for machines without an accelerator. It uses no labels.
     """
 
     def __call__(self, videos: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ def _cells(image: np.ndarray) -> np.ndarray:
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
-    """Returns the shares (BINS,) of values in [0, 1] by size."""
+    """Returns the histogram (BINS,) of values in [0, 1], as fractions."""
     place = np.minimum((values * BINS).astype(np.intp), BINS - 1)
     return np.bincount(place.ravel(), minlength=BINS) / place.size
 

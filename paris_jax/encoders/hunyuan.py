@@ -20,16 +20,16 @@ from paris_jax.artifacts.tensors import Tensors
 from paris_jax.encoders.transformer import Params, dense
 from paris_jax.weights.reading import Reader, read_config
 
-SCALE = 0.476986  # latents times this have unit spread on the data it was trained on
-STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2))  # of the encoder's stages, and in this order of the decoder's
+SCALE = 0.476986  # latents times this have unit spread on the VAE's training data
+STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2))  # of the stages of encoder and decoder, in this order
 PREFIX = "vae."  # of the names in the original file
 
 
 @dataclasses.dataclass(frozen=True)
 class VAE:
-    """What is not seen in the tensors."""
+    """Sizes of a VAE that the tensors do not show."""
 
-    groups: int  # of the norms
+    groups: int  # of the group norms
 
 
 class VAESizes(Struct):
@@ -62,7 +62,7 @@ def read(folder: epath.PathLike) -> tuple[VAE, Params]:
 
 
 def _conv(reader: Reader, name: str, outputs: int, inputs: int, size: int = 3) -> Params:
-    """A convolution, its kernel as (t, h, w, inputs, outputs)."""
+    """Reads a convolution with its kernel as (t, h, w, inputs, outputs)."""
     weights = reader.layer(name, outputs, inputs, size, size, size)
     return weights | {"weight": weights["weight"].transpose(2, 3, 4, 1, 0)}
 
@@ -81,7 +81,7 @@ def _resnet(reader: Reader, name: str) -> Params:
 
 
 def _half(reader: Reader, root: str, way: str, inputs: int) -> Params:
-    """Encoder ("down") or decoder ("up"): convolution in, stages, middle, norm and convolution out."""
+    """Reads the encoder ("down") or decoder ("up"): input convolution, stages, middle, norm, output convolution."""
     stages = []
     for i in range(max(reader.count(f"{root}.{way}_blocks."), 1)):
         name = f"{root}.{way}_blocks.{i}"
@@ -112,7 +112,7 @@ def _half(reader: Reader, root: str, way: str, inputs: int) -> Params:
 
 
 def convolve(weights: Params, x: jax.Array, stride: Sequence[int] = (1, 1, 1)) -> jax.Array:
-    """Causal 3D convolution: pads by repeating edges, in time before the first frame only."""
+    """Causal 3D convolution. Padding repeats the edges, in time before the first frame only."""
     size = weights["weight"].shape[0]
     if size > 1:
         side = (size // 2, size // 2)
@@ -138,7 +138,7 @@ def _block(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
 
 
 def _attend(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
-    """Causal one-head attention over this and all earlier frames, frame by frame to bound the size of the logits."""
+    """Causal attention with one head over this and earlier frames; a loop over frames bounds the logits."""
     B, T, H, W, C = x.shape
     flat = group_norm(vae, weights["norm"], x).reshape(B, T, H * W, C)
     q, k, v = (dense(weights[name], flat) for name in ("q", "k", "v"))
@@ -160,7 +160,7 @@ def _middle(vae: VAE, weights: Params, x: jax.Array) -> jax.Array:
 
 
 def _enlarged(x: jax.Array, factor: Sequence[int]) -> jax.Array:
-    """Nearest neighbours; in time, the first frame stays one."""
+    """Nearest-neighbour upsampling; in time, the first frame is not repeated."""
     time, height, width = factor
     x = x.repeat(height, axis=2).repeat(width, axis=3)
     return jnp.concatenate([x[:, :1], x[:, 1:].repeat(time, axis=1)], axis=1)
@@ -192,28 +192,28 @@ def encode(vae: VAE, params: Params, video: jax.Array, dtype: str = "float32") -
       video: (B, 4 n + 1, 8 h, 8 w, 3) in [-1, 1].
 
     Returns:
-      (B, n + 1, h, w, 2 C) float32, not scaled: C means, then C logarithms of variances.
+      (B, n + 1, h, w, 2 C) float32, not scaled: C means, then C log variances.
     """
     return convolve(params["quant"], _encoder(vae, params["encoder"], video.astype(dtype))).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "dtype"))
 def decode(vae: VAE, params: Params, latent: jax.Array, dtype: str = "float32") -> jax.Array:
-    """The inverse, as far as it goes: video float32, not clipped."""
+    """Decodes latents, not scaled, to video float32, not clipped."""
     x = convolve(params["post_quant"], latent.astype(dtype))
     return _decoder(vae, params["decoder"], x).astype(jnp.float32)
 
 
-# Larger videos: overlapping pieces, each on its own, blended where they overlap.
+# Larger videos: overlapping tiles, coded one by one and blended.
 
 
-# Bytes of temporary memory for each pixel of a decoded video, as compiled for an H100.
+# Bytes of temporary memory per pixel of a decoded video, as compiled for an H100.
 BYTES_PER_PIXEL = {"bfloat16": 1900, "float32": 3800}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Pieces in latent frames, rows and columns, and how many of them neighbours share."""
+    """Sizes of tiles in latent frames, rows and columns, and the overlap of neighbours."""
 
     frames: int = 5
     side: int = 32
@@ -224,24 +224,24 @@ class Tiling:
     def within(cls, memory: float, dtype: str) -> "Tiling":
         """The tiling with the most frames that decodes within `memory` bytes.
 
-        Open-Sora 2.0 tiles rows and columns above 256 pixels and never time: a piece that lacks earlier frames is
-        decoded 3 to 7 % off.
+        Open-Sora 2.0 tiles rows and columns above 256 pixels, and never time: decoded without its earlier frames, a
+        tile is 3 to 7 % off.
         """
         pixels = memory / BYTES_PER_PIXEL[dtype] / (8 * cls.side) ** 2
         return cls(frames=max(cls.frames, int(pixels) // 4))
 
 
-Coder = Callable[[np.ndarray], Any]  # a piece to its result, both (B, T, H, W, C)
+Coder = Callable[[np.ndarray], Any]  # maps a tile to its result, both (B, T, H, W, C)
 
 
 def encode_tiled(run: Coder, video: np.ndarray, tiling: Tiling) -> np.ndarray:
-    """`encode` piece by piece."""
+    """`encode` tile by tile."""
     T, H, W = 1 + (video.shape[1] - 1) // 4, video.shape[2] // 8, video.shape[3] // 8
     if tiling.frames >= T and max(H, W) <= tiling.side:
         return np.asarray(run(video))
     out = _Blend((video.shape[0], T, H, W))
     for t, rows, columns in _pieces(T, H, W, tiling):
-        # A piece begins with the frame before its own, which takes the place of a video's first.
+        # A tile starts one latent frame early: its first frame is encoded as a video's first.
         start = max(4 * t.start - 4, 0) if t.start else 0
         piece = video[:, start : 4 * t.stop - 3, 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]
         made = np.asarray(run(piece))
@@ -250,7 +250,7 @@ def encode_tiled(run: Coder, video: np.ndarray, tiling: Tiling) -> np.ndarray:
 
 
 def decode_tiled(run: Coder, latent: np.ndarray, tiling: Tiling) -> np.ndarray:
-    """`decode` piece by piece."""
+    """`decode` tile by tile."""
     B, T, H, W, _ = latent.shape
     if tiling.frames >= T and max(H, W) <= tiling.side:
         return np.asarray(run(latent))
@@ -271,13 +271,13 @@ def _pieces(T: int, H: int, W: int, tiling: Tiling) -> list[tuple[slice, slice, 
 
 
 def _cuts(length: int, size: int, shared: int) -> list[slice]:
-    """Pieces of at most `size` that cover `length`, each sharing `shared` with the one before, or more at the end."""
+    """Slices of at most `size` that cover `length` and overlap by `shared`, the last possibly by more."""
     starts = [*range(0, max(length - size, 0), size - shared), max(length - size, 0)]
     return [slice(start, min(start + size, length)) for start in starts]
 
 
 class _Blend:
-    """A weighted mean of pieces: the weight of a piece falls off linearly where it meets others."""
+    """A weighted mean of tiles, whose weights ramp linearly where they overlap."""
 
     def __init__(self, shape: tuple[int, int, int, int]):
         self._shape, self._weight = shape, np.zeros((1, *shape[1:], 1), np.float32)

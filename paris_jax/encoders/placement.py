@@ -1,7 +1,7 @@
 """Placement of published encoders: sharded over all devices of this machine.
 
-Their weights are split by the table that splits the experts in training (`models/axes.py`), so that each device holds
-its share; a batch is split by its rows.
+The sharding rules of training (`models.sharding_rules`) split the weights, so that each device holds a share; a batch
+is split by its rows.
 """
 
 import functools
@@ -17,12 +17,12 @@ from paris_jax.weights.reading import Later
 
 
 def dtype() -> str:
-    """The dtype encoders compute in: bfloat16, on CPUs float32."""
+    """The compute dtype of encoders: bfloat16, on CPUs float32."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def memory() -> int:
-    """Bytes of memory of one of this machine's devices; of a CPU's, the machine's."""
+    """Bytes of memory of one of this machine's devices; for a CPU, of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -36,7 +36,7 @@ def mesh() -> Mesh:
 
 
 def put(params: Any) -> Any:
-    """A tree of `Later` on the devices, read one array at a time; matrices in the dtype they are computed with."""
+    """Reads a tree of `Later` onto the devices, one array at a time; matrices in the compute dtype."""
     return jax.tree_util.tree_map_with_path(_put, params)
 
 
@@ -47,12 +47,12 @@ def _put(path: Any, later: Later) -> jax.Array:
 
 
 def is_matrix(name: str, ndim: int) -> bool:
-    """Whether an array of weights, by its name and number of axes, is kept in the dtype that is computed with."""
+    """Whether an array of weights, by name and number of axes, is stored in the compute dtype."""
     return ndim > 2 or name.endswith("tokens")
 
 
 def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """How an array of weights is split; one that the devices do not divide is whole on each."""
+    """The sharding of an array of weights; replicated if the devices do not divide it."""
     split = sharding_rules.parameter_spec(name, shape, mesh().shape)
     count = mesh().size
     fits = all(length % count == 0 for length, by in zip(shape, split, strict=False) if by)
@@ -60,10 +60,10 @@ def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def rows(*arrays: np.ndarray) -> tuple[jax.Array, ...]:
-    """Arrays of a batch, split over the devices by their first axis.
+    """Splits the arrays of a batch over the devices by their first axis.
 
-    They are first filled up to a power of two of rows for each device, by their last row, so that few numbers of rows
-    are compiled; what is made of those is to be cut off. A single row is on every device.
+    Repeats the last row up to a power of two of rows per device, so that few shapes are compiled; the caller cuts the
+    results off. A single row is replicated.
     """
     count, devices = len(arrays[0]), mesh().size
     if count == 1:

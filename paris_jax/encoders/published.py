@@ -1,7 +1,7 @@
-"""Published encoders as the rest of the project uses them: T5 and CLIP for text, DINOv2 for features.
+"""Published encoders: T5 and CLIP for text, DINOv2 for features.
 
-Their weights are read from folders that the user names, as Hugging Face publishes them. Descriptions hold the hashes of
-the weights, not the folders: what was encoded with them can be used on another machine, whose own folder is checked.
+Weights are read from folders that the user names, in Hugging Face's format. Descriptions hold the hashes of the
+weights, not the folders: encoded data can move to another machine, whose own folder is checked.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ FRAMES, SIDE = 4, 224  # frames per clip for DINOv2, and their pixels per side: 
 class EncoderStore:
     """Weights of published encoders on this machine's devices, and their tokenizers, each read once.
 
-    Whoever samples or prepares data owns a store; what one store drops stays in the others. Files that change under
-    the same path are read, and checked, again.
+    Each ensemble and each data job owns a store; dropping encoders from one leaves the others. Files that change under
+    the same path are read and checked again.
     """
 
     def __init__(self):
@@ -48,13 +48,13 @@ class EncoderStore:
         """Config and weights of an encoder, placed on devices (`encoders.placement`).
 
         Raises:
-          UserError: the files of the folder are not those of `sha256` (any more).
+          UserError: the files of the folder do not match `sha256`, or no longer.
         """
         now = _fingerprint(folder)
         known = self._weights.get((kind, folder))
         if known is None or known[0] != now:
             self.check(f"{kind} weights", folder, sha256)
-            self._weights.pop((kind, folder), None)  # frees the memory before it is needed again
+            self._weights.pop((kind, folder), None)  # frees the memory before the new weights need it
             config, params = READERS[kind](folder)
             if kind == "clip":  # the vision tower is not used
                 params = {name: params[name] for name in params if name == "text"}
@@ -85,24 +85,24 @@ class EncoderStore:
         return self._hashes[folder][1]
 
     def check(self, field: str, folder: str, sha256: str) -> str:
-        """The hash of a folder's weights; refuses an empty name, or weights that are not those of `sha256`."""
+        """The hash of a folder's weights; raises UserError for an empty name or weights that do not match `sha256`."""
         if not folder:
             name = {"codec.weights": "vae", "text.t5": "t5", "text.clip": "clip"}.get(field)
             sampling = (
                 f"; to sample, --{name}=DIR, encoders={{'{name}': ...}} or PARIS_JAX_{name.upper()}" if name else ""
             )
-            raise UserError(f"{field} is empty; name the folder that its weights were downloaded to{sampling}")
+            raise UserError(f"{field} is empty; name the folder with its downloaded weights{sampling}")
         actual = self.sha256(folder)
         if sha256 and actual != sha256:
             raise UserError(
-                f"{field}={folder}: its weights have the hash {actual[:12]}..., these data were made with "
+                f"{field}={folder}: its weights have the hash {actual[:12]}..., this data was made with "
                 f"{sha256[:12]}...; name the folder of those weights"
             )
         return actual
 
 
 def _fingerprint(folder: str) -> tuple[Any, ...]:
-    """Name, size, time of change and inode of each file of weights: what a swapped file changes, cheap to read."""
+    """Name, size, modification time and inode of each file of weights: cheap to read, and changed by a swapped file."""
     found = []
     for file in map(str, Tensors(folder).files):
         if "://" in file:
@@ -115,7 +115,7 @@ def _fingerprint(folder: str) -> tuple[Any, ...]:
 
 
 def store_field() -> Any:
-    """The field of an encoder for the store of its weights, which does not count when encoders are compared."""
+    """The dataclass field for an encoder's store of weights; comparisons ignore it."""
     return dataclasses.field(default_factory=EncoderStore, compare=False, repr=False)
 
 
@@ -130,24 +130,23 @@ def widths(t5_folder: str, clip_folder: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class T5Clip:
-    """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, at their true number, and CLIP's pooled vector.
+    """The text encoder `t5+clip`: T5-v1.1's last layer as tokens, without padding, and CLIP's pooled vector.
 
-    As FLUX.1, Open-Sora 2.0 and Paris 2.0 have it, with XXL and ViT-L/14; of any size here. A text longer than CLIP's
-    77 tokens is cut for CLIP alone. FLUX.1 and Open-Sora 2.0 were trained with `pad_to_max_tokens`, with an empty
-    text for none; at its true length, a text takes a tenth of the room, and none is nothing.
+    FLUX.1, Open-Sora 2.0 and Paris 2.0 use T5-XXL and CLIP ViT-L/14; here they may have any size. Texts longer than
+    CLIP's 77 tokens are cut for CLIP alone. FLUX.1 and Open-Sora 2.0 were trained with `pad_to_max_tokens`, and with
+    the encoding of an empty text as null embedding; without padding, texts take a tenth of the space, and the null
+    embedding is zeros.
     """
 
     t5: str = ""  # folders of weights and tokenizers
     clip: str = ""
     max_tokens: int = 512
-    pad_to_max_tokens: bool = (
-        False  # every text is filled up to max_tokens, as T5 fills it, and all of it is attended to
-    )
+    pad_to_max_tokens: bool = False  # pad every text to max_tokens with T5's padding, and attend to all of it
     suffix: str = ""  # words after every text; Open-Sora 2.0: "24 FPS. 4 motion score."
-    weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: those found
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # hashes; {}: any
     store: EncoderStore = store_field()
 
-    stored: ClassVar[Any] = np.dtype(ml_dtypes.bfloat16)  # as the experts compute
+    stored: ClassVar[Any] = np.dtype(ml_dtypes.bfloat16)  # the compute dtype of the experts
 
     def __post_init__(self):
         found = {n: self.store.check(f"text.{n}", getattr(self, n), self.weights.get(n, "")) for n in ("t5", "clip")}
@@ -164,7 +163,7 @@ class T5Clip:
         return widths(self.t5, self.clip)[1]
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
-        """Encodes texts; refuses an empty one, and one of more than `max_tokens` of T5's tokens."""
+        """Encodes texts; raises UserError for an empty one, or for more than `max_tokens` of T5's tokens."""
         texts = [self._with_suffix(text) for text in texts]
         tokenize = self.store.tokenizer(self.t5)
         pieces = [tokenize(text) if text.strip() else [] for text in texts]
@@ -191,20 +190,20 @@ class T5Clip:
         return [TextEncoding(rounded(t[:n], self.stored), rounded(p, self.stored)) for t, n, p in made]
 
     def _with_suffix(self, text: str) -> str:
-        """A text with the suffix as a sentence of its own; an empty text stays empty."""
+        """Appends the suffix to a text as a sentence of its own; an empty text stays empty."""
         if not self.suffix or not text.strip():
             return text
         text = text.strip()
         return f"{text}{'' if text.endswith('.') else '.'} {self.suffix}"
 
     def null(self) -> TextEncoding:
-        """No text, for dropout and guidance: one token of zeros and pooled zeros; if padded, the encoding of ""."""
+        """The null embedding: one token of zeros and pooled zeros, or with padding the encoding of ""."""
         if self.pad_to_max_tokens:
             return self._encode([""], [self.store.tokenizer(self.t5)("")])[0]
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
     def unknown_words(self, text: str) -> dict[str, str]:
-        """Empty: every word consists of known pieces."""
+        """Empty: word pieces cover every word."""
         del text
         return {}
 
@@ -219,7 +218,7 @@ class T5Clip:
 
 
 def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] | None = None) -> Any:
-    """Ids (B, L) int32, padded at the end (by zeros, or each with its own), and their true lengths (B,)."""
+    """Ids (B, L) int32, padded at the end with zeros or with `fill`, and their true lengths (B,)."""
     length = np.asarray([len(found) for found in pieces], np.int32)
     ids = np.zeros((len(pieces), -(-int(length.max()) // multiple) * multiple), np.int32)
     for row, found in enumerate(pieces):
@@ -230,7 +229,7 @@ def _padded(pieces: Sequence[Sequence[int]], multiple: int, fill: Sequence[int] 
 
 @dataclasses.dataclass(frozen=True)
 class Dinov2:
-    """The features `dinov2`: the image token of frames spread evenly over a clip, averaged, of unit length."""
+    """The features `dinov2`: class tokens of evenly spaced frames, averaged and normalised to unit length."""
 
     weights: str = ""  # folder
     sha256: str = ""  # of the weights; "": those found
@@ -255,7 +254,7 @@ class Dinov2:
 
 
 def _middle(images: np.ndarray) -> np.ndarray:
-    """The middle square of each image, (N, H, W, 3)."""
+    """Crops each image (N, H, W, 3) to its middle square."""
     _, H, W, _ = images.shape
     short = min(H, W)
     top, left = (H - short) // 2, (W - short) // 2
@@ -264,6 +263,6 @@ def _middle(images: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="side")
 def _scaled(images: jax.Array, side: int) -> jax.Array:
-    """Images (N, S, S, 3) uint8 to (N, side, side, 3) in [0, 1]."""
+    """Resizes images (N, S, S, 3) uint8 to (N, side, side, 3) in [0, 1]."""
     pixels = images.astype(jnp.float32) / 255
     return jnp.clip(jax.image.resize(pixels, (len(images), side, side, 3), "cubic", antialias=True), 0, 1)

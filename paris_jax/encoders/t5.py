@@ -17,16 +17,16 @@ from paris_jax.encoders.transformer import Blocks, Params, norm, run
 from paris_jax.errors import UserError
 from paris_jax.weights.reading import Reader, read_config, stacked
 
-UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is `shared` again
+UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last repeats `shared`
 
 
 @dataclasses.dataclass(frozen=True)
 class T5:
-    """Sizes of an encoder that are not seen in its tensors."""
+    """Sizes of an encoder that the tensors do not show."""
 
     blocks: Blocks
     buckets: int  # of relative positions
-    longest: int  # distance, from which on all are alike
+    longest: int  # distance from which on all share a bucket
 
 
 class T5Sizes(Struct):
@@ -46,9 +46,8 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
     """An encoder from a folder as published by Hugging Face: config.json and safetensors.
 
     Raises:
-      UserError: an encoder of another kind, or tensors that are missing, extra or misshapen, by name; what is not
-      finite
-        is refused when it is read.
+      UserError: an encoder of another kind, or tensors that are missing, extra or misshapen, by name; non-finite
+        values raise it when they are read.
     """
     sizes = read_config(folder, T5Sizes)
     if sizes.feed_forward_proj != "gated-gelu":
@@ -91,7 +90,7 @@ def read(folder: epath.PathLike) -> tuple[T5, Params]:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode(config: T5, params: Params, ids_BL: jax.Array, length_B: jax.Array, dtype: str = "float32") -> jax.Array:
-    """The last layer's outputs, (B, L, D) float32, of token ids padded at the end; padding is not attended to."""
+    """Encodes token ids padded at the end to the last layer (B, L, D) float32; padding is not attended to."""
     L = ids_BL.shape[1]
     x = jnp.take(params["tokens"], ids_BL, axis=0).astype(dtype)
     near = jnp.take(params["distances"], jnp.asarray(bucket(L, config.buckets, config.longest)), axis=0)
@@ -103,8 +102,8 @@ def encode(config: T5, params: Params, ids_BL: jax.Array, length_B: jax.Array, d
 def bucket(length: int, buckets: int, longest: int) -> np.ndarray:
     """The bucket of each pair's distance (query, key), (L, L) int.
 
-    Half of them are for keys behind the query. Of each half, the first half are single distances, the rest grow with
-    their logarithm up to `longest`.
+    Half of the buckets are for keys after the query. In each half, the first half hold single distances, the others
+    grow logarithmically up to `longest`.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact, far = buckets // 2, buckets // 4, np.abs(distance)

@@ -1,6 +1,6 @@
 """Text to a token sequence and a pooled vector.
 
-An encoder has `encode`, `null`, `width`, `pooled_width`, `max_tokens`, `stored` (the dtype of what is kept on disk) and
+An encoder has `encode`, `null`, `width`, `pooled_width`, `max_tokens`, `stored` (the dtype of cached embeddings) and
 `describe`, whose JSON rebuilds it.
 """
 
@@ -18,16 +18,16 @@ from paris_jax.encoders.published import EncoderStore
 from paris_jax.encoders.words import Words
 from paris_jax.errors import UserError, nearest
 
-# Widths (token sequence, pooled vector) of encoders that have their own; T5-v1.1-XXL and CLIP ViT-L/14 are Paris 2.0's.
+# Widths (tokens, pooled) that the encoder fixes; T5-v1.1-XXL and CLIP ViT-L/14 are Paris 2.0's.
 WIDTHS = {"minilm": (384, 384), "t5+clip": (4096, 768)}
 NAMES = ("words", *WIDTHS)
 STORED_DTYPES = {"words": "float16", "minilm": "float16", "t5+clip": "bfloat16"}  # of embeddings in the latent cache
 
 
 def widths(name: str, width: int, t5: str = "", clip: str = "") -> tuple[int, int]:
-    """Returns (token width, pooled width) of an encoder; `width` is the frozen table's.
+    """Returns (token width, pooled width) of an encoder; `width` is that of the word table.
 
-    Those of T5 and CLIP are said by their folders, where these are named.
+    For T5 and CLIP, the folders define them, where they are given.
     """
     if name == "t5+clip" and t5 and clip:
         return published.widths(t5, clip)
@@ -40,7 +40,7 @@ def widths_of(experiment: Experiment) -> tuple[int, int]:
 
 
 def described_widths(description: TextDescription) -> tuple[int, int]:
-    """Returns (token width, pooled width) of the encoder that data were made with, without its weights."""
+    """Returns (token width, pooled width) of the encoder that made the data, without its weights."""
     if isinstance(description, T5ClipDescription):
         return description.width, description.pooled_width
     return widths(schemas.name_of(description), getattr(description, "width", 0))
@@ -51,7 +51,7 @@ def text_encoder(name: str, **settings: Any) -> Any:
     if name == "words":
         return Words(tuple(settings.pop("vocabulary", ())), **settings)
     if name == "minilm":
-        from paris_jax.encoders.minilm import MiniLM  # reads 90 MB of weights: only where it is asked for
+        from paris_jax.encoders.minilm import MiniLM  # reads 90 MB of weights
 
         return MiniLM(**settings)
     if name == "t5+clip":
@@ -64,8 +64,7 @@ def from_description(
 ) -> Any:
     """Rebuilds a text encoder from its `describe()`.
 
-    Published ones are looked for in `folders` ("t5", "clip"), or else where the environment says (PARIS_JAX_T5,
-    PARIS_JAX_CLIP).
+    Published encoders are read from `folders` ("t5", "clip"), or from PARIS_JAX_T5 and PARIS_JAX_CLIP.
     """
     settings = msgspec.to_builtins(description)
     if not isinstance(description, T5ClipDescription):

@@ -1,4 +1,4 @@
-"""Tokenizers of published text encoders, from the files beside their weights; nothing is fetched."""
+"""Tokenizers of published text encoders, from the files beside their weights; nothing is downloaded."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,17 +9,16 @@ from etils import epath
 from paris_jax.errors import UserError
 
 Tokenize = Callable[[str], list[int]]
-# Where diffusers keeps the tokenizer of a text encoder.
+# Folders in which diffusers keeps the tokenizer of a text encoder.
 BESIDE = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def tokenizer(folder: epath.PathLike) -> Tokenize:
-    """Text to ids with the tokens that begin and end it, by the files of a folder as Hugging Face publishes one.
+    """Returns the tokenizer of a folder in Hugging Face's format: text to ids, with start and end tokens.
 
     Raises:
-      UserError: no such file (tokenizer.json, spiece.model, or vocab.json with merges.txt), or a package that reads
-      it is
-        not installed.
+      UserError: the folder has no tokenizer.json, spiece.model, or vocab.json with merges.txt, or the package that
+        reads it is not installed.
     """
     folder = epath.Path(folder)
     folders = [folder, *([folder.parent / BESIDE[folder.name]] if folder.name in BESIDE else [])]
@@ -54,7 +53,7 @@ def _of_pieces(path: str) -> Tokenize:
 
 
 def _of_clip(vocabulary: str, merges: str) -> Any:
-    """CLIP's byte-pair encoding: lower case, words split as by its pattern, the last piece of each marked."""
+    """CLIP's byte-pair encoding: lower case, words split by its pattern, with an end-of-word mark."""
     tokenizers = _needed("tokenizers")
     model = tokenizers.models.BPE.from_file(
         vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>"

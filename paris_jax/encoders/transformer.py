@@ -1,6 +1,6 @@
-"""The transformer that T5, CLIP and DINOv2 have in common: pre-norm blocks of attention and MLP, stacked and scanned.
+"""The transformer of T5, CLIP and DINOv2: pre-norm blocks of attention and MLP, stacked and scanned.
 
-Published encoders are pure functions of their weights, which are plain data: nothing here is trained.
+Published encoders are pure functions of their weights; nothing here is trained.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Blocks:
       activation: a name in ACTIVATIONS.
       epsilon: of the norms.
       rms: norms without mean and shift (T5), instead of LayerNorm.
-      scaled: whether attention divides by the root of the head width; T5's weights have it in them.
+      scaled: whether attention divides by the root of the head width; T5's weights contain the factor.
     """
 
     heads: int
@@ -99,7 +99,7 @@ def run(blocks: Blocks, stack: Params, x_BLD: jax.Array, bias: jax.Array | None 
 
 
 def normalise(image: jax.Array, mean: tuple[float, ...], spread: tuple[float, ...]) -> jax.Array:
-    """Images (..., 3) in [0, 1] in the units of an encoder."""
+    """Normalises images (..., 3) in [0, 1] by an encoder's mean and standard deviation."""
     return (image.astype(jnp.float32) - jnp.asarray(mean)) / jnp.asarray(spread)
 
 

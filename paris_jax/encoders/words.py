@@ -1,4 +1,4 @@
-"""The frozen word table, and what all text encoders share: the encoding of one text, and the check of its length."""
+"""The frozen word table; the encoding of a text and the check of its length, for all text encoders."""
 
 import dataclasses
 import functools
@@ -34,12 +34,12 @@ def split(text: str) -> list[str]:
 
 
 def check_length(text: str, count: int, max_tokens: int, unit: str) -> None:
-    """Refuses a text of no or too many tokens."""
+    """Raises UserError for a text of no or too many tokens."""
     if not count:
-        raise UserError(f"The prompt {text!r} is empty; say what is to be seen")
+        raise UserError(f"The prompt {text!r} is empty; describe the video")
     if count > max_tokens:
         raise UserError(
-            f"The prompt {text[:60]!r}... has {count} {unit}; at most {max_tokens} are taken (config.text.max_tokens); "
+            f"The prompt {text[:60]!r}... has {count} {unit}; the maximum is {max_tokens} (config.text.max_tokens); "
             "shorten it, or raise text.max_tokens"
         )
 
@@ -48,7 +48,7 @@ def check_length(text: str, count: int, max_tokens: int, unit: str) -> None:
 class Words:
     """A frozen random table: each word's vector comes from the sha256 of the word, so no table is stored.
 
-    Tokens carry the place of their word in the text; pooled is the mean direction of the words.
+    Tokens carry the position of their word; pooled is the mean direction of the words.
     """
 
     vocabulary: tuple[str, ...]  # the words of the training captions, sorted
@@ -62,7 +62,7 @@ class Words:
         return self.width
 
     def encode(self, texts: Sequence[str]) -> list[TextEncoding]:
-        """Encodes texts; a word outside the vocabulary stands as one common <unknown>.
+        """Encodes texts; words outside the vocabulary share one <unknown>.
 
         Raises:
           UserError: a text without a word, or with more than `max_tokens`.
@@ -74,7 +74,7 @@ class Words:
         return TextEncoding(np.zeros((1, self.width), np.float32), np.zeros(self.pooled_width, np.float32))
 
     def unknown_words(self, text: str) -> dict[str, str]:
-        """The words of a text that no training caption has, each with the nearest known word (`errors.nearest`)."""
+        """The words of a text that are in no training caption, each with the nearest known word (`errors.nearest`)."""
         return {word: nearest(word, self.vocabulary) for word in split(text) if word not in self._known}
 
     def unload(self) -> None:

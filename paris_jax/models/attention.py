@@ -115,7 +115,7 @@ def implementation(platform: str, capability: str, dtype: str, head_width: int, 
         reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:
         choice, reason = "cudnn", "flash attention"
-    # A CPU has one kernel only, so the choice is no news.
+    # A CPU has one kernel only.
     logger.log(logging.DEBUG if platform == "cpu" else logging.INFO, "attention: %s (%s)", choice, reason)
     return choice
 

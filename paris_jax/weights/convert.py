@@ -1,4 +1,4 @@
-"""From published tensors to ours and back, a layer at a time."""
+"""Converts published tensors to our arrays and back, one layer at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +16,8 @@ from paris_jax.models.dit import DiTConfig
 from paris_jax.weights.layouts import LAYOUTS, pieces
 
 WEIGHTS, KIND = "model.safetensors", "weights"
-OURS = "paris_jax"  # as a layout: our own exports
-FRESH = ("cond_in.",)  # may be missing: zero-initialised, so the network is the same without it
+OURS = "paris_jax"  # the layout of our own exports
+FRESH = ("cond_in.",)  # may be missing: zero-initialised, it does not change the network
 Advance = Callable[[], None]
 
 
@@ -32,16 +32,16 @@ class Report:
 
 
 def read_manifest(folder: epath.PathLike, verify: bool = False) -> NetworkManifest | WeightsManifest:
-    """The manifest of weights, imported ones or a part's; with `verify`, its files are hashed, too."""
+    """The manifest of imported weights or of an exported network; `verify` also hashes its files."""
     is_network = manifest.read_kind(folder) == manifest.kind(NetworkManifest)
     return manifest.read(folder, NetworkManifest if is_network else WeightsManifest, verify)
 
 
 def layout_of(tensors: Tensors) -> str:
-    """The layout of these names.
+    """The layout that these names belong to.
 
     Raises:
-      UserError: names of no layout that is known, with a few of them.
+      UserError: no known layout has such names; shows a few of them.
     """
     names = tensors.shapes
     if "video_in.kernel" in names:
@@ -57,7 +57,7 @@ def layout_of(tensors: Tensors) -> str:
 
 
 def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
-    """What the tensors themselves say of a network: fields of a `DiTConfig`, all but the axes of its positions."""
+    """The fields of a `DiTConfig` that the shapes of the tensors determine: all but the RoPE axes."""
     names = tensors.shapes
 
     def of(ours: str) -> tuple[int, ...]:
@@ -84,10 +84,10 @@ def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
 
 
 def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
-    """Compares every name and shape before anything is read.
+    """Compares all names and shapes before any values are read.
 
     Raises:
-      UserError: names every tensor that is missing, extra or of another shape.
+      UserError: tensors that are missing, extra or of another shape, all by name.
     """
     problems, used, fresh, read = [], set(), [], []
     for piece in pieces(config, LAYOUTS[layout]):
@@ -115,10 +115,10 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
 
 
 def to_ours(tensors: Tensors, config: DiTConfig, report: Report, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Our arrays by name, those of a stack layer by layer, in `dtype` or that of each tensor.
+    """Yields our arrays by name, stacked ones layer by layer, in `dtype` or the dtype of each tensor.
 
     Raises:
-      UserError: values that are not finite, by the tensor's name.
+      UserError: values of a tensor are not finite.
     """
     for piece in pieces(config, LAYOUTS[report.layout]):
         if piece.ours in report.fresh:
@@ -147,20 +147,20 @@ def import_network(
     advance: Advance,
     use: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a published network as ours to `folder`: model.safetensors, and a manifest written last.
+    """Writes a published network in our layout to `folder`: model.safetensors, then a manifest.
 
     Args:
-      report: of `check`.
-      source: what it is called.
-      dtype: "float32" or "bfloat16"; "": that of the source, or the one that holds all of its values.
-      advance: called after each of the pieces (`count`).
-      use: what sampling needs to know besides the network, where that is known: what is written is then a part, which
-        computes in `config.dtype`.
+      report: returned by `check`.
+      source: name of the source, for the manifest.
+      dtype: "float32" or "bfloat16"; "": the dtype of the source, or a wider one that holds all its values.
+      advance: called after each piece (`count`).
+      use: further entries of the manifest that sampling needs. With them, the folder is an exported network that
+        computes in `config.dtype`; without, it holds initial weights.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
     wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
-    if use and wide == np.float16:  # which parts are not stored in
+    if use and wide == np.float16:  # exported networks are not stored in float16
         wide = np.dtype(np.float32)
     kind = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
@@ -192,7 +192,7 @@ def import_network(
 
 
 def export_network(tensors: Tensors, config: DiTConfig, layout: str, path: epath.Path, advance: Advance) -> None:
-    """Writes one of our networks, of our names, as a file of another layout."""
+    """Writes one of our networks as a file of another layout."""
     every = list(pieces(config, LAYOUTS[layout]))
     kinds = {name: dtype for name, (_, dtype) in tensors.shapes.items()}
     shapes = {

@@ -1,10 +1,10 @@
 """Layouts of published DiTs: the names of their tensors, and the order of their features.
 
-Ours joins queries, keys, values (and the hidden features of a single-stream block) head by head, in one matrix, so that
-a device that owns a head owns all that belongs to it; and stacks the blocks. Theirs come part by part:
+Our layout fuses queries, keys and values (and the hidden features of a single-stream block) head by head in one matrix,
+so that the shard of a head holds all its features, and stacks the blocks. Published layouts keep them apart:
 
     bfl         FLUX.1's own files, and Open-Sora's where qkv is fused: double_blocks.0.img_attn.qkv.weight
-    opensora2   Open-Sora 2.0's: q, k, v apart, and each head's features for rotations of halves instead of neighbours
+    opensora2   Open-Sora 2.0's: q, k, v apart; RoPE rotates the two halves of a head instead of neighbouring features
     diffusers   FluxTransformer2DModel: transformer_blocks.0.attn.to_q.weight
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 
-# Our names outside of the blocks, and of what belongs to a double-stream block, for its video and its text, and to a
-# single-stream one. Several names are joined along their outputs, in the order q, k, v, hidden.
+# Our names outside the blocks, in the video and text streams of a double-stream block, and in a single-stream block.
+# Several names are joined along their outputs, in the order q, k, v, hidden.
 _BFL = {
     "video_in": "img_in",
     "cond_in": "cond_in",
@@ -49,16 +49,16 @@ _BFL_SINGLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Names and orders of one family of files.
+    """Names and feature orders of one family of files.
 
     Attributes:
-      outside: our name -> theirs.
-      video, text, single: the same within a block, behind "double" or "single" and the block's number.
-      double_prefix, single_prefix: what their blocks are called.
-      scale: what they call the factors of a norm.
-      halves: a head's rotated features are (first halves, second halves) instead of pairs of neighbours.
-      scale_first: the last modulation gives scale, shift instead of shift, scale.
-      unused: beginnings of names that such files may hold and our network has no use for.
+      outside: our name -> theirs, outside the blocks.
+      video, text, single: the same within a block, after its prefix and number.
+      double_prefix, single_prefix: prefixes of the blocks.
+      scale: name of the scales of norms.
+      halves: RoPE rotates (first half, second half) of a head's features instead of neighbouring pairs.
+      scale_first: the last modulation is ordered scale, shift instead of shift, scale.
+      unused: prefixes of tensors that such files may hold and our network does not use.
     """
 
     outside: dict[str, str]
@@ -93,7 +93,7 @@ LAYOUTS = {
     "diffusers": Layout(
         {
             "video_in": "x_embedder",
-            "cond_in": "condition_embedder",  # diffusers has none; our own name
+            "cond_in": "condition_embedder",  # diffusers has no such input; the name is ours
             "text_in": "context_embedder",
             "conditioning.time.inner": "time_text_embed.timestep_embedder.linear_1",
             "conditioning.time.outer": "time_text_embed.timestep_embedder.linear_2",
@@ -138,12 +138,16 @@ LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One of our arrays, or one layer of a stacked one, and the tensors that it is made of.
+    """One of our arrays, or one layer of a stacked array, and the tensors it is made of.
 
     Attributes:
-      ours: its name.  layer: of the stack; None outside of it.  shape: of ours, (inputs, outputs) of a matrix.
-      theirs: names of the tensors, joined along their outputs.  sizes: outputs of each.
-      rows: which of the joined outputs each of ours is; None: the same.  columns: the same of a matrix's inputs.
+      ours: name of our array.
+      layer: index in the stack; None outside the blocks.
+      shape: of our array; (inputs, outputs) of a matrix.
+      theirs: names of the tensors, joined along their outputs.
+      sizes: outputs of each tensor.
+      rows: for each of our outputs, its index among the joined ones; None: the same order.
+      columns: likewise for the inputs of a matrix.
     """
 
     ours: str
@@ -156,7 +160,7 @@ class Piece:
 
     @property
     def their_shapes(self) -> list[tuple[int, ...]]:
-        """A linear layer of theirs is (outputs, inputs)."""
+        """The shape of the joined tensors; published linear layers are (outputs, inputs)."""
         return [(size, *self.shape[:-1]) for size in self.sizes]
 
     def to_ours(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
@@ -173,7 +177,7 @@ class Piece:
 
 
 def pieces(config: DiTConfig, layout: Layout) -> Iterator[Piece]:
-    """Every piece of a network of this config, those of one of our arrays together, layer by layer."""
+    """Yields all pieces of a network, the layers of each array one after the other."""
     for name, leaf in functional.to_names(functional.abstract(config)).items():
         room, _, rest = name.partition(".")
         if room not in functional.BLOCKS:
@@ -190,7 +194,7 @@ def pieces(config: DiTConfig, layout: Layout) -> Iterator[Piece]:
 def _piece(
     config: DiTConfig, layout: Layout, ours: str, layer: int | None, shape: tuple[int, ...], within: str, table, prefix
 ) -> Piece:
-    """The piece of one name, of which `within` stands in a layout's table."""
+    """The piece of one of our names; `within` is its key in the layout's table."""
     part, _, kind = within.rpartition(".")
     named = table[part]
     named = (named,) if isinstance(named, str) else named
@@ -209,18 +213,18 @@ def _piece(
 
 
 def _sizes(config: DiTConfig, outputs: int, tensors: int) -> tuple[int, ...]:
-    """Outputs of each tensor that is joined: queries, keys, and the rest, or values and the rest."""
+    """The number of outputs of each joined tensor: queries, keys, values and hidden features."""
     first = (config.hidden,) * (tensors - 1)
     return (*first, outputs - sum(first))
 
 
 def _neighbours(width: int) -> np.ndarray:
-    """Of a head's features in two halves, the order in which the two that are rotated together are neighbours."""
+    """The order of a head's features, stored in halves, in which features that rotate together are neighbours."""
     return np.arange(width).reshape(2, -1).T.reshape(-1)
 
 
 def _joined_heads(config: DiTConfig, outputs: int, halves: bool) -> np.ndarray:
-    """Their place, (part, head, feature), of our outputs (head, part, feature)."""
+    """Indices in their order (part, head, feature) of our outputs (head, part, feature)."""
     heads, D = config.heads, config.hidden
     qkv = np.arange(3 * D).reshape(3, heads, D // heads)
     if halves:
@@ -230,7 +234,7 @@ def _joined_heads(config: DiTConfig, outputs: int, halves: bool) -> np.ndarray:
 
 
 def _attended_and_hidden(config: DiTConfig, inputs: int) -> np.ndarray:
-    """Their place, attended before hidden, of our inputs, head by head."""
+    """Indices in their order, attended then hidden, of our inputs, head by head."""
     attended = np.arange(config.hidden).reshape(config.heads, -1)
     hidden = np.arange(config.hidden, inputs).reshape(config.heads, -1)
     return np.concatenate([attended, hidden], axis=1).reshape(-1)

@@ -1,7 +1,7 @@
 """Arrays of pickles, PyTorch archives and flax's msgpack files, read without executing anything in them.
 
-A pickle is a program that calls what it names. The unpickler here knows the few names that stand for arrays, and maps
-each to a plain class of this file; a file that names anything else is refused before that name is looked up.
+A pickle is a program that calls the functions it names. This unpickler knows the few names that build arrays and maps
+each to a plain class of this module; any other name raises an error before it is looked up.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; name the file that the weights were downloaded to")
+        raise UserError(f"{path} does not exist; name the file with the downloaded weights")
     if path.name.endswith(ENDING):
         tensors = Tensors(path)
         return {name: tensors.read(name) for name in tensors.shapes}
@@ -78,7 +78,7 @@ def _damages_told(path: epath.Path) -> Iterator[None]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds the classes of this file, and refuses every name that it is not given."""
+    """Builds the classes of this module and raises UserError for every other name."""
 
     def __init__(self, data: bytes, names: Mapping[tuple[str, str], Any], path: epath.Path, storages: Any = None):
         super().__init__(io.BytesIO(data))

@@ -1,6 +1,6 @@
-"""Reading an encoder's tensors by name: missing, extra and misshapen tensors are reported all at once.
+"""Reads an encoder's tensors by name and reports all missing, extra and misshapen tensors at once.
 
-Values are read later, one array at a time (`Later`), so that no encoder ever lies in the host's memory whole.
+Values are read later, one array at a time (`Later`), so that no whole encoder occupies the host's memory.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Later:
         return len(self.shape)
 
     def then(self, change: Callable[[np.ndarray], np.ndarray]) -> "Later":
-        """This array after `change`, applied when it is read."""
+        """This array with `change` applied when it is read."""
         return Later(change(np.broadcast_to(0, self.shape)).shape, lambda dtype: change(self.read(dtype)))
 
     def __getitem__(self, index: Any) -> "Later":
@@ -41,7 +41,7 @@ class Later:
 
 
 class Reader:
-    """Takes tensors from files, notes what it took, and reports all mismatches at the end."""
+    """Takes tensors from files and reports all mismatches at the end (`done`)."""
 
     def __init__(self, tensors: Tensors):
         self._tensors, self._taken, self._problems = tensors, set(), []
@@ -51,16 +51,16 @@ class Reader:
         return name in self._tensors.shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape; () where it is missing, which `done` tells."""
+        """A tensor's shape; () if it is missing, which `done` reports."""
         return self._tensors.shapes[name][0] if self.has(name) else ()
 
     def count(self, prefix: str) -> int:
-        """How many numbered modules there are behind a prefix: 12 for "encoder.layer." and its layers 0 to 11."""
+        """The number of modules after a prefix: 12 for "encoder.layer." with layers 0 to 11."""
         names = [name.removeprefix(prefix) for name in self._tensors.shapes if name.startswith(prefix)]
         return len({name.split(".")[0] for name in names})
 
     def take(self, name: str, shape: Sequence[int] | None = None) -> Later:
-        """One tensor."""
+        """A tensor of the given shape."""
         self._taken.add(name)
         if not self.has(name):
             self._problems.append(f"{name} is missing")
@@ -77,12 +77,12 @@ class Reader:
         return values.astype(dtype)
 
     def layer(self, name: str, outputs: int, *inputs: int, bias: bool = True) -> dict[str, Later]:
-        """Weight (outputs, *inputs), and bias (outputs,) where it has one."""
+        """The weight (outputs, *inputs) of a layer, and its bias (outputs,) if it has one."""
         found = {"weight": self.take(f"{name}.weight", (outputs, *inputs))}
         return found | ({"bias": self.take(f"{name}.bias", (outputs,))} if bias else {})
 
     def done(self, unused: Sequence[str] = ()) -> None:
-        """Refuses what does not fit; tensors whose names begin as in `unused` may be there and are left."""
+        """Raises UserError for all mismatches; tensors with a prefix of `unused` are ignored."""
         left = sorted(self._tensors.shapes.keys() - self._taken)
         self._problems += [f"{name} is extra" for name in left if not name.startswith(tuple(unused))]
         if self._problems:
@@ -91,7 +91,7 @@ class Reader:
 
 
 def stacked(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Layers of nested weights as one, every array with a leading layer axis."""
+    """Stacks the nested weights of layers: every array gets a leading layer axis."""
     return jax.tree.map(lambda *each: _stack(each), *layers)
 
 
@@ -106,14 +106,12 @@ def _stack(layers: Sequence[Later]) -> Later:
 
 
 def read_config(folder: epath.PathLike, schema: type[T]) -> T:
-    """The config.json of a published folder, as a structure of the fields that its encoder needs.
+    """Reads the config.json of a published folder into a structure of the fields that its encoder needs.
 
     Raises:
       UserError: no such file, or a field that is missing or of another type or range.
     """
     path = epath.Path(folder) / "config.json"
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist; name the folder that the weights were downloaded to, config.json included"
-        )
+        raise UserError(f"{path} does not exist; name the folder with the downloaded weights and config.json")
     return manifest.decode(safe_files.read_bytes(path, follow_links=True), path, schema, "download it again")

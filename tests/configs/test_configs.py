@@ -160,9 +160,7 @@ def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
 
 def test_paris2_is_refused_before_anything_is_written(paris2, tmp_path):
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"codec\.weights is empty; name the folder that its weights were downloaded to"
-    ):
+    with pytest.raises(UserError, match=r"codec\.weights is empty; name the folder with its downloaded weights"):
         prepare(paris2, run)
     assert not run.path.exists()
 

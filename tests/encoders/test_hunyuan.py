@@ -159,7 +159,7 @@ def test_other_weights_are_refused_by_name(codec, tmp_path):
     data = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "other" / "model.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=r"codec\.weights=.*these data were made with"):
+    with pytest.raises(UserError, match=r"codec\.weights=.*this data was made with"):
         codecs.from_description(described, str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"codec\.weights is empty"):
         codecs.from_description(described)

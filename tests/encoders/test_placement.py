@@ -163,7 +163,7 @@ def test_weights_that_change_under_the_same_path_are_noticed(tmp_path):
     weights = safetensors.numpy.load_file(folder / "model.safetensors")
     weights["shared.weight"] = weights["shared.weight"] + 1
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"its weights have the hash .* these data were made with"):
+    with pytest.raises(UserError, match=r"its weights have the hash .* this data was made with"):
         encoder.encode(TEXTS[:1])
     other = published.T5Clip(t5=str(folder), clip=FOLDERS["clip"], max_tokens=96, store=encoder.store)
     assert other.weights["t5"] != encoder.weights["t5"]

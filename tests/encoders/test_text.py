@@ -82,13 +82,13 @@ def test_no_text_is_one_token_of_zeros():
 
 @pytest.mark.parametrize("prompt", ["", "   ", "?!"])
 def test_an_empty_prompt_is_refused(prompt):
-    with pytest.raises(UserError, match="is empty; say what is to be seen"):
+    with pytest.raises(UserError, match="is empty; describe the video"):
         WORDS.encode(["red", prompt])
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length():
     WORDS.encode(["red " * 8])
-    with pytest.raises(UserError, match=r"has 9 words; at most 8 are taken \(config\.text\.max_tokens\)"):
+    with pytest.raises(UserError, match=r"has 9 words; the maximum is 8 \(config\.text\.max_tokens\)"):
         WORDS.encode(["red " * 9])
 
 
@@ -131,7 +131,7 @@ def test_minilm_is_a_text_encoder_like_the_other():
     assert ball @ sphere > ball @ market + 0.3
     assert encoder.null().tokens.shape == (1, encoder.width)
     assert text.from_description(encoder.describe()) == encoder
-    with pytest.raises(UserError, match="at most 12"):
+    with pytest.raises(UserError, match="the maximum is 12"):
         encoder.encode(["ball " * 11])
     with pytest.raises(UserError, match="is empty"):
         encoder.encode([" "])

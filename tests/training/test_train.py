@@ -415,6 +415,13 @@ def test_a_step_is_compiled_for_the_batches_that_the_loader_makes(role, micro, r
     assert ("tokens" in batch) == (role.kind != "router") and batch["latent"].dtype == np.float16
 
 
+def test_experts_of_one_architecture_are_one_program(micro, run):
+    """So the compilation cache, which all jobs of a machine share, holds it after the first of them."""
+    jobs = [make_job(micro, run, Role("expert", k), manifest.read(run.cluster(k), ClusterManifest)) for k in (0, 2)]
+    first, other = (ShardedStep(job).lower().as_text() for job in jobs)
+    assert first == other
+
+
 def test_steps_that_will_not_come_cannot_be_profiled(micro, run):
     with pytest.raises(UserError, match=r"--profile_steps=10:13: expert 0 has 12 steps"):
         stage.train(micro, run, EXPERT, profile=(10, 13))

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +97,16 @@ def attention_kernel(job: Job, target: Topology) -> str:
 
 
 class Compiler:
-    """Compiles jobs for a topology, each once.
+    """Compiles jobs for topologies, each job once."""
 
-    `devices` are the topology's; `compiled` is called with each job that was compiled.
-    """
-
-    def __init__(self, compiled: Callable[[Planned], None] = lambda planned: None):
+    def __init__(self):
         self._done: dict[Any, Planned] = {}
-        self._compiled = compiled
 
     def __call__(self, job: Job, target: Topology, devices: list[Any]) -> Planned:
+        """The job compiled for `devices`, those of the topology."""
         key = job.config, job.settings, job.masks, str(target)
         if key not in self._done:
             self._done[key] = compile_step(job, target, devices)
-            self._compiled(self._done[key])
         return dataclasses.replace(self._done[key], job=job)
 
 

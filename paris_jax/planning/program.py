@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "s8": 1, "u8": 1, "pred": 1}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -213,14 +212,3 @@ def _is_copy(each: Instruction) -> bool:
     return each.opcode in ("copy", "transpose") or (
         each.opcode == "fusion" and re.search(r"(?:^|_)(?:copy|transpose)", each.name) is not None
     )
-
-
-def lines(report: Report) -> Iterator[str]:
-    """A report in words, a line each."""
-    for dtype, flops in sorted(report.flops.items()):
-        yield f"products of {dtype}: {flops / 1e12:,.1f} TFLOP"
-    for way, count in report.flash.items():
-        yield f"flash attention ({way}): {count} runs"
-    for kind, (count, size) in report.collectives.items():
-        yield f"{kind}: {count}, {size / 1e9:,.2f} GB"
-    yield f"copies and transposes: {report.copied_bytes / 1e9:,.2f} GB"

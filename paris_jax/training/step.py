@@ -1,5 +1,6 @@
 """The training step as a pure function, (state, batch) -> (state, metrics), and its compiled form on a mesh."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ def make_step(
     masks: MaskSettings,
     null: Mapping[str, np.ndarray] | None = None,
     scale: LatentScale = UNIT_SCALE,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Builds the training step of a network, not yet jitted.
 
     Args:
@@ -52,9 +53,12 @@ def make_step(
       scale: normalises the latents of a batch.
 
     Returns:
-      (state, batch) -> (state, metrics); metrics are scalars, and sums and counts by timestep bin.
+      (state, batch, peak learning rate) -> (state, metrics); metrics are scalars, and sums and counts by timestep
+      bin. The learning rate is an input, by default that of the settings, so that another one needs no compilation.
     """
-    transform, schedule = optimizer.optimizer(settings, steps), optimizer.learning_rate(settings, steps)
+    # All updates are proportional to the learning rate, weight decay among them.
+    relative = dataclasses.replace(settings, learning_rate=1.0)
+    transform, schedule = optimizer.optimizer(relative, steps), optimizer.learning_rate(relative, steps)
 
     def gradient(params: functional.Params, step: jax.Array, batch: Batch) -> tuple[functional.Params, Any]:
         """Gradient of the mean loss, and each sample's loss and timestep."""
@@ -76,7 +80,9 @@ def make_step(
         grads, losses_B = jax.grad(mean_loss, has_aux=True)(params)
         return grads, (losses_B, t_B)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def step(
+        state: TrainState, batch: Batch, learning_rate: jax.typing.ArrayLike = settings.learning_rate
+    ) -> tuple[TrainState, dict[str, Any]]:
         if settings.grad_accum_steps == 1:
             grads, (losses_B, t_B) = gradient(state.params, state.step, batch)
         else:
@@ -90,6 +96,7 @@ def make_step(
             grads = jax.tree.map(lambda g: g / settings.grad_accum_steps, total)
             losses_B, t_B = (x.reshape(-1) for x in per_sample)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: learning_rate * update, updates)
         params: Any = optax.apply_updates(state.params, updates)
         decay = optimizer.ema_decay(settings, state.step)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
@@ -99,7 +106,7 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": schedule(state.step),
+            "learning_rate": learning_rate * schedule(state.step),
             "bin_sum": bin_sum,
             "bin_count": bin_count,
         }
@@ -131,7 +138,8 @@ class ShardedStep:
         step = make_step(
             job.losses, job.config, job.settings, job.steps, job.timestep_sampler, job.masks, job.null, job.scale
         )
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.learning_rate = np.float32(job.settings.learning_rate)
 
     def first_state(self) -> TrainState:
         """A fresh state on the mesh, with the initial weights of `init_from` where that is set."""
@@ -159,7 +167,11 @@ class ShardedStep:
         """Bytes of the state and a batch on each device."""
         return sharding.bytes_per_device((self.state, self.batch()))
 
-    def lower(self) -> Any:
-        """The step, lowered for the mesh's devices, which need not be attached."""
+    def step(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
+        """One update of a state, whose memory is reused; compiles at the first call."""
+        return self._step(state, batch, self.learning_rate)
+
+    def lower(self, state: Any = None, batch: Any = None) -> Any:
+        """The step, lowered for the mesh's devices, which need not be attached; by default of abstract arrays."""
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.batch())
+            return self._step.lower(state or self.state, batch or self.batch(), self.learning_rate)

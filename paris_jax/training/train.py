@@ -104,7 +104,8 @@ class Run:
     def compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
         """The compiled step; the first call compiles it, and can be interrupted."""
         if self._take_step is None:
-            self._take_step = self.stop.compiled(self.program.step.lower(state, batch))
+            compiled, learning_rate = self.stop.compiled(self.program.lower(state, batch)), self.program.learning_rate
+            self._take_step = lambda state, batch: compiled(state, batch, learning_rate)
             self.clocks.lined, self.clocks.waited = time.perf_counter(), 0.0
         return self._take_step
 

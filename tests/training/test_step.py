@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+from paris_jax.artifacts.run_folder import Role
 from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.models import flops
+from paris_jax.training import optimizer as optimizers
 from paris_jax.training import state as states
-from paris_jax.training.job import compute_dtype
+from paris_jax.training.job import compute_dtype, make_job, read_cluster
 from paris_jax.training.losses import TimestepSampler, drop_text, expert_losses
-from paris_jax.training.step import make_step, microbatches
+from paris_jax.training.step import ShardedStep, make_step, microbatches
 from tests.training.test_optimizers import NETWORK
 
 COUNT = 4000
@@ -128,3 +130,27 @@ def test_the_peak_of_a_device_is_found_by_its_kind(kind, teraflops):
 
     found = flops.chip_of(Device())
     assert (found and found.peak) == (teraflops and teraflops * 1e12)
+
+
+def test_another_learning_rate_is_the_same_program(micro, clustered):
+    """It is an input, so a sweep over learning rates compiles once; another warm-up is another program."""
+
+    def program(**changes):
+        changed = dataclasses.replace(micro, training=dataclasses.replace(micro.training, **changes))
+        role = Role("expert", 0)
+        return ShardedStep(make_job(changed, clustered, role, read_cluster(clustered.cluster(0), micro, clustered)))
+
+    texts = [program(**c).lower().as_text() for c in ({}, {"learning_rate": 0.5}, {"warmup_steps": 3})]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_updates_are_proportional_to_the_learning_rate(optimizer, batch):
+    """Weight decay among them: the step with a relative schedule is that of the optimizer of the settings."""
+    settings = TrainingSettings(learning_rate=0.02, warmup_steps=0, optimizer=optimizer, weight_decay=0.3)
+    state = states.create(NETWORK, settings, 10, jax.random.key(0))
+    grads = jax.tree.map(lambda p: jnp.cos(1e3 * p + 1), state.params)
+    absolute, _ = optimizers.optimizer(settings, 10).update(grads, state.opt_state, state.params)
+    relative = optimizers.optimizer(dataclasses.replace(settings, learning_rate=1.0), 10)
+    scaled, _ = relative.update(grads, state.opt_state, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.02 * b, rtol=1e-5, atol=1e-9), absolute, scaled)

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from typing import Any, NoReturn
 
 from paris_jax.errors import Preempted
@@ -47,9 +48,19 @@ def _unraisable(error: Any) -> None:
         return
     if number == signal.SIGINT:
         _sent_again.append(number)
-    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
-    again.daemon = True
-    again.start()
+    threading.Thread(target=_send_again, args=(number, threading.get_ident()), daemon=True).start()
+
+
+def _send_again(number: int, thread: int) -> None:
+    """Sends a signal to this process once a thread has left `_unraisable`, where its exception would be lost again."""
+    while True:
+        frame = sys._current_frames().get(thread)
+        while frame is not None and frame.f_code is not _unraisable.__code__:
+            frame = frame.f_back
+        if frame is None:
+            break
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
 
 
 _sent_again: list[int] = []  # interrupts that the watching thread must not count

@@ -90,10 +90,17 @@ main()
     assert process.returncode == code and "Traceback" not in rest
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.5], ids=["", "on a slow machine"])
 @pytest.mark.parametrize("number, code", SIGNALS)
-def test_a_signal_during_garbage_collection_is_not_lost(number, code, tmp_path):
-    lost = """
-import gc, time
+def test_a_signal_during_garbage_collection_is_not_lost(number, code, delay, tmp_path):
+    """Nor when it is sent again: it waits until the hook that noticed the loss has returned."""
+    lost = f"""
+import threading, time
+start = threading.Thread.start
+threading.Thread.start = lambda self: (start(self), time.sleep({delay}))[0]
+"""
+    lost += """
+import gc
 from paris_jax import cli
 def collected(phase, info):
     if phase == "start" and not once:

@@ -215,7 +215,9 @@ def test_real_videos_go_through_the_same_stage(tmp_path):
 def test_a_caption_that_is_too_long_is_refused_by_clip(tmp_path):
     data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "word " * 30})
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=r"The caption of clip b\.mp4#0000 cannot be used: .*has 30 words; at most 24"):
+    with pytest.raises(
+        UserError, match=r"The caption of clip b\.mp4#0000 cannot be used: .*has 30 words; the maximum is 24"
+    ):
         prepare(experiment(data=data), run)
     assert not manifest.exists(run.data)
 
@@ -235,7 +237,7 @@ def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=r"shorter than one clip .* lower data.num_frames"):
         prepare(experiment(data=data | {"num_frames": 400}), run)
-    with pytest.raises(UserError, match=r"at most 3.* raise text.max_tokens"):
+    with pytest.raises(UserError, match=r"the maximum is 3.* raise text.max_tokens"):
         prepare(experiment(data=data, text={"max_tokens": 3}), run)
     prepare(experiment(data=data), run)
     assert run.stored_config().hash == experiment(data=data).hash

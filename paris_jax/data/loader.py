@@ -34,7 +34,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[tuple[int, Record]]) -> dict[str, np.ndarray]:
         records = [record for _, record in samples]
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "length": np.asarray([len(r.tokens) for r in records], np.int32),
             "cluster": np.asarray([-1 if r.cluster is None else r.cluster for r in records], np.int32),
             "index": np.asarray([position % 2**31 for position, _ in samples], np.int32),

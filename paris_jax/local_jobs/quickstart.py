@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ PROGRAM = (sys.executable, "-m", "paris_jax")
 class JobGroups:
     """The remaining stages before the roles, the roles, the stages after them; and the names of completed ones."""
 
-    before: list[LocalJob]
+    before: list[LocalJob]  # on the embedded data, first of all videos of the ensemble that ships with the package
     roles: dict[Role, LocalJob]  # the longest first, so that it does not run alone at the end
     after: list[LocalJob]
     done: list[str]
@@ -104,32 +105,31 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
         for role in (monolith, *others)
         if not manifest.exists(run.export(role))
     }
+    shapes = experiment.data.source == "shapes"  # the prompts are about shapes
+    if shapes and todo and not _samples(run, "bundled").exists():
+        before.insert(0, _sample("first videos", run, "bundled", "bundled:shapes"))
     after = []
     if todo or not manifest.exists(run.ensemble):
         after.append(LocalJob("assemble", ("assemble", *config, workdir), preflight=True))
-    shown = run.samples / "quickstart.mp4"
-    if experiment.data.source == "shapes" and (after or not shown.exists()):  # the prompts are about shapes
-        prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-        encoders = [f"--{name}={folder}" for name, folder in experiment.encoders.items()]
-        after.append(
-            LocalJob(
-                "sample",
-                (
-                    "sample",
-                    f"--ensemble={run.ensemble}",
-                    *encoders,
-                    *prompts,
-                    f"--out={shown}",
-                    "--grid",
-                    "--overwrite",
-                ),
-            )
-        )
+    if shapes and (after or not _samples(run, "quickstart").exists()):
+        folders = [f"--{name}={folder}" for name, folder in experiment.encoders.items()]
+        after.append(_sample("sample", run, "quickstart", run.ensemble, *folders))
     if experiment.data.heldout_fraction:
         after.append(LocalJob("evaluate", ("evaluate", *config, workdir), preflight=True))
     remaining = {job.name for job in (*before, *todo.values(), *after)}
     names = ["prepare", "cluster", *(role.name for role in (monolith, *others)), "assemble"]
     return JobGroups(before, todo, after, [name for name in names if name not in remaining])
+
+
+def _samples(run: RunFolder, name: str) -> epath.Path:
+    return run.samples / f"{name}.mp4"
+
+
+def _sample(name: str, run: RunFolder, video: str, ensemble: epath.PathLike, *flags: str) -> LocalJob:
+    """The job that samples one grid of `PROMPTS`."""
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    out = f"--out={_samples(run, video)}"
+    return LocalJob(name, ("sample", f"--ensemble={ensemble}", *flags, *prompts, out, "--grid", "--overwrite"))
 
 
 def _costs(experiment: Experiment, todo: Sequence[Role]) -> tuple[list[float], int]:

@@ -84,7 +84,7 @@ def test_the_same_command_resumes_and_completes(quick):
     run = it.run_folder
     assert "monolith resumes from step " in " ".join(run.log(Role("monolith")).read_text().split())
     assert all(manifest.exists(run.export(role)) and run.log(role).exists() for role in roles(3))
-    assert (run.samples / "quickstart.mp4").exists()
+    assert (run.samples / "quickstart.mp4").exists() and (run.samples / "bundled.mp4").exists()
     assert (run.evaluation / "report.html").exists()
     for stage in ("train", "assemble", "sample", "evaluate", "all"):
         assert f"│ {stage}" in out
@@ -156,7 +156,8 @@ def test_dry_run_prints_the_commands_and_their_devices(micro, tmp_path):
     assert code == 0
     assert not quick.run_folder.path.exists()
     given = f"--config={tmp_path / 'given.py'} --workdir={quick.run_folder}"
-    assert out.splitlines()[:10] == [
+    assert out.splitlines()[0].startswith("CUDA_VISIBLE_DEVICES=0 paris-jax sample --ensemble=bundled:shapes ")
+    assert out.splitlines()[1:11] == [
         f"CUDA_VISIBLE_DEVICES=0 paris-jax prepare {given} --preflight=gpu:1",
         f"CUDA_VISIBLE_DEVICES=0 paris-jax cluster {given} --preflight=gpu:1",
         "",
@@ -168,7 +169,7 @@ def test_dry_run_prints_the_commands_and_their_devices(micro, tmp_path):
         f"paris-jax train {given} --role=expert --cluster=2",
         f"paris-jax train {given} --role=router",
     ]
-    assert [line.split()[2] for line in out.splitlines()[11:]] == ["assemble", "sample", "evaluate"]
+    assert [line.split()[2] for line in out.splitlines()[12:]] == ["assemble", "sample", "evaluate"]
 
 
 def test_all_of_eight_gpus_are_used(micro, tmp_path):
@@ -183,7 +184,7 @@ def test_all_of_eight_gpus_are_used(micro, tmp_path):
 
 def test_a_plan_holds_what_is_left_to_do(micro, trained, tmp_path):
     nothing = make_plan(micro, RunFolder(tmp_path), ())
-    assert [job.name for job in nothing.before] == ["prepare", "cluster"]
+    assert [job.name for job in nothing.before] == ["first videos", "prepare", "cluster"]
     assert [job.name for job in nothing.roles.values()] == ROLES
     left = make_plan(micro, trained, ("--config.sampling.num_inference_steps=2",))
     assert not left.before and not left.roles

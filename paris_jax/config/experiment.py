@@ -94,7 +94,8 @@ class Experiment:
             ("height", data.height, 0, codec.height * 2),
             ("width", data.width, 0, codec.width * 2),
         ):
-            if (size - first) % factor:
+            image = axis == "num_frames" and size == 1
+            if (size - first) % factor and not image:
                 near = first + max(factor, round((size - first) / factor) * factor)
                 more = f"{first} more than " if first else ""
                 yield (
@@ -103,7 +104,7 @@ class Experiment:
                 )
         if self.features.name == "statistics" and min(data.height, data.width) <= 2:  # 3 is no multiple of 2
             yield f"data.height, data.width={data.height}, {data.width}: features.name='statistics' needs at least 4"
-        T = (data.num_frames - codec.first_frames) // codec.time + codec.first_frames
+        T = max((data.num_frames - codec.first_frames) // codec.time + codec.first_frames, 1)
         if self.masks.kinds and T == 1:
             yield f"masks.{self.masks.kinds[0]} gives frames to clips of a single latent frame; leave masks.none alone"
         if self.masks.image_kinds and not data.cond_images:

@@ -21,7 +21,7 @@ class DataSettings:
     source: str = setting("shapes", "shapes: embedded, procedural; folder: videos and captions", choices=SourceName)
     path: str = setting("", "folder: directory of mp4, webm, gif files or frame folders, with captions")
     num_clips: int = setting(4096, "shapes: clips to draw; folder: maximum, 0 for all", at_least=0)
-    num_frames: int = setting(8, "frames per clip", at_least=1)
+    num_frames: int = setting(8, "frames per clip; 1 trains a network of images", at_least=1)
     height: int = setting(20, "pixels", at_least=1)
     width: int = setting(20, "pixels", at_least=1)
     fps: float = setting(8.0, "frames per second", above=0)

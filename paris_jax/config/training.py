@@ -98,7 +98,9 @@ class TrainingSettings:
         at_least=0.0,
         at_most=0.25,
     )
-    init_from: str = setting("", "folder of initial weights (`paris-jax import`, or an export); empty: random")
+    init_from: str = setting(
+        "", "initial weights: an export, a folder of `paris-jax import`, or bundled:frames; empty: random"
+    )
     prediction_type: str = setting(
         "velocity",
         "velocity: flow matching; noise: DDPM on the cosine path, timesteps uniform; x0: the clean sample",

@@ -30,7 +30,8 @@ MEMORY_FRACTION = {"cpu": 0.5, "gpu": 0.25, "tpu": 0.25}
 class Pixels:
     """Packs blocks of time x height x width pixels into channels, without loss or training.
 
-    Works on NumPy and JAX arrays alike, with any number of leading axes.
+    Works on NumPy and JAX arrays alike, with any number of leading axes. A single frame is an image: it is repeated
+    to fill one block of time.
     """
 
     time: int = 2
@@ -47,6 +48,7 @@ class Pixels:
         Raises:
           UserError: the blocks do not divide the size.
         """
+        frames = self.time if frames == 1 else frames
         check_divisible(self, frames, height, width)
         channels = 3 * self.time * self.height * self.width
         return frames // self.time, height // self.height, width // self.width, channels
@@ -57,6 +59,8 @@ class Pixels:
         *lead, frames, height, width, _ = x.shape
         T, H, W, C = self.latent_shape(frames, height, width)
         n = len(lead)
+        if frames == 1:
+            x = x.repeat(self.time, axis=n)
         x = x.reshape(*lead, T, self.time, H, self.height, W, self.width, 3)
         x = x.transpose(*range(n), *(n + axis for axis in (0, 2, 4, 1, 3, 5, 6)))
         return x.reshape(*lead, T, H, W, C).astype(np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import exported, manifest, schemas
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config.training import TrainingSettings
@@ -64,7 +64,7 @@ def check_initial_weights(
     Raises:
       UserError: incomplete weights, or another network, naming the fields.
     """
-    folder = epath.Path(folder)
+    folder = ensemble_manifest.resolve(folder)
     found = read_manifest(folder)
     network = exported.network(found, folder)
     expected = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
@@ -100,7 +100,7 @@ def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainStat
 
     An input for conditioning frames that the weights lack stays zero-initialised.
     """
-    tensors = Tensors(epath.Path(folder) / WEIGHTS)
+    tensors = Tensors(ensemble_manifest.resolve(folder) / WEIGHTS)
 
     def read(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

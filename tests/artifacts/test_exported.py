@@ -210,5 +210,5 @@ def test_a_bfloat16_export_is_read_back_exactly_as_rounded(run, tmp_path):
 
 
 def test_an_unknown_bundled_ensemble_is_refused():
-    with pytest.raises(UserError, match="no ensemble 'bundled:nothing'"):
+    with pytest.raises(UserError, match="no 'bundled:nothing' in this package"):
         ensemble_manifest.read("bundled:nothing")

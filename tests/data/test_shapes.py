@@ -110,6 +110,19 @@ def test_things_move_as_the_caption_says():
         assert moved["fast"] > 2 * moved["slow"]
 
 
+def test_a_single_frame_shows_a_random_moment():
+    attributes = {"world": "flat", "object": "square", "colour": "blue", "size": "small", "direction": "right"}
+    attributes |= {"speed": "fast", "ground": "white"}
+
+    def column(seed, frames):  # of the sprite's centre, from 0 to 1, by its redness missing
+        image = shapes.render(attributes, seed, frames, 40, 40)[0, ..., 0] < 150
+        return image.any(0).nonzero()[0].mean() / 40
+
+    moved = [column(seed, 1) - column(seed, 8) for seed in range(60)]
+    assert min(moved) >= 0 and max(moved) > 0.35  # of a path of 0.42
+    assert 0.15 < np.mean(moved) < 0.27
+
+
 def test_circling_turns_the_way_the_caption_says():
     for direction, sign in (("clockwise", 1), ("counterclockwise", -1)):
         attributes = {"world": "textured", "object": "ringed disc", "colour": "red", "size": "small"}

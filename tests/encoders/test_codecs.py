@@ -40,6 +40,14 @@ def test_batches_and_jax_arrays_are_treated_alike():
     np.testing.assert_array_equal(codec.decode(jnp.asarray(latents)), codec.decode(latents))
 
 
+def test_a_single_frame_is_an_image_that_fills_one_block_of_time():
+    pixels, image = codecs.Pixels(4, 2, 2), np.random.default_rng(0).integers(0, 256, (1, 4, 6, 3), np.uint8)
+    latent = pixels.encode(image)
+    assert latent.shape == pixels.latent_shape(1, 4, 6) == (1, 2, 3, 48)
+    np.testing.assert_array_equal(latent[0], codecs.encode_images(pixels, image)[0])
+    np.testing.assert_array_equal(codecs.to_uint8(pixels.decode(latent)), image.repeat(4, axis=0))
+
+
 def test_sizes_that_the_blocks_do_not_divide_are_refused():
     with pytest.raises(UserError, match="width=21: must be a multiple of the codec's 2"):
         codecs.Pixels().latent_shape(8, 20, 21)

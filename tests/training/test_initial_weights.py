@@ -1,4 +1,4 @@
-"""Training that starts from weights that exist: they are the first parameters, whatever the mesh, or are refused."""
+"""Training from initial weights: they are the first parameters on every mesh, or are refused."""
 
 import dataclasses
 import shutil
@@ -40,7 +40,7 @@ def job_of(experiment, run):
     return make_job(experiment, run, EXPERT, read_cluster(run.cluster(0), experiment, run))
 
 
-def test_the_first_parameters_and_their_average_are_those_given(micro, run, start):
+def test_parameters_and_their_average_start_as_the_initial_weights(micro, run, start):
     state = ShardedStep(job_of(changed(micro, init_from=str(start)), run)).first_state()
     expected = functional.to_names(exported.read(start).params)
     for tree in (state.params, state.ema):
@@ -50,22 +50,22 @@ def test_the_first_parameters_and_their_average_are_those_given(micro, run, star
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state[1]) if leaf.ndim)
 
 
-def test_it_trains_on_from_there_and_says_so(micro, run, start):
+def test_training_starts_from_initial_weights_and_records_their_hashes(micro, run, start):
     experiment = changed(micro, init_from=str(start), steps=4, warmup_steps=1)
     shutil.copytree(run.partition, start.parent / "other" / "partition")
     run = RunFolder(start.parent / "other")
     train(experiment, run, EXPERT)
-    told = manifest.read(run.export(EXPERT), NetworkManifest).training.init_from
-    assert told == {"model.safetensors": manifest.hash_file(start / "model.safetensors")}
-    # Begun, it needs them no more; where they lie is no part of what was trained.
+    recorded = manifest.read(run.export(EXPERT), NetworkManifest).training.init_from
+    assert recorded == {"model.safetensors": manifest.hash_file(start / "model.safetensors")}
+    # A started job no longer needs them, and their folder is not part of the config hash.
     shutil.rmtree(start)
     job = job_of(experiment, run)
-    assert initial_weights_hashes(run, EXPERT, job) == told
+    assert initial_weights_hashes(run, EXPERT, job) == recorded
     assert changed(micro, init_from="elsewhere", steps=4, warmup_steps=1).hash == experiment.hash
 
 
-def test_an_imported_network_without_an_input_for_frames_starts_it_at_nothing(micro, run, start):
-    """As FLUX.1-dev starts a video expert: every shared array, and nothing where there is none."""
+def test_an_input_for_frames_that_an_imported_network_lacks_is_zero_initialised(micro, run, start):
+    """FLUX.1-dev initialises a video expert so: every shared array is read, the others are zero."""
     config = dataclasses.replace(exported.read(start).config, cond_frames=False)
     source = start.parent / "flux.safetensors"
     convert.export_network(Tensors(start / "model.safetensors"), config, "bfl", source, lambda: None)
@@ -87,12 +87,14 @@ def test_another_network_is_refused_by_its_fields(micro, run, start):
         check_initial_weights(start, job_of(Experiment.from_config(values), run).config)
     with pytest.raises(UserError, match="does not exist"):
         check_initial_weights(start / "nothing", job_of(micro, run).config)
+    with pytest.raises(UserError, match="There is no 'bundled:nothing' in this package; it ships bundled:"):
+        check_initial_weights("bundled:nothing", job_of(micro, run).config)
     without = dataclasses.replace(job_of(micro, run).config, cond_frames=False)
     with pytest.raises(UserError, match=r"has an input for conditioning frames; set config\.masks"):
         check_initial_weights(start, without)
 
 
-def test_a_router_starts_from_nothing(micro):
+def test_a_router_with_initial_weights_is_refused(micro):
     values = micro.to_dict()
     values["router_training"]["init_from"] = "weights"
     with pytest.raises(

@@ -174,7 +174,7 @@ def render(
     """Renders a clip with these attributes; position, phase, handwriting and noise are drawn from `seed`.
 
     The sprite stays entirely inside the frame. Speed is the distance per clip, so that it looks the same at every
-    number of frames.
+    number of frames. A single frame shows a random moment.
 
     Returns:
       (T, H, W, 3) uint8, anti-aliased from exact distances, so that motion is smooth below one pixel.
@@ -201,7 +201,7 @@ def render(
 def _path(attributes, spec: World, chances, frames: int, size: tuple[int, int], radius: float) -> np.ndarray:
     """Returns the sprite's centre (T, 2) float32 as (row, column), with the whole path inside the frame."""
     side = min(size)
-    time_T = np.linspace(0.0, 1.0, frames) if frames > 1 else np.zeros(1)
+    time_T = np.linspace(0.0, 1.0, frames) if frames > 1 else chances[3:4]
     direction, travel = attributes["direction"], spec.travel[attributes["speed"]]
     if attributes["world"] == "textured":
         turn_T = 2 * np.pi * (chances[2] + time_T * travel * (1.5 if " " in direction else 1.0))

@@ -1,4 +1,4 @@
-"""A data source of one's own: any class with a length, clips by number, and a description.
+"""A data source of one's own: a class with a length, clips by number, and a description.
 
 python examples/add_a_data_source.py runs/stripes
 """
@@ -13,10 +13,11 @@ from paris_jax.config.experiment import Experiment
 from paris_jax.config.files import load
 from paris_jax.data.preparation import prepare
 from paris_jax.data.sources.clip import Clip
+from paris_jax.data.sources.source import ClipSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Stripes:
+class Stripes(ClipSource):
     """Gray stripes that move; the same clip for the same number on every machine."""
 
     count: int = 40

@@ -186,6 +186,14 @@ class LatentSpaceManifest(Manifest, frozen=True, kw_only=True):
             )
 
 
+class DroppedCount(Struct, frozen=True):
+    """How many clips and files were not used at a stage for one reason."""
+
+    stage: Name
+    reason: Name
+    count: Count
+
+
 class RecordsManifest(LatentSpaceManifest, frozen=True, kw_only=True):
     """A folder of records (`data.records`).
 
@@ -205,7 +213,13 @@ class RecordsManifest(LatentSpaceManifest, frozen=True, kw_only=True):
 
 
 class DataManifest(RecordsManifest, frozen=True, kw_only=True, tag="data"):
-    """RUN/data."""
+    """RUN/data.
+
+    Attributes:
+      dropped: what was not used, the commonest reason first; dropped.jsonl lists it.
+    """
+
+    dropped: tuple[DroppedCount, ...] = ()
 
 
 class ClusterManifest(RecordsManifest, frozen=True, kw_only=True, tag="cluster"):
@@ -330,11 +344,26 @@ class ShardStatistics(Struct, frozen=True):
     shape: tuple[Size, ...]
 
 
+class DroppedItem(Struct, frozen=True):
+    """A line of dropped.jsonl: a clip or file that was not used."""
+
+    id: Text
+    stage: Name
+    reason: Name
+    detail: str = ""
+
+
 class ShardMarker(Struct, frozen=True):
-    """The marker of a finished shard: what it was made from, and its statistics."""
+    """The marker of a finished shard: what it was made from, its statistics, and what was dropped.
+
+    Attributes:
+      limits: seconds and megabytes for each clip, where some clips were dropped because of them.
+    """
 
     origin: dict[str, Any]
     tally: ShardStatistics
+    dropped: tuple[DroppedItem, ...] = ()
+    limits: tuple[float, int] | None = None
 
 
 class TensorsIndex(Struct, frozen=True):

@@ -197,6 +197,9 @@ def checking(values: flags.FlagValues) -> None:
 
 def workers(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_workers", 1, "shards encoded in parallel, each by a process", flag_values=values)
+    text = "processes that decode video, for all workers; by default one for each CPU core"
+    flags.DEFINE_integer("decode_workers", None, text, lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("strict", False, "refuse at the first clip or file that cannot be used", flag_values=values)
 
 
 def importing(values: flags.FlagValues) -> None:

@@ -71,7 +71,8 @@ def _prepare(call: Call) -> None:
 
     if call["num_workers"] < 1:
         raise UserError(f"--num_workers={call['num_workers']}: must be at least 1")
-    prepare(call.experiment(call.run), call.run, call["num_workers"])
+    options = {"decoders": call["decode_workers"], "strict": call["strict"]}
+    prepare(call.experiment(call.run), call.run, call["num_workers"], **options)
 
 
 def _cluster(call: Call) -> None:

@@ -35,12 +35,21 @@ UNHASHED_FIELDS = {
     "network": ("remat",),
     "router": ("remat",),
 }
+# Limits within which clips are made; what was lost to them is listed with the clips.
+LIMIT_FIELDS = {"data": ("max_dropped_share", "decode_seconds", "decode_memory_mb")}
 # Fields that say where something lies on this machine; what lies there is known by its hash.
 LOCATION_FIELDS = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("weights",)}
 # Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
 # So those folders are still those of their configs.
 LATER_FIELDS = {
-    "data": {"cond_images": False},
+    "data": {
+        "cond_images": False,
+        "captions": "",
+        "file_column": "",
+        "caption_column": "",
+        "hdr": "drop",
+        "alpha_background": (0, 0, 0),
+    },
     "codec": {"posterior": "mean"},
     "network": {"attention": "joint"},
     "router": {"attention": "joint"},
@@ -137,7 +146,7 @@ class Experiment:
     @property
     def data_hash(self) -> str:
         """Hash of what decides the clips and their clusters: what experts of one ensemble have in common."""
-        return self._hash(DATA_SECTIONS, LOCATION_FIELDS)
+        return self._hash(DATA_SECTIONS, LOCATION_FIELDS | LIMIT_FIELDS)
 
     @property
     def hash(self) -> str:
@@ -146,7 +155,7 @@ class Experiment:
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """
         sections = [name for name in self.to_dict() if name not in ("name", "wandb_project", "sampling", "evaluation")]
-        return self._hash(sections, UNHASHED_FIELDS | LOCATION_FIELDS)
+        return self._hash(sections, UNHASHED_FIELDS | LOCATION_FIELDS | LIMIT_FIELDS)
 
     def _hash(self, sections: Iterable[str], without: Mapping[str, Iterable[str]]) -> str:
         """Hash of sections but for some fields of theirs."""

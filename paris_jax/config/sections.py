@@ -8,6 +8,7 @@ from paris_jax.config.checks import Problems
 from paris_jax.config.fields import setting
 
 SourceName = Literal["shapes", "folder"]
+Hdr = Literal["drop", "tonemap"]
 CodecName = Literal["pixels", "hunyuan"]
 Posterior = Literal["mean", "sample"]
 TextEncoderName = Literal["words", "minilm", "t5+clip"]
@@ -20,6 +21,9 @@ class DataSettings:
 
     source: str = setting("shapes", "shapes: embedded, procedural; folder: videos and captions", choices=SourceName)
     path: str = setting("", "folder: directory of mp4, webm, gif files or frame folders, with captions")
+    captions: str = setting("", "folder: caption table, relative to path; '' for captions.* and metadata.* in it")
+    file_column: str = setting("", "column of the files' names; '' for file, path, video, video_path or file_name")
+    caption_column: str = setting("", "column of the captions; '' for caption, text or prompt")
     num_clips: int = setting(4096, "shapes: clips to draw; folder: maximum, 0 for all", at_least=0)
     num_frames: int = setting(8, "frames per clip; 1 trains a network of images", at_least=1)
     height: int = setting(20, "pixels", at_least=1)
@@ -32,6 +36,16 @@ class DataSettings:
     heldout_fraction: float = setting(
         0.05, "fraction of the clips held out before clustering, never trained on", at_least=0.0, at_most=0.5
     )
+
+    hdr: str = setting("drop", "video in PQ or HLG: drop it, or tonemap it to SDR", choices=Hdr)
+    alpha_background: tuple[int, int, int] = setting(
+        (0, 0, 0), "colour (R, G, B) below transparent pixels", at_least=0, at_most=255
+    )
+    max_dropped_share: float = setting(
+        0.05, "share of the clips and files that may be unusable before prepare refuses", at_least=0.0, at_most=1.0
+    )
+    decode_seconds: float = setting(120.0, "time limit for decoding one clip", above=0)
+    decode_memory_mb: int = setting(4096, "memory limit of a decoding process, in MB", at_least=64)
 
     def problems(self) -> Problems:
         if self.source == "folder" and not self.path:

@@ -1,16 +1,22 @@
 """`paris-jax prepare`: encodes clips to cached latents, text embeddings and features, shard by shard."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from etils import epath
+from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
@@ -18,10 +24,13 @@ from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import records
+from paris_jax.data import dropped, records
+from paris_jax.data.decoders import LIMITED, Decoders, Limits
+from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.records import Record
-from paris_jax.data.sources.clip import Clip
-from paris_jax.data.sources.source import Source, source
+from paris_jax.data.sources.clip import Clip, Dropped, Video
+from paris_jax.data.sources.source import Source
+from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs, features, text
 from paris_jax.encoders.published import EncoderStore
 from paris_jax.encoders.words import TextEncoding, split, words_of
@@ -38,29 +47,43 @@ def prepare(
     experiment: Experiment,
     run: RunFolder,
     processes: int = 1,
-    shard_size: int = records.SHARD_SIZE,
+    shard_size: int | None = None,
     clips: Source | None = None,
+    decoders: int | None = None,
+    strict: bool = False,
 ) -> None:
     """Encodes every clip of the experiment into RUN/data; resumes at the first missing shard.
 
-    The files are identical, byte for byte, regardless of interruptions and of the number of processes.
+    The files are identical, byte for byte, regardless of interruptions and of the number of processes. A clip or file
+    that cannot be used is dropped, and listed with its reason in dropped.jsonl.
 
     Args:
       experiment: config of the clips and encoders.
       run: run folder to write to.
       processes: number of shards encoded in parallel.
-      shard_size: number of clips per shard.
+      shard_size: number of the source's items per shard.
       clips: source of the clips, instead of the one that `data.source` names.
+      decoders: number of decoding processes; by default one for each CPU core.
+      strict: refuse at the first clip or file that cannot be used.
 
     Raises:
-      UserError: an encoder cannot run, a clip or caption cannot be used, the disk is full, or the run folder belongs to
+      UserError: an encoder cannot run, too many clips cannot be used, the disk is full, or the run folder belongs to
         another config.
     """
+    decoders = decoders or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     with locks.only_writer(run.data):
-        _prepare(experiment, run, processes, shard_size, clips)
+        _prepare(experiment, run, processes, shard_size, clips, max(1, decoders // processes), strict)
 
 
-def _prepare(experiment: Experiment, run: RunFolder, processes: int, shard_size: int, clips: Source | None) -> None:
+def _prepare(
+    experiment: Experiment,
+    run: RunFolder,
+    processes: int,
+    shard_size: int | None,
+    clips: Source | None,
+    decoders: int,
+    strict: bool,
+) -> None:
     store = EncoderStore()
     encoders = weights_of(**describe_encoders(experiment, (), store))
     names = experiment.codec.name, experiment.text.name, experiment.features.name
@@ -83,35 +106,53 @@ def _prepare(experiment: Experiment, run: RunFolder, processes: int, shard_size:
         return
     clips = clips if clips is not None else source(experiment.data)
     if not len(clips):
+        if clips.dropped:
+            dropped.check_share(0, clips.dropped, experiment.data.max_dropped_share)
         raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
-    run.claim(experiment.to_dict(), experiment.hash)  # only after the source has checked its clips
-    count = -(-len(clips) // shard_size)
-    jobs = [Shard(experiment, clips, str(run.data), k, count, shard_size, encoders) for k in range(count)]
+    if strict and (faults := [item for item in clips.dropped if item.stage != "curate"]):
+        raise _strictly(faults[0])
+    run.claim(experiment.to_dict(), experiment.hash)  # only after the source has listed its items
+    size = shard_size or clips.items_per_shard
+    count = -(-len(clips) // size)
+    jobs = [Shard(experiment, clips, str(run.data), k, count, size, encoders, strict) for k in range(count)]
     missing = [job for job in jobs if not job.is_done()]
     with Progress(
         *Progress.get_default_columns()[:2], MofNCompleteColumn(), Speed(), TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task("clips", total=len(clips))
+        task = progress.add_task("items" if clips.isolated else "clips", total=len(clips))
         progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
         if processes == 1:
-            for job in missing:
-                write(job, lambda: progress.advance(task), store)
+            with _decoders(experiment, clips, decoders) as pool:
+                for job in missing:
+                    if job.is_beyond(jobs):
+                        break
+                    write(job, lambda: progress.advance(task), store, pool)
         else:
             # Spawned, because a forked process would inherit locks of JAX's threads.
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-                for done in concurrent.futures.as_completed([pool.submit(write, job) for job in missing]):
+                for done in concurrent.futures.as_completed([pool.submit(_write, job, decoders) for job in missing]):
                     progress.advance(task, done.result())
     finish(experiment, run, clips, jobs, store)
     store.drop()
-    logger.info("%d clips are prepared: %s", len(clips), run.data)
+
+
+def _decoders(experiment: Experiment, clips: Source, count: int) -> Any:
+    """The decoding processes for a source; None for clips that are computed."""
+    if not clips.isolated:
+        return contextlib.nullcontext()
+    return Decoders(count, Limits(experiment.data.decode_seconds, experiment.data.decode_memory_mb))
+
+
+def _strictly(item: Dropped) -> UserError:
+    return UserError(f"{item} (stage {item.stage}); mend or remove it, or run without --strict")
 
 
 class Speed(ProgressColumn):
-    """Clips per second over the last half minute."""
+    """Clips or items per second over the last half minute."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g} clips/s" if task.speed else "", style="progress.data.speed")
+        return Text(f"{task.speed:.3g} {task.description}/s" if task.speed else "", style="progress.data.speed")
 
 
 def describe_encoders(
@@ -142,6 +183,7 @@ class Shard:
     count: int
     size: int
     encoders: dict[str, Any]  # hashes of their weights
+    strict: bool = False
 
     @property
     def path(self) -> epath.Path:
@@ -155,18 +197,40 @@ class Shard:
     def indices(self) -> range:
         return range(self.number * self.size, min(len(self.clips), (self.number + 1) * self.size))
 
-    @property
+    @functools.cached_property
     def origin(self) -> dict[str, Any]:
         """Provenance of the shard; a marker with any other provenance is ignored."""
+        items = hashlib.sha256()
+        for index in self.indices:
+            items.update(hashlib.sha256(self.clips.stamp(index).encode(errors="surrogateescape")).digest())
         config = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
-        return {**config, "source": self.clips.describe(), "indices": [*self.indices]}
+        source = {"source": self.clips.describe(), "indices": [self.indices.start, self.indices.stop]}
+        return {**config, **source, "items": items.hexdigest(), "decoding": DECODING_VERSION}
+
+    @property
+    def limits(self) -> tuple[float, int]:
+        return self.experiment.data.decode_seconds, self.experiment.data.decode_memory_mb
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of clips of the whole data set; None for all."""
+        return self.experiment.data.num_clips or None
+
+    def read_marker(self) -> ShardMarker:
+        return manifest.read_json(self.marker, ShardMarker)
 
     def is_done(self) -> bool:
-        return (
-            self.path.exists()
-            and self.marker.exists()
-            and manifest.read_json(self.marker, ShardMarker).origin == self.origin
-        )
+        if not (self.path.exists() and self.marker.exists()):
+            return False
+        found = self.read_marker()
+        return found.origin == self.origin and found.limits in (None, self.limits)
+
+    def is_beyond(self, jobs: Sequence["Shard"]) -> bool:
+        """Whether the shards before hold as many clips as the data set may have."""
+        if self.most is None or not self.clips.isolated:
+            return False
+        before = [job.read_marker().tally.clips for job in jobs[: self.number] if job.marker.exists()]
+        return len(before) == self.number and sum(before) >= self.most
 
 
 class Tally:
@@ -216,50 +280,118 @@ class Tally:
         return {"shape": list(self.shape)} | {name: [round(float(x), 6) for x in v] for name, v in digits.items()}
 
 
-def write(job: Shard, advance: Callable[[], object] = lambda: None, store: EncoderStore | None = None) -> int:
-    """Encodes and writes one shard, then its marker; returns its number of clips."""
-    tally = Tally()
+def _write(job: Shard, decoders: int) -> int:
+    with _decoders(job.experiment, job.clips, decoders) as pool:
+        return write(job, pool=pool)
 
-    def counted() -> Iterator[Record]:
-        for record in encode(job.experiment, (job.clips[i] for i in job.indices), store):
-            tally.add(record)
-            yield record
+
+def write(
+    job: Shard,
+    advance: Callable[[], object] = lambda: None,
+    store: EncoderStore | None = None,
+    pool: Decoders | None = None,
+) -> int:
+    """Decodes, encodes and writes one shard, then its marker; returns its number of items."""
+    tally, lost = Tally(), list[Dropped]()
+
+    def drop(item: Dropped) -> None:
+        if job.strict and item.stage != "curate":
+            raise _strictly(item)
+        lost.append(item)
+
+    def videos() -> Iterator[Video | Dropped]:
+        for index in job.indices:
+            yield from job.clips.videos(index)
             advance()
 
+    def clips() -> Iterator[Clip]:
+        for item in pool.clips(videos()) if pool is not None else decode(videos()):
+            if isinstance(item, Dropped):
+                drop(item)
+            else:
+                yield item
+
+    def counted() -> Iterator[Record]:
+        for record in encode(job.experiment, clips(), store, drop):
+            tally.add(record)
+            yield record
+            if tally.clips == job.most:
+                return
+
     records.write_shard(job.path, counted())
-    manifest.write_json(job.marker, {"origin": job.origin, "tally": tally.to_json()})
+    limits = job.limits if any(item.reason in LIMITED for item in lost) else None
+    items = [vars(item) for item in lost]
+    manifest.write_json(
+        job.marker, {"origin": job.origin, "tally": tally.to_json(), "dropped": items, "limits": limits}
+    )
     return len(job.indices)
 
 
-def encode(experiment: Experiment, clips: Iterable[Clip], store: EncoderStore | None = None) -> Iterator[Record]:
-    """Encodes clips to records, in order and in batches of BATCH clips."""
+def decode(videos: Iterable[Video | Dropped]) -> Iterator[Clip | Dropped]:
+    """Decodes videos in this process."""
+    for video in videos:
+        if isinstance(video, Dropped):
+            yield video
+        else:
+            yield from (item for _, item in video.clips())
+
+
+def _refuse(item: Dropped) -> None:
+    raise UserError(f"Clip {item} cannot be used; mend or remove it")
+
+
+def encode(
+    experiment: Experiment,
+    clips: Iterable[Clip],
+    store: EncoderStore | None = None,
+    drop: Callable[[Dropped], None] = _refuse,
+) -> Iterator[Record]:
+    """Encodes clips to records, in order and in batches of BATCH clips.
+
+    Args:
+      experiment: config of the encoders.
+      clips: of one size.
+      store: encoders that are loaded already.
+      drop: called with each clip that cannot be encoded; by default raises UserError.
+    """
     store = store or EncoderStore()
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     extract_features = features.features(**dataclasses.asdict(experiment.features), store=store)
-    embeddings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last batch's captions, which often repeat
-    clips = iter(clips)
-    while batch := list(itertools.islice(clips, BATCH)):
-        new = [clip for clip in batch if clip.caption not in embeddings]
-        embeddings |= _encode_captions(experiment, new, store)
-        embeddings = {clip.caption: embeddings[clip.caption] for clip in batch}
-        videos = np.stack([clip.video for clip in batch])
+    source = _captioned(experiment, clips, store, drop)
+    while batch := list(itertools.islice(source, BATCH)):
+        videos = np.stack([clip.video for clip, _ in batch])
         images: Any = [None] * len(batch)
         if experiment.data.cond_images:
             ends = codecs.encode_images(codec, videos[:, [0, -1]].reshape(-1, *videos.shape[2:]))
             images = ends.reshape(len(batch), 2, *ends.shape[1:]).astype(np.float16)
         encoded = zip(batch, codec.encode(videos), extract_features(videos), images, strict=True)
-        for clip, latent, feature, ends in encoded:
-            latent, (tokens, pooled) = latent.astype(np.float16), embeddings[clip.caption]
+        for (clip, (tokens, pooled)), latent, feature, ends in encoded:
+            latent = latent.astype(np.float16)
+            if not (np.isfinite(latent).all() and np.isfinite(feature).all()):
+                drop(Dropped(clip.id, "encode", "has a latent or feature that is not finite"))
+                continue
             yield Record(clip.id, latent, tokens, pooled, feature, clip.caption, clip.attributes, cond_images=ends)
 
 
+def _captioned(
+    experiment: Experiment, clips: Iterable[Clip], store: EncoderStore, drop: Callable[[Dropped], None]
+) -> Iterator[tuple[Clip, tuple[np.ndarray, np.ndarray]]]:
+    """The clips whose captions can be encoded, with tokens and pooled embedding; BATCH captions are encoded at once."""
+    embeddings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of the last captions, which often repeat
+    clips = iter(clips)
+    while batch := list(itertools.islice(clips, BATCH)):
+        new = [clip for clip in batch if clip.caption not in embeddings]
+        embeddings |= _encode_captions(experiment, new, store, drop)
+        embeddings = {clip.caption: embeddings[clip.caption] for clip in batch if clip.caption in embeddings}
+        yield from ((clip, embeddings[clip.caption]) for clip in batch if clip.caption in embeddings)
+
+
 def _encode_captions(
-    experiment: Experiment, clips: Sequence[Clip], store: EncoderStore
+    experiment: Experiment, clips: Sequence[Clip], store: EncoderStore, drop: Callable[[Dropped], None]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Encodes each distinct caption to tokens and pooled embedding, in the dtype they are stored in.
 
-    Raises:
-      UserError: a caption cannot be encoded; the message names its clip.
+    Clips whose captions cannot be encoded are dropped.
     """
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if not captions:
@@ -272,8 +404,9 @@ def _encode_captions(
             try:
                 encoder.encode([clip.caption])
             except UserError as error:
-                raise UserError(f"The caption of clip {clip.id} cannot be used: {error}") from error
-        raise
+                drop(Dropped(clip.id, "caption", "has a caption that cannot be encoded", str(error)[:500]))
+                captions = [caption for caption in captions if caption != clip.caption]
+        encodings = encoder.encode(captions) if captions else []
     pairs = zip(captions, encodings, strict=True)
     return {caption: _stored(encoding, encoder.stored) for caption, encoding in pairs}
 
@@ -297,17 +430,27 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: Encod
 
 
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
-    """Writes the manifest of all shards, then deletes their markers."""
-    total = Tally()
+    """Writes the list of what was dropped and the manifest of all shards, then deletes their markers."""
+    total, lost, kept = Tally(), list(clips.dropped), list[Shard]()
     for job in jobs:
-        total.merge(manifest.read_json(job.marker, ShardMarker).tally)
+        if job.most is not None and total.clips >= job.most:
+            break
+        marker = job.read_marker()
+        lost += [Dropped(item.id, item.stage, item.reason, item.detail) for item in marker.dropped]
+        if job.most is not None and total.clips + marker.tally.clips > job.most:
+            marker = shorten(job, job.most - total.clips)
+        total.merge(marker.tally)
+        kept.append(job)
+    dropped.print_table(total.clips, lost, Console())
+    dropped.check_share(total.clips, lost, experiment.data.max_dropped_share)
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     encoder = text_encoder(experiment, total.words, store)
     null = _stored(encoder.null(), encoder.stored)
+    names = [job.path.name for job in kept]
     manifest.write(
         run.data,
         DataManifest,
-        [*(job.path.name for job in jobs), *records.write_null(run.data, *null)],
+        [*names, *records.write_null(run.data, *null), *([dropped.write(run.data, lost)] if lost else [])],
         experiment.data_hash,
         **describe_encoders(experiment, sorted(total.words), store),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
@@ -316,6 +459,25 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         fps=experiment.data.fps,
         source=clips.describe(),
         cond_images=experiment.data.cond_images,
+        dropped=dropped.counts(lost),
     )
     for job in jobs:
         job.marker.unlink(missing_ok=True)
+        if job not in kept:
+            job.path.unlink(missing_ok=True)
+    logger.info("%d clips are prepared: %s", total.clips, run.data)
+
+
+def shorten(job: Shard, clips: int) -> ShardMarker:
+    """Cuts a shard to its first clips; returns its new marker, which is written for them."""
+    tally = Tally()
+
+    def first() -> Iterator[Record]:
+        for record in itertools.islice(records.read_shard(job.path), clips):
+            tally.add(record)
+            yield record
+
+    marker = job.read_marker()
+    records.write_shard(job.path, first())
+    manifest.write_json(job.marker, {**msgspec.to_builtins(marker), "tally": tally.to_json()})
+    return job.read_marker()

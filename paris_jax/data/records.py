@@ -213,6 +213,12 @@ def _damaged(what: str, error: Exception) -> UserError:
     )
 
 
+def read_shard(path: epath.PathLike) -> Iterator[Record]:
+    """Yields the records of one local shard."""
+    source = _open([os.fspath(path)])
+    return (decode_record(source[index]) for index in range(len(source)))
+
+
 def read_records(folder: epath.PathLike | Sequence[epath.PathLike]) -> Records:
     """Returns the records of a finished folder (or of several, in the order given) as a lazy sequence."""
     return Records(folder)

@@ -1,14 +1,10 @@
-"""Decodes and encodes videos and images with PyAV, and lays out contact sheets."""
+"""Scales, crops and encodes videos and images with PyAV, and lays out contact sheets."""
 
-import contextlib
-import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import av
-import av.container
-import av.error
 import av.filter
 import numpy as np
 from etils import epath
@@ -25,94 +21,16 @@ CODECS = {
 FORMATS = (*CODECS, "gif", "png")
 
 
-@dataclasses.dataclass(frozen=True)
-class Footage:
-    """Metadata of a video file.
-
-    Attributes:
-      times: presentation time of each frame, (N,) float64, seconds from the start, ascending.
-      duration: seconds from the start to the end of the last frame.
-      height, width: in pixels.
-    """
-
-    times: np.ndarray
-    duration: float
-    height: int
-    width: int
-
-
-@contextlib.contextmanager
-def _opened(path: epath.PathLike) -> Iterator[av.container.InputContainer]:
-    """Opens a video; raises UserError that names the file if it cannot be read."""
-    remedy = "replace or remove the file, then run the same command again"
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise UserError(f"{path} holds no video; {remedy}")
-            if getattr(container.streams.video[0], "codec_context", None) is None:
-                raise UserError(f"{path} holds a video with an unknown codec; {remedy}")
-            yield container
-    except (av.error.FFmpegError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as video ({error}); {remedy}") from error
-
-
-def probe(path: epath.PathLike) -> Footage:
-    """Reads duration and size without decoding; raises UserError for a file that is not a readable video."""
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        base = stream.time_base
-        assert base is not None
-        packets = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
-        height, width, origin = stream.height, stream.width, _origin(stream)
-    if not packets or not height or not width:
-        raise UserError(f"{path} holds no frames; replace or remove the file, then run the same command again")
-    times = np.asarray([float(pts * base) - origin for pts, _ in packets])
-    last = float(packets[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
-    return Footage(times, float(times[-1]) + last, height, width)
-
-
-def decode(path: epath.PathLike, start: float = 0.0, size: tuple[int, int] | None = None) -> Iterator:
-    """Yields (seconds from the start, (H, W, 3) uint8) in order, from the key frame at or before `start`.
-
-    Args:
-      path: the video file.
-      start: seconds from the start of the video.
-      size: (height, width) to scale to (area average) while decoding; None keeps the video's size.
-
-    Raises:
-      UserError: the file is not a readable video.
-    """
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        origin = _origin(stream)
-        if start > 0 and stream.time_base and container.format.name != "gif":  # a GIF is decoded from its start
-            container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            seconds = frame.time - origin if frame.time is not None else 0.0
-            height, width = size or (frame.height, frame.width)
-            scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-            yield seconds, scaled.to_ndarray()
-
-
-def _origin(stream: av.VideoStream) -> float:
-    """Returns the timestamp of a stream's start in seconds: recordings and cuts do not always start at 0."""
-    return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
-
-
-def read_image(path: epath.PathLike) -> np.ndarray:
-    """Reads an image (or a video's first frame) as (H, W, 3) uint8; raises UserError if it cannot be read."""
-    for _, image in decode(path):
-        return image
-    raise UserError(f"{path} holds no image; replace or remove the file")
-
-
 def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scales (area average) to cover height x width and crops the centre: (h, w, 3) to (height, width, 3) uint8."""
     rows, columns = cover(image.shape[0], image.shape[1], height, width)
+    return crop(resize(image, rows, columns), height, width)
+
+
+def resize(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Scales (area average) (h, w, 3) to (rows, columns, 3) uint8."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    scaled = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="AREA")
-    return crop(scaled.to_ndarray(), height, width)
+    return frame.reformat(width=columns, height=rows, format="rgb24", interpolation="AREA").to_ndarray()
 
 
 def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -125,20 +43,7 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return boxed
 
 
-def at_rate(path: epath.PathLike, fps: float) -> Iterator[np.ndarray]:
-    """Resamples a video: yields the frame (H, W, 3) uint8 displayed at each multiple of 1 / fps seconds."""
-    shown, instant, duration = None, 0, probe(path).duration
-    for seconds, image in decode(path):
-        while shown is not None and instant / fps < seconds - 1e-6:
-            yield shown
-            instant += 1
-        shown = image
-    while shown is not None and instant / fps < duration - 1e-6:
-        yield shown
-        instant += 1
-
-
-def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+def cover(rows: float, columns: float, height: int, width: int) -> tuple[int, int]:
     """Returns the smallest (rows, columns) with the aspect ratio of rows x columns that covers height x width."""
     scale = max(height / rows, width / columns)
     return max(height, round(rows * scale)), max(width, round(columns * scale))

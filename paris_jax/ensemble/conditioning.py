@@ -12,6 +12,7 @@ import numpy as np
 
 from paris_jax.config import checks
 from paris_jax.config.sampling import Fit
+from paris_jax.data import footage
 from paris_jax.data import video as video_io
 from paris_jax.diffusion import cond_masks, guidance
 from paris_jax.encoders import codecs
@@ -202,7 +203,7 @@ class CondFrames:
         most, length = max(allowed, default=0), 0
         if _is_path(video):  # hold no more of a long video than can be used
             frames: Any = collections.deque(maxlen=most + 1)
-            for frame in video_io.at_rate(video, fps):
+            for frame in footage.at_rate(video, fps):
                 frames.append(frame)
                 length += 1
         else:
@@ -250,7 +251,7 @@ def _one_per_sample(name: str, value: Any, count: int, axes: int) -> list[Any]:
 
 def _pixels(name: str, image: Any, axes: int) -> np.ndarray:
     """A picture (h, w, 3), or a video (F, h, w, 3), as uint8."""
-    pixels = video_io.read_image(image) if _is_path(image) else np.asarray(image)
+    pixels = footage.read_image(image) if _is_path(image) else np.asarray(image)
     if pixels.ndim != axes or pixels.shape[-1] != 3 or not pixels.size:
         expected = "(height, width, 3)" if axes == 3 else "(frames, height, width, 3)"
         raise UserError(f"{name} has shape {pixels.shape}; must be {expected}, or a file")

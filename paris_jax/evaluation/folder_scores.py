@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.schemas import EvaluationManifest
 from paris_jax.config import hashing
-from paris_jax.data.sources import folder as source
+from paris_jax.data.sources import folder
+from paris_jax.data.sources.captions import find_tables
 from paris_jax.errors import UserError
 from paris_jax.evaluation import distances, estimates, features, folders, results
 from paris_jax.evaluation.cache import ResultCache
@@ -198,10 +200,8 @@ def _measure(
 
 def _captions(videos: VideoFolder) -> dict[str, str]:
     """Captions of the generated videos, which a CLIP score needs; the reference has none where no file gives them."""
-    has_some = any((videos.root / name).exists() for name in source.TABLES) or any(videos.root.glob("**/*.txt"))
-    if videos.flag == "reference" and not has_some:
-        return {}
-    return source.read_captions(videos.root, source.find(videos.root))
+    has_some = bool(find_tables(Path(videos.root), "")) or any(videos.root.glob("**/*.txt"))
+    return {} if videos.flag == "reference" and not has_some else folder.read_captions(videos.root)
 
 
 LABELS = {

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
-from paris_jax.data import video
-from paris_jax.data.sources import folder as source
+from paris_jax.data import footage, video
+from paris_jax.data.sources import folder, video_file
 from paris_jax.errors import UserError
 
 ClipChoice = Literal["first", "middle", "random"]
@@ -67,10 +67,11 @@ class VideoFolder:
         root = epath.Path(path)
         if "://" in str(root) or not root.is_dir():
             raise UserError(f"--{flag}={path}: must be a folder of videos on this machine")
-        names = source.find(root)
+        names = folder.find(root)
         if not names:
             raise UserError(
-                f"--{flag}={path} holds no video; put {', '.join(source.VIDEOS)} files or folders of frames there"
+                f"--{flag}={path} holds no video; put {', '.join(video_file.VIDEOS[:7])} files or folders of frames "
+                "there"
             )
         return cls(root, tuple(names), flag)
 
@@ -94,7 +95,7 @@ class VideoFolder:
         found = []
         for name in self.names:
             path = self.root / name
-            files = [path / picture for picture in source.pictures(path)] if path.is_dir() else [path]
+            files = [path / picture for picture in video_file.pictures(path)] if path.is_dir() else [path]
             found += [(str(f.relative_to(self.root)), f.stat().length, f.stat().mtime) for f in files]
         return found
 
@@ -122,12 +123,12 @@ class VideoFolder:
         """The frames of a video from the start of its clip on."""
         path = self.root / name
         if path.is_dir():
-            pictures = source.pictures(path)
-            count, frames = len(pictures), (video.read_image(path / picture) for picture in pictures)
+            pictures = video_file.pictures(path)
+            count, frames = len(pictures), (footage.read_image(path / picture) for picture in pictures)
         elif rule.fps is None:
-            count, frames = len(video.probe(path).times), (image for _, image in video.decode(path))
+            count, frames = len(footage.probe(path).times), (frame.image for frame in footage.decode(path))
         else:
-            count, frames = int(video.probe(path).duration * rule.fps + 1e-3), video.at_rate(path, rule.fps)
+            count, frames = int(footage.probe(path).duration * rule.fps + 1e-3), footage.at_rate(path, rule.fps)
         if count < rule.num_frames:
             raise UserError(
                 f"{path} has {count} frames, fewer than --num_frames={rule.num_frames}; lower it or remove the video"

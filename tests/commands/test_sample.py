@@ -9,7 +9,7 @@ from paris_jax import Ensemble, cli
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.commands import sample as stage
 from paris_jax.commands.sample import Output
-from paris_jax.data import video as video_io
+from paris_jax.data import footage
 from paris_jax.ensemble import sampling_params
 
 ENSEMBLE = ["--ensemble=bundled:shapes"]
@@ -194,7 +194,7 @@ def test_a_prompts_file_is_sampled_in_batches_with_a_seed_per_prompt(tmp_path, m
     # Each sample equals that of its prompt and seed alone.
     alone = Ensemble.load("bundled:shapes").sample(["a red square"], seed=[5], num_inference_steps=1)
     (path,) = [path for path in (tmp_path / "out").iterdir() if "red" in path.name]
-    frames = np.stack(list(video_io.at_rate(path, alone.fps))).astype(float)
+    frames = np.stack(list(footage.at_rate(path, alone.fps))).astype(float)
     assert np.abs(frames[:, ::8, ::8].mean() - alone.pixels()[0].mean()) < 12  # of 255, after the video codec
 
 

@@ -68,7 +68,7 @@ def test_every_clip_is_there_with_all_that_training_needs(whole):
 
 
 def test_the_bar_tells_clips_a_second_once_it_knows():
-    task: Any = types.SimpleNamespace(speed=None)
+    task: Any = types.SimpleNamespace(speed=None, description="clips")
     assert str(stage.Speed().render(task)) == ""
     task.speed = 12.345
     assert str(stage.Speed().render(task)) == "12.3 clips/s"
@@ -212,37 +212,88 @@ def test_real_videos_go_through_the_same_stage(tmp_path):
     assert manifest.read(fewer.data, DataManifest).clips == 4
 
 
-def test_a_caption_that_is_too_long_is_refused_by_clip(tmp_path):
-    data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "word " * 30})
+def lines_of(run: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in (Path(run.data) / "dropped.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_what_cannot_be_used_is_listed_counted_and_shown(tmp_path, capsys):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "word " * 30, "c.mp4": "broken"})
+    (tmp_path / "videos" / "c.mp4").write_bytes(b"broken")
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"The caption of clip b\.mp4#0000 cannot be used: .*has 30 words; the maximum is 24"
-    ):
+    prepare(experiment(data=data | {"max_dropped_share": 0.6}), run)
+    found = manifest.read(run.data, DataManifest, verify=True)
+    assert found.clips == 2
+    assert [(kind.stage, kind.reason, kind.count) for kind in found.dropped] == [
+        ("caption", "has a caption that cannot be encoded", 2),
+        ("decode", "cannot be read as video", 1),
+    ]
+    assert [line["id"] for line in lines_of(run)] == ["c.mp4", "b.mp4#0000", "b.mp4#0001"]
+    assert "the maximum is 24" in next(line["detail"] for line in lines_of(run) if line["stage"] == "caption")
+    shown = capsys.readouterr().out
+    assert "2 clips are used, 3 clips and files are dropped" in shown and "cannot be read as video" in shown
+
+
+def test_too_many_losses_are_refused_and_may_be_allowed_without_decoding_again(tmp_path, monkeypatch):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "broken"})
+    (tmp_path / "videos" / "b.mp4").write_bytes(b"broken")
+    run = RunFolder(tmp_path / "run")
+    share = r"1 of 3 clips and files cannot be used, 33\.3% where data\.max_dropped_share=0\.05"
+    reasons = r": 1 x cannot be read as video, such as b\.mp4 .*raise data\.max_dropped_share"
+    with pytest.raises(UserError, match=share + reasons):
         prepare(experiment(data=data), run)
+    assert not manifest.exists(run.data)
+    monkeypatch.setattr(stage, "write", lambda *_: pytest.fail("the shards are there"))
+    prepare(experiment(data=data | {"max_dropped_share": 0.4}), run)
+    assert manifest.read(run.data, DataManifest).clips == 2
+
+
+def test_strict_refuses_at_the_first(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine", "b.mp4": "broken"})
+    (tmp_path / "videos" / "b.mp4").write_bytes(b"broken")
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^b\.mp4 cannot be read as video .*\(stage decode\); mend or remove it"):
+        prepare(experiment(data=data | {"max_dropped_share": 1.0}), run, strict=True)
+    assert not manifest.exists(run.data)
+    (tmp_path / "videos" / "b.mp4").unlink()
+    (tmp_path / "videos" / "captions.csv").write_text("file,caption\nb.mp4,gone\n")
+    with pytest.raises(UserError, match=r"captions\.csv, line 2 names a file that is not there"):
+        prepare(experiment(data=data), RunFolder(tmp_path / "other"), strict=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_usable_is_refused(tmp_path):
+    data = put_videos(tmp_path / "videos", {"a.mp4": "fine"})
+    run = RunFolder(tmp_path / "run")
+    too_long = experiment(data=data | {"num_frames": 400, "max_dropped_share": 1.0})
+    with pytest.raises(UserError, match=r"No clip can be used: 1 x is shorter than one clip, such as a\.mp4"):
+        prepare(too_long, run)
     assert not manifest.exists(run.data)
 
 
-def test_bad_video_is_refused_before_anything_is_written(tmp_path):
-    data = put_videos(tmp_path / "videos", {"a.mp4": "fine"})
-    (tmp_path / "videos" / "b.mp4").write_bytes(b"broken")
-    (tmp_path / "videos" / "b.txt").write_text("broken")
-    run = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=r"b\.mp4 cannot be read"):
-        prepare(experiment(data=data), run)
-    assert not Path(run.path).exists()
+def test_a_file_that_changes_between_two_runs_is_decoded_again(tmp_path, monkeypatch):
+    data = put_videos(tmp_path / "videos", {f"{name}.mp4": "fine" for name in "abcd"})
+    run, of = RunFolder(tmp_path / "run"), stage.finish
+    monkeypatch.setattr(stage, "finish", lambda *_: None)  # as if the run was killed after the last shard
+    prepare(experiment(data=data), run, shard_size=2)
+    monkeypatch.setattr(stage, "finish", of)
+    before = {path: path.stat().st_mtime_ns for path in Path(run.data).glob("*.array_record")}
+    video.write_video(tmp_path / "videos" / "c.mp4", 255 - ShapesSource(2, 1, 16, 32, 40, 8.0)[0].video, 8.0, scale=1)
+    prepare(experiment(data=data), run, shard_size=2)
+    changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert changed == ["data-00001-of-00002.array_record"]
+    fresh = RunFolder(tmp_path / "fresh")
+    prepare(experiment(data=data), fresh, shard_size=2)
+    assert contents(run) == contents(fresh)
 
 
-def test_what_a_refusal_advises_can_be_done_in_the_same_folder(tmp_path):
-    data = put_videos(tmp_path / "videos", {"a.mp4": "words that are five long"})
-    run = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=r"shorter than one clip .* lower data.num_frames"):
-        prepare(experiment(data=data | {"num_frames": 400}), run)
-    with pytest.raises(UserError, match=r"the maximum is 3.* raise text.max_tokens"):
-        prepare(experiment(data=data, text={"max_tokens": 3}), run)
-    prepare(experiment(data=data), run)
-    assert run.stored_config().hash == experiment(data=data).hash
-    with pytest.raises(UserError, match=r"made with another config \(different: text.max_tokens\)"):
-        prepare(experiment(data=data, text={"max_tokens": 7}), run)
+def test_num_clips_bounds_the_clips_of_a_folder(tmp_path):
+    data = put_videos(tmp_path / "videos", {f"{name}.mp4": "fine" for name in "abcd"})
+    for processes in (1, 2):
+        run = RunFolder(tmp_path / f"run{processes}")
+        prepare(experiment(data=data | {"num_clips": 5}), run, shard_size=1, processes=processes)
+        assert manifest.read(run.data, DataManifest, verify=True).clips == 5
+        assert [record.id for record in records.read_records(run.data)][-1] == "c.mp4#0000"
+    assert contents(RunFolder(tmp_path / "run1")) == contents(RunFolder(tmp_path / "run2"))
 
 
 def test_minilm_goes_through_the_same_stage(tmp_path):

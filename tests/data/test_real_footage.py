@@ -15,9 +15,10 @@ from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output, sample
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
-from paris_jax.data.preparation import prepare
+from paris_jax.data.preparation import decode, prepare
 from paris_jax.data.records import read_records
-from paris_jax.data.sources.source import source
+from paris_jax.data.sources.clip import Clip
+from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs
 from paris_jax.evaluation.protocol import evaluate
 from tests.conftest import micro_config
@@ -82,6 +83,9 @@ def test_the_latents_are_the_footage(footage, prepared):
     """A clip decoded from the cache is the clip that the source cut, exactly."""
     records = {record.id: record for record in read_records(prepared.data)}
     codec = codecs.codec("pixels", time=2, height=2, width=2)
-    for clip in list(source(configured(footage).data))[::10]:
+    videos = source(configured(footage).data)
+    clips = list(decode(video for index in range(len(videos)) for video in videos.videos(index)))
+    for clip in clips[::10]:
+        assert isinstance(clip, Clip)
         decoded = codecs.to_uint8(codec.decode(records[clip.id].latent.astype(np.float32)))
         np.testing.assert_array_equal(decoded, clip.video)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paris_jax.data import lettering, video
+from paris_jax.data import footage, lettering, video
 from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.errors import UserError
 
@@ -14,11 +14,11 @@ CLIP = ShapesSource(0, 10, 8, 20, 20, 8.0)[2].video
 def test_a_written_video_keeps_its_frames_times_and_colours(tmp_path, ending, off):
     path = tmp_path / f"clip.{ending}"
     video.write_video(path, CLIP, fps=8.0)
-    footage = video.probe(path)
-    np.testing.assert_allclose(footage.times, np.arange(8) / 8, atol=off)
-    assert footage.duration == pytest.approx(1.0, abs=0.02)
-    assert (footage.height, footage.width) == (160, 160)
-    seconds, frames = zip(*video.decode(path, size=(20, 20)), strict=True)
+    found = footage.probe(path)
+    np.testing.assert_allclose(found.times, np.arange(8) / 8, atol=off)
+    assert found.duration == pytest.approx(1.0, abs=0.02)
+    assert (found.height, found.width) == (160, 160)
+    seconds, _, frames, _ = zip(*footage.decode(path, scale=lambda *_: (20, 20)), strict=True)
     np.testing.assert_allclose(seconds, np.arange(8) / 8, atol=off)
     assert np.abs(np.stack(frames).astype(int) - CLIP).mean() < 6
     assert not list(tmp_path.glob(".*"))
@@ -33,14 +33,14 @@ def test_reading_starts_at_the_key_frame_before_the_time_asked_for(tmp_path):
     path = tmp_path / "long.mp4"
     ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8)[:, None, None, None], (120, 32, 32, 3))
     video.write_video(path, ramp, fps=30.0, scale=1)
-    seconds, frame = next((s, f) for s, f in video.decode(path, start=3.0) if s >= 3.0)
-    assert seconds == pytest.approx(3.0)
-    assert frame.mean() == pytest.approx(180, abs=3)
+    frame = next(f for f in footage.decode(path, start=3.0) if f.seconds >= 3.0)
+    assert frame.seconds == pytest.approx(3.0)
+    assert frame.image.mean() == pytest.approx(180, abs=3)
 
 
 def test_pictures_come_back_exactly(tmp_path):
     video.write_png(tmp_path / "picture.png", CLIP[0])
-    np.testing.assert_array_equal(video.read_image(tmp_path / "picture.png"), CLIP[0])
+    np.testing.assert_array_equal(footage.read_image(tmp_path / "picture.png"), CLIP[0])
 
 
 def test_fitting_covers_and_crops_the_middle():
@@ -68,11 +68,11 @@ def test_what_is_not_a_video_is_refused_by_name(tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"this is not a video" * 100)
     with pytest.raises(UserError, match=r"broken\.mp4"):
-        video.probe(broken)
+        footage.probe(broken)
     with pytest.raises(UserError, match=r"broken\.mp4"):
-        list(video.decode(broken))
+        list(footage.decode(broken))
     with pytest.raises(UserError, match=r"absent\.mp4"):
-        video.probe(tmp_path / "absent.mp4")
+        footage.probe(tmp_path / "absent.mp4")
     with pytest.raises(UserError, match=r"clip\.avi.*\.mp4"):
         video.write_video(tmp_path / "clip.avi", CLIP, 8.0)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
+from paris_jax.data import footage
 from paris_jax.data import video as video_io
 from paris_jax.diffusion import cond_masks
 from paris_jax.diffusion.guidance import STEADY, Strength
@@ -193,7 +194,7 @@ def test_files_are_read_and_a_video_is_gone_on_from_its_last_frames(tmp_path):
     video_io.write_video(tmp_path / "clip.gif", np.repeat(moving, 1, 0), 8.0, scale=1)
     given, shown = frames_of(encoded(video=tmp_path / "clip.gif", num_cond_frames=3))
     assert given == [[1, 1, 1, 0, 0]]
-    read = np.stack(list(video_io.at_rate(tmp_path / "clip.gif", 8.0)))
+    read = np.stack(list(footage.at_rate(tmp_path / "clip.gif", 8.0)))
     assert read.shape == moving.shape
     np.testing.assert_allclose(shown[0, :3], to_float(read[3:]), atol=1e-6)
     _, shown = frames_of(encoded(video=moving, num_cond_frames=2))
@@ -203,9 +204,9 @@ def test_files_are_read_and_a_video_is_gone_on_from_its_last_frames(tmp_path):
 def test_a_video_at_another_rate_is_read_at_the_ensembles(tmp_path):
     gray = np.stack([np.full((8, 12, 3), 10 * k, np.uint8) for k in range(8)])
     video_io.write_video(tmp_path / "clip.gif", gray, 20.0, scale=1)
-    read = np.stack(list(video_io.at_rate(tmp_path / "clip.gif", 10.0)))
+    read = np.stack(list(footage.at_rate(tmp_path / "clip.gif", 10.0)))
     np.testing.assert_array_equal(read[:, 0, 0, 0], [0, 20, 40, 60])
-    assert len(list(video_io.at_rate(tmp_path / "clip.gif", 40.0))) == 16
+    assert len(list(footage.at_rate(tmp_path / "clip.gif", 40.0))) == 16
 
 
 def test_another_size_is_scaled_and_another_aspect_cropped_or_boxed_where_asked():

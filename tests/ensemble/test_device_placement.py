@@ -20,7 +20,7 @@ import pytest
 from paris_jax import Ensemble
 from paris_jax.cli import run
 from paris_jax.commands.sample import sample
-from paris_jax.data import video
+from paris_jax.data import footage
 from paris_jax.ensemble import device_placement, sampling_params, sparse_velocity
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sparse_velocity import experts_by_group
@@ -271,7 +271,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert "of0.png" in said and "wrote" not in silent and "sampling" not in silent
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "of0.png"]
-    together, alone = (video.read_image(tmp_path / f"{name}.png").astype(float) for name in ("of0", "alone"))
+    together, alone = (footage.read_image(tmp_path / f"{name}.png").astype(float) for name in ("of0", "alone"))
     np.testing.assert_allclose(together, alone, atol=2)  # of 255
 
 

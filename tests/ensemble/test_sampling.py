@@ -209,10 +209,9 @@ def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):
     assert [config.rows_per_pass((4, 4, 10, 10, 24)) for config, *_ in passes] == [2, 1]  # both branches, or one
 
 
-WORDS = "word " * 100
-
-
-@pytest.mark.parametrize("prompt, named", [("", "empty"), ("  ", "empty"), (WORDS, "100 words; the maximum is 24")])
+@pytest.mark.parametrize(
+    "prompt, named", [("", "empty"), ("  ", "empty"), ("word " * 100, "100 words; the maximum is 24")]
+)
 def test_an_empty_or_too_long_prompt_is_refused(prompt, named, ensemble):
     with pytest.raises(UserError, match=named):
         ensemble.sample([prompt])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from paris_jax import Ensemble
-from paris_jax.data import video
+from paris_jax.data import footage
 from paris_jax.errors import UserError
 from paris_jax.evaluation import vbench
 
@@ -15,7 +15,7 @@ def test_files_are_named_by_prompt_and_number(trained, tmp_path):
     prompts = ["a red circle moving right", "a large blue square on white"]
     assert vbench.write(model, prompts, out, seed=7, per_prompt=2, batch_size=3) == 4
     assert sorted(p.name for p in out.iterdir()) == sorted(f"{p}-{i}.mp4" for p in prompts for i in (0, 1))
-    first, second = (video.read_image(out / f"{prompts[0]}-{i}.mp4") for i in (0, 1))
+    first, second = (footage.read_image(out / f"{prompts[0]}-{i}.mp4") for i in (0, 1))
     assert (first != second).any()
     protocol = json.loads((tmp_path / "videos.protocol.json").read_text())
     assert protocol["seeds"] == [7, 8] and protocol["sampling"]["num_inference_steps"] == 3

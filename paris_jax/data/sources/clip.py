@@ -1,8 +1,12 @@
-"""The clip: the item that every source of video yields."""
+"""What sources of video yield: captioned clips, videos to cut into clips, and what was dropped of both."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
+
+STAGES = ("list", "read", "decode", "caption", "encode", "curate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,3 +26,37 @@ class Clip:
     fps: float
     caption: str
     attributes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A clip, a video or a line of a caption table that is not used.
+
+    Attributes:
+      id: of the clip or video; the place of a line.
+      stage: one of STAGES; "curate" is a choice of the config, the others are faults.
+      reason: the kind of fault, the same words for all of a kind.
+      detail: what is known of this one.
+    """
+
+    id: str
+    stage: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
+
+class Video(Protocol):
+    """A video that is not decoded yet; picklable, because a worker process decodes it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def caption(self) -> str: ...
+
+    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+        """Decodes the clips in order, each with its number in the video, from number `first` on."""
+        ...

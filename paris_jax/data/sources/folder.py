@@ -1,266 +1,282 @@
 """Real video as a source of clips: a directory of video files or folders of frames, with captions.
 
-Captions are read from captions.csv or captions.jsonl (columns `file` and `caption`, paths relative to the directory),
-or from a .txt file of the same name beside each video.
+Captions come from tables (`sources.captions`), or from a .txt file of the same name beside each video.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
-import re
-from collections.abc import Callable, Iterator
+import os
+import stat
+import types
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 from etils import epath
 
-from paris_jax.data import video
-from paris_jax.data.sources.clip import Clip
+from paris_jax.artifacts import safe_files
+from paris_jax.data.sources import captions
+from paris_jax.data.sources.clip import Dropped, Video
+from paris_jax.data.sources.source import Source
+from paris_jax.data.sources.video_file import VIDEOS, Cutting, FrameFolder, VideoFile, is_hidden, pictures
 from paris_jax.errors import UserError
 
-VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Time span of one clip within its video, and the size to decode it at.
+class FolderSource(Source):
+    """Consecutive clips of every video of a directory, in order of name.
+
+    Videos are resampled to the clips' frame rate (the frame displayed at each instant), scaled to cover height x width
+    and cropped to the centre.
 
     Attributes:
-      number: index of the clip within its video.
-      start: start of the clip, in seconds from the start of the video.
-      size: (rows, columns) to scale to before cropping.
-      last: presentation time of the clip's last frame, in seconds.
-      slack: tolerance for rounded frame times, in seconds.
+      root: the directory.
+      names: paths of the videos, relative to it, with forward slashes.
+      captions: by name, from tables; the other videos may have a text file beside them.
     """
 
-    number: int
-    start: float
-    size: tuple[int, int]
-    last: float
-    slack: float
+    root: str
+    names: tuple[str, ...]
+    captions: dict[str, str]
+    cutting: Cutting = Cutting(1, 1, 1, 1.0)
+    dropped: tuple[Dropped, ...] = ()
 
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """One clip of the directory: the relative path of its video (forward slashes), its caption and its cut."""
-
-    name: str
-    caption: str
-    cut: Cut
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-    """Source of consecutive clips cut from every video of a directory, in order of name.
-
-    Videos are resampled to `fps` (the frame displayed at each instant), scaled to cover height x width and cropped to
-    the centre. A folder of frames has no frame rate of its own and is assumed to be at `fps`.
-    """
-
-    path: str
-    frames: int
-    height: int
-    width: int
-    fps: float
-    scenes: tuple[Scene, ...]
+    items_per_shard = 64  # videos, of which each gives several clips
 
     @classmethod
-    def open(cls, path: epath.PathLike, frames: int, height: int, width: int, fps: float) -> "FolderSource":
-        """Finds all videos and captions of a directory and plans the cuts.
+    def open(cls, data: Any) -> "FolderSource":
+        """Lists the videos of `data.path` and reads the caption tables; opens no video.
 
         Raises:
-          UserError: a file is missing, broken, too short, or without a UTF-8 caption; the message names the first.
+          UserError: not a directory, no video in it, or a caption table that cannot be read.
         """
-        root = epath.Path(path)
-        if "://" in str(root):
-            raise UserError(f"data.path={root}: must be a local directory; copy the videos to this machine first")
+        root = Path(data.path)
+        if not safe_files.is_local(data.path):
+            raise UserError(f"data.path={data.path}: must be a local directory; copy the videos to this machine first")
         if not root.is_dir():
             raise UserError(f"data.path={root}: is not a directory; give the directory that holds the videos")
-        names = find(root)
-        if not names:
+        listing = Listing(root)
+        names = listing.names()
+        if not names and not listing.dropped:
             raise UserError(
                 f"data.path={root}: holds no video; put {', '.join(VIDEOS[:3])} files or folders of frames there, "
                 "with captions in captions.csv"
             )
-        captions = read_captions(root, names)
-        scenes = []
-        for name in names:
-            path = root / name
-            cuts = cut_pictures(path, frames, fps) if path.is_dir() else cut_video(path, frames, height, width, fps)
-            scenes += [Scene(name, captions[name], cut) for cut in cuts]
-        return cls(str(root), frames, height, width, fps, tuple(scenes))
+        found, faults = _read_captions(root, names, listing.aliases, data)
+        return cls(str(root), tuple(names), found, Cutting.of(data), (*listing.dropped, *faults))
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> Clip:
-        if not 0 <= index < len(self.scenes):
-            raise IndexError(f"clip {index} of {len(self.scenes)}")
-        scene = self.scenes[index]
-        path = epath.Path(self.path) / scene.name
-        read = self._read_pictures if path.is_dir() else self._read_video
-        return Clip(f"{scene.name}#{scene.cut.number:04d}", read(path, scene.cut), self.fps, scene.caption)
+    def videos(self, index: int) -> Iterator[Video | Dropped]:
+        name = self.names[index]
+        path = Path(self.root, name)
+        try:
+            caption = self.caption(name)
+        except UserError as error:
+            yield Dropped(name, "list", "has a caption that cannot be read", str(error))
+            return
+        if not caption:
+            yield Dropped(name, "list", "has no caption")
+        elif path.is_dir():
+            yield FrameFolder(name, str(path), caption, self.cutting)
+        else:
+            yield VideoFile(name, str(path), caption, self.cutting)
 
-    def __iter__(self) -> Iterator[Clip]:
-        return (self[index] for index in range(len(self)))
+    def caption(self, name: str) -> str:
+        """The caption of a video, "" for none; raises UserError for a text file that is not UTF-8."""
+        text = self.captions.get(name)
+        beside = _beside(Path(self.root, name))
+        if text is None and beside.is_file():
+            text = captions.read_text(beside)
+        return " ".join((text or "").split())
 
-    def first(self, count: int) -> "FolderSource":
-        """Returns a source of the first `count` clips."""
-        return dataclasses.replace(self, scenes=self.scenes[:count])
+    def stamp(self, index: int) -> str:
+        name = self.names[index]
+        path = Path(self.root, name)
+        try:
+            files = [path / each for each in pictures(path)] if path.is_dir() else [path]
+            states = [(p.name, s.st_size, s.st_mtime_ns) for p, s in ((p, p.stat()) for p in files)]
+            text = self.captions.get(name)
+            if text is None and _beside(path).is_file():
+                text = hashlib.sha256(_beside(path).read_bytes()).hexdigest()
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        return repr((name, states, text))
 
     def describe(self) -> dict[str, Any]:
-        """Returns the number of videos and a digest of all cuts and captions, which detects a changed directory."""
-        digest = hashlib.sha256(repr(self.scenes).encode()).hexdigest()
-        return {"name": "folder", "videos": len({scene.name for scene in self.scenes}), "digest": digest}
-
-    def _read_video(self, path: epath.Path, cut: Cut) -> np.ndarray:
-        wanted = cut.start + np.arange(self.frames) / self.fps
-        chosen: list[np.ndarray] = []
-        shown, seconds = None, -np.inf  # the displayed frame and its time
-        for next_seconds, image in video.decode(path, cut.start, cut.size):
-            while shown is not None and len(chosen) < self.frames and wanted[len(chosen)] < next_seconds - cut.slack:
-                chosen.append(shown)
-            if len(chosen) == self.frames:
-                return np.stack(chosen)
-            shown, seconds = video.crop(image, self.height, self.width), next_seconds
-        if shown is None or seconds < cut.last - cut.slack:
-            raise UserError(
-                f"{path} breaks off at {max(seconds, 0.0):.2f} s while decoding; "
-                "replace or remove the file, then run the same command again"
-            )
-        return np.stack(chosen + [shown] * (self.frames - len(chosen)))
-
-    def _read_pictures(self, path: epath.Path, cut: Cut) -> np.ndarray:
-        names = pictures(path)[cut.number * self.frames :][: self.frames]
-        return np.stack([video.fit(video.read_image(path / name), self.height, self.width) for name in names])
+        return {"name": "folder", "videos": len(self.names)}
 
 
-def find(root: epath.Path, folder: str = "") -> list[str]:
-    """Returns the relative names of all videos and folders of frames under a directory, sorted."""
-    names = []
-    for entry in sorted((root / folder).iterdir(), key=lambda entry: entry.name):
-        name = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name.startswith("."):
+def _beside(path: Path) -> Path:
+    """The text file of a video."""
+    return path.with_suffix(".txt") if path.suffix.lower() in VIDEOS else path.with_name(f"{path.name}.txt")
+
+
+class Listing:
+    """Finds the videos below a directory: each file and folder once, however many links lead to it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.dropped: list[Dropped] = []
+        self.aliases: dict[str, str] = {}  # name of a link -> name that is kept
+        self._found: dict[str, list[tuple[bool, str]]] = {}  # real path -> (is reached through a link, name)
+        self._visited: set[str] = set()  # real paths of folders
+        self._links: list[tuple[Path, str]] = []  # to folders, followed after the folders themselves
+
+    def names(self) -> list[str]:
+        """The relative names of all videos and folders of frames, sorted; a file's own name before those of links."""
+        self._walk(self.root, "", False)
+        for link, name in self._links:  # grows while links are followed
+            if self._leads_above(link):
+                self.dropped.append(Dropped(_printable(name), "list", "is a link to a folder above the directory"))
+            else:
+                self._walk(link, name, True)
+        kept = []
+        for candidates in self._found.values():
+            first, *others = [name for _, name in sorted(candidates)]
+            kept.append(first)
+            self.aliases |= dict.fromkeys(others, first)
+        return sorted(kept)
+
+    def _leads_above(self, link: Path) -> bool:
+        target, root = os.path.realpath(link), os.path.realpath(self.root)
+        return target != root and os.path.commonpath([target, root]) == target
+
+    def _walk(self, folder: Path, prefix: str, linked: bool) -> bool:
+        """Lists one folder; returns whether it, or one below, holds a video."""
+        real = os.path.realpath(folder)
+        if real in self._visited:
+            return False
+        self._visited.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self.dropped.append(Dropped(_printable(prefix or "."), "list", "cannot be opened", error.strerror or ""))
+            return False
+        found = False
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            name = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir() and entry.is_symlink():
+                self._links.append((Path(entry.path), name))
+            elif entry.is_dir():
+                found |= self._walk(Path(entry.path), name, linked)
+            elif Path(entry.name).suffix.lower() in VIDEOS:
+                found |= self._is_usable(entry, name) and self._keep(entry.path, name, linked or entry.is_symlink())
+        if not found and prefix and self._holds_pictures(folder):
+            found = self._is_named_in_utf8(prefix) and self._keep(str(folder), prefix, linked)
+        return found
+
+    def _holds_pictures(self, path: Path) -> bool:
+        try:
+            return bool(pictures(path))  # images beside videos are thumbnails, not frames
+        except OSError:
+            return False
+
+    def _keep(self, path: str, name: str, linked: bool) -> bool:
+        self._found.setdefault(os.path.realpath(path), []).append((linked, name))
+        return True
+
+    def _is_usable(self, entry: os.DirEntry, name: str) -> bool:
+        fault = ""
+        try:
+            if not stat.S_ISREG(entry.stat().st_mode):
+                fault = "is not a regular file"
+        except FileNotFoundError:
+            fault = "is a link to a file that is not there"
+        except OSError as error:
+            fault = f"cannot be opened: {error.strerror}"
+        if fault:
+            self.dropped.append(Dropped(_printable(name), "list", fault))
+        return not fault and self._is_named_in_utf8(name)
+
+    def _is_named_in_utf8(self, name: str) -> bool:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            self.dropped.append(Dropped(_printable(name), "list", "has a name that is not UTF-8"))
+            return False
+        return True
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _read_captions(
+    root: Path, names: list[str], aliases: dict[str, str], data: Any
+) -> tuple[dict[str, str], list[Dropped]]:
+    """Captions by name from all tables, and the lines that are not used."""
+    known = dict.fromkeys(names)
+    lookup = _Lookup(root, known.keys() | aliases.keys())
+    found: dict[str, str] = {}
+    dropped: list[Dropped] = []
+    tables = captions.find_tables(root, data.captions)
+    rows: list[Iterator[tuple[str, str, str] | Dropped]] = [
+        captions.read_table(path, data.file_column, data.caption_column) for path in tables
+    ]
+    for row in (row for each in (*rows, captions.read_lists(root) if not data.captions else ()) for row in each):
+        if isinstance(row, Dropped):
+            dropped.append(row)
             continue
-        if entry.is_dir():
-            inside = find(root, name)  # images beside videos are thumbnails, not frames
-            names += inside or ([name] if pictures(entry) else [])
-        elif entry.suffix.lower() in VIDEOS:
-            names.append(name)
-    return names
+        file, caption, place = row
+        name = lookup.find(file)
+        if name is None:
+            dropped.append(Dropped(place, "list", "names a file that is not there", file))
+            continue
+        name = aliases.get(name, name)
+        if name in found:
+            dropped.append(Dropped(place, "curate", "is a further caption of a video", name))
+        else:
+            found[name] = caption
+    return found, dropped
 
 
-def pictures(folder: epath.Path) -> list[str]:
-    """Returns the names of the images in a folder, in natural order: 9.png before 10.png."""
-    names = (entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICTURES)
-    return sorted(names, key=_in_order)
+class _Lookup:
+    """Finds the video that a table means: by its path from the directory, however it is written."""
+
+    def __init__(self, root: Path, names: Any):
+        self.root, self.names = root, names
+        self.composed: dict[str, str] = {}  # names in Unicode's composed form, where they are not written so
+        for name in names:
+            if not name.isascii():
+                self.composed[unicodedata.normalize("NFC", name)] = name
+
+    def find(self, file: str) -> str | None:
+        for written in (file, file.strip(), file.replace("\\", "/")):
+            for path in (written, self._inside(written)):
+                if path in self.names:
+                    return path
+                composed = unicodedata.normalize("NFC", path)
+                if composed in self.composed:
+                    return self.composed[composed]
+        return next((file + ending for ending in VIDEOS if file + ending in self.names), None)
+
+    def _inside(self, file: str) -> str:
+        path = os.path.normpath(file)
+        if os.path.isabs(path):
+            path = os.path.relpath(path, os.path.abspath(self.root))
+        return path.replace(os.sep, "/")
 
 
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", name)  # text and digits alternate
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
-
-
-def cut_video(path: epath.Path, frames: int, height: int, width: int, fps: float) -> list[Cut]:
-    """Cuts a video into consecutive clips; raises UserError if it is shorter than one clip."""
-    footage = video.probe(path)
-    length = frames / fps
-    count = int((footage.duration + 1e-3) / length)
-    if not count:
+def read_captions(root: epath.PathLike) -> dict[str, str]:
+    """Returns the caption of every video under a directory; raises UserError for a video without one."""
+    listing = Listing(Path(root))
+    names = listing.names()
+    settings = types.SimpleNamespace(captions="", file_column="", caption_column="")
+    source = FolderSource(str(root), tuple(names), _read_captions(Path(root), names, listing.aliases, settings)[0])
+    found = {name: source.caption(name) for name in names}
+    if missing := [name for name in names if not found[name]]:
         raise UserError(
-            f"{path} is {footage.duration:.2f} s long, shorter than one clip of {length:.2f} s "
-            f"(data.num_frames={frames} at data.fps={fps:g}); lower data.num_frames, raise data.fps, or remove the file"
+            f"{Path(root, missing[0])} has no caption; add a line to {Path(root, 'captions.csv')} or write it in "
+            f"{_beside(Path(root, missing[0]))}"
         )
-    size = video.cover(footage.height, footage.width, height, width)
-    slack = 0.25 * float(np.min(np.diff(footage.times), initial=1 / fps))
-    cuts = []
-    for number in range(count):
-        start = number * length
-        last = np.searchsorted(footage.times - slack, start + (frames - 1) / fps, side="right") - 1
-        cuts.append(Cut(number, start, size, float(footage.times[max(last, 0)]), slack))
-    return cuts
+    return found
 
 
-def cut_pictures(path: epath.Path, frames: int, fps: float) -> list[Cut]:
-    """Cuts a folder of frames into consecutive clips; raises UserError if it holds fewer frames than one clip."""
-    count = len(pictures(path))
-    if count < frames:
-        raise UserError(
-            f"{path} holds {count} frames, fewer than one clip of data.num_frames={frames}; lower it or remove the "
-            "folder"
-        )
-    return [Cut(number, number * frames / fps, (0, 0), 0.0, 0.0) for number in range(count // frames)]
-
-
-def read_captions(root: epath.Path, names: list[str]) -> dict[str, str]:
-    """Returns the caption of every video.
-
-    Raises:
-      UserError: a video has no caption, or a table cannot be read or names a file that does not exist.
-    """
-    captions: dict[str, str] = {}
-    for table in TABLES:
-        if (root / table).exists():
-            rows = TABLES[table](root / table)
-            unknown = sorted(rows.keys() - set(names))
-            if unknown:
-                raise UserError(
-                    f"{root / table} names {unknown[0]!r}, which is not there; correct the name or remove the line"
-                )
-            captions |= rows
-    for name in names:
-        beside = (root / name).with_suffix(".txt") if (root / name).suffix.lower() in VIDEOS else root / f"{name}.txt"
-        if name not in captions and beside.exists():
-            captions[name] = _text(beside)
-        captions[name] = " ".join(captions.get(name, "").split())
-        if not captions[name]:
-            raise UserError(
-                f"{root / name} has no caption; add a line to {root / 'captions.csv'} or write it in {beside}"
-            )
-    return captions
-
-
-def _text(path: epath.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
-
-
-def _read_csv(path: epath.Path) -> dict[str, str]:
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
-    return _pairs(path, ((rows.line_num, row) for row in rows))
-
-
-def _read_jsonl(path: epath.Path) -> dict[str, str]:
-    def rows() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(_text(path).splitlines(), 1):
-            try:
-                if line.strip():
-                    yield number, msgspec.json.decode(line)
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: is not JSON ({error}); correct the line") from error
-
-    return _pairs(path, rows())
-
-
-def _pairs(path: epath.Path, rows: Iterator[tuple[int, Any]]) -> dict[str, str]:
-    """Returns the captions by file from rows with the columns `file` and `caption`.
-
-    Raises:
-      UserError: a row lacks a column or repeats a file; the message names its line.
-    """
-    captions: dict[str, str] = {}
-    for number, row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file", "caption")):
-            raise UserError(f"{path}, line {number}: needs the columns file and caption; add the missing one")
-        if row["file"] in captions:
-            raise UserError(f"{path}, line {number}: names {row['file']!r} a second time; keep one line for each file")
-        captions[row["file"]] = row["caption"]
-    return captions
-
-
-TABLES: dict[str, Callable[[epath.Path], dict[str, str]]] = {"captions.csv": _read_csv, "captions.jsonl": _read_jsonl}
+def find(root: epath.PathLike) -> list[str]:
+    """Returns the relative names of all videos and folders of frames under a directory, sorted."""
+    return Listing(Path(root)).names()

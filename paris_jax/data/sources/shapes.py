@@ -8,13 +8,13 @@ prompts.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from paris_jax.data.sources.clip import Clip
+from paris_jax.data.sources.source import ClipSource
 
 WORLDS = ("flat", "textured", "digits")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -278,7 +278,7 @@ def _ink(image: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesSource:
+class ShapesSource(ClipSource):
     """Clips of moving shapes: clip i depends on `seed`, i and the sizes alone."""
 
     seed: int
@@ -298,9 +298,6 @@ class ShapesSource:
         attributes = draw_attributes(rng)
         video = render(attributes, rng, self.frames, self.height, self.width)
         return Clip(f"shapes-{index:06d}", video, self.fps, caption(attributes), attributes)
-
-    def __iter__(self) -> Iterator[Clip]:
-        return (self[index] for index in range(len(self)))
 
     def describe(self) -> dict[str, Any]:
         return {"name": "shapes", "seed": self.seed}

@@ -1,34 +1,74 @@
-"""Sources of clips, by the name in the `data` section of a config."""
+"""What every source of clips has: items first, their clips on demand."""
 
-from typing import Any, Protocol
+import abc
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-from paris_jax.data.sources.clip import Clip
-from paris_jax.data.sources.shapes import ShapesSource
-from paris_jax.errors import UserError, nearest
+from paris_jax.data.sources.clip import Clip, Dropped, Video
 
 
-class Source(Protocol):
-    """An indexed source of clips: picklable, with the same clip at each index on every machine."""
+class Source(abc.ABC):
+    """An indexed source: items first (files, tar shards, records), their clips on demand.
 
-    @property
-    def fps(self) -> float: ...
+    Picklable, with the same items and clips on every machine.
 
-    def __len__(self) -> int: ...
+    Attributes:
+      isolated: whether clips are decoded by worker processes, which a broken file may take down.
+      items_per_shard: items that go into one shard of the latent cache.
+      dropped: what was found unusable while the items were listed.
+    """
 
+    isolated: bool = True
+    items_per_shard: int = 512
+    dropped: tuple[Dropped, ...] = ()
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of items."""
+
+    @abc.abstractmethod
+    def videos(self, index: int) -> Iterator[Video | Dropped]:
+        """The videos of an item, not decoded yet, in order."""
+
+    @abc.abstractmethod
+    def stamp(self, index: int) -> str:
+        """What an item is known by without reading it: name, size, time of change, captions."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry of the source."""
+
+
+class ClipSource(Source):
+    """A source whose items are single clips that are computed: subclasses have a length and `__getitem__`."""
+
+    isolated = False
+
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Clip: ...
 
-    def describe(self) -> dict[str, Any]: ...
+    def __iter__(self) -> Iterator[Clip]:
+        return (self[index] for index in range(len(self)))
+
+    def videos(self, index: int) -> Iterator[Video | Dropped]:
+        yield Computed(self, index)
+
+    def stamp(self, index: int) -> str:
+        return str(index)
 
 
-def source(data: Any) -> Source:
-    """Returns the source that the `data` section of an experiment names; raises UserError if it is unusable."""
-    if data.source == "shapes":
-        return ShapesSource(data.seed, data.num_clips, data.num_frames, data.height, data.width, data.fps)
-    if data.source == "folder":
-        from paris_jax.data.sources.folder import FolderSource
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """The clip of an item of a ClipSource."""
 
-        folder = FolderSource.open(data.path, data.num_frames, data.height, data.width, data.fps)
-        return folder.first(data.num_clips) if data.num_clips else folder
-    raise UserError(
-        f"data.source={data.source!r}: must be shapes or folder{nearest(data.source, ('shapes', 'folder'))}"
-    )
+    source: ClipSource
+    index: int
+    caption: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"item {self.index}"
+
+    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+        yield 0, self.source[self.index]

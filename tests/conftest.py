@@ -87,7 +87,7 @@ def micro_config():
     """A ConfigDict that runs every stage in seconds."""
     config = default_config()
     config.name = "micro"
-    config.data.update(num_clips=60, num_frames=4, height=8, width=8, heldout_fraction=0.15)
+    config.data.update(num_clips=60, num_frames=4, height=8, width=8, heldout_fraction=0.2, validation_share=0.5)
     config.network.update(preset="tiny", hidden=64, heads=4)
     config.diffusion.timestep_shift = 2.0
     config.masks.update(none=0.5, first=0.3, prefix=0.2)

@@ -2,7 +2,7 @@
 
 RUN/config.json                    the resolved config and its hash
 RUN/data/                          all clips as latents
-RUN/partition/                     centroids, clip id -> cluster, report; heldout/; clusters/K/
+RUN/partition/                     centroids, clip id -> cluster, report; clusters/K/, validation/, test/
 RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, lock, export/
 RUN/ensemble/ samples/ evaluation/
 """
@@ -51,7 +51,8 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.data = self.path / "data"
         self.partition = self.path / "partition"
-        self.heldout = self.partition / "heldout"
+        self.validation = self.partition / "validation"  # held-out clips that settings are tuned on
+        self.test = self.partition / "test"  # held-out clips that results are reported on
         self.ensemble = self.path / "ensemble"
         self.samples = self.path / "samples"
         self.evaluation = self.path / "evaluation"

@@ -229,8 +229,9 @@ class ClusterManifest(RecordsManifest, frozen=True, kw_only=True, tag="cluster")
 
 
 class HeldoutManifest(RecordsManifest, frozen=True, kw_only=True, tag="heldout"):
-    """RUN/partition/heldout; `sizes` by cluster."""
+    """RUN/partition/validation or test; `sizes` by cluster."""
 
+    split: Literal["validation", "test"] = "test"
     sizes: tuple[Count, ...]
 
 
@@ -239,13 +240,14 @@ class PartitionManifest(Manifest, frozen=True, kw_only=True, tag="partition"):
 
     Attributes:
       sizes: training clips by cluster.
-      heldout: number of held-out clips.
+      validation, test: numbers of held-out clips.
       data: `manifest.contents_hash` of the clips.
     """
 
     clusters: NumClusters
     sizes: tuple[Count, ...]
-    heldout: Count
+    validation: Count
+    test: Count
     data: OptionalSha256 = ""
 
 

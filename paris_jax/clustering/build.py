@@ -14,10 +14,11 @@ from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, Manifest, PartitionManifest
 from paris_jax.clustering import clusters, report
-from paris_jax.clustering.heldout import is_heldout
+from paris_jax.clustering.heldout import SPLITS, TEST, TRAIN, VALIDATION, split
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
+from paris_jax.data.sources.clip import video_of
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,13 @@ def _cluster(experiment: Experiment, run: RunFolder) -> None:
 
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         clips = _read(run.data, _bar(progress, "reading clips", data.clips))
-        heldout = choose_heldout(experiment, clips.ids)
+        splits = choose_splits(experiment, clips.ids)
+        heldout = splits != TRAIN
         check_enough(experiment, int(np.sum(~heldout)))
         rounds = experiment.clustering.restarts * (2 if experiment.clustering.fine_clusters else 1)
         partition, labels = fit(experiment, clips, heldout, _bar(progress, "k-means", rounds))
         check_sizes(experiment, np.bincount(labels[~heldout], minlength=experiment.clustering.num_clusters).tolist())
-        result = Result(partition, labels, heldout, _describe(partition, clips, labels, heldout))
+        result = Result(partition, labels, splits, _describe(partition, clips, labels, splits))
         _write(experiment, run, data, clips, result, _bar(progress, "writing", data.clips))
     report.print_report(result.described, Console())
     logger.info("%d clips are clustered: %s", len(clips.ids), run.partition)
@@ -79,24 +81,33 @@ class Clips:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Result of clustering: labels (N,) int32 and heldout (N,) bool of all clips, and the report as JSON data."""
+    """Result of clustering: labels (N,) int32 and splits (N,) uint8 of all clips, and the report as JSON data."""
 
     partition: clusters.Clustering
     labels: np.ndarray
-    heldout: np.ndarray
+    splits: np.ndarray
     described: dict[str, Any]
 
 
-def choose_heldout(experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
-    """Returns (N,) bool; refuses when a fraction is asked for and no clip falls into it."""
-    fraction = experiment.data.heldout_fraction
-    heldout = is_heldout(ids, fraction, experiment.data.seed)
-    if fraction and not heldout.any():
+def choose_splits(experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
+    """Returns (N,) uint8; refuses when a fraction is asked for and no clip is for the test."""
+    fraction, share = experiment.data.heldout_fraction, experiment.data.validation_share
+    splits = split(ids, fraction, share, experiment.data.seed)
+    if fraction and not (splits == TEST).any():
+        videos = len({video_of(clip) for clip in ids})
         raise UserError(
-            f"config.data.heldout_fraction={fraction}: none of the {len(ids)} clips falls into it, so nothing could be "
-            "evaluated; raise it, add clips, or set it to 0 to go without evaluation, with a new --workdir"
+            f"config.data.heldout_fraction={fraction}: none of the {videos} videos ({len(ids)} clips) falls into the "
+            "test split, so nothing could be evaluated; raise it, add videos, or set it to 0 to go without evaluation, "
+            "with a new --workdir"
         )
-    return heldout
+    if fraction and share and not (splits == VALIDATION).any():
+        logger.warning(
+            "no video falls into the validation split (config.data.heldout_fraction=%g, validation_share=%g): "
+            "'evaluate --vary' has nothing to tune settings on; raise one of them, or add videos",
+            fraction,
+            share,
+        )
+    return splits
 
 
 def check_enough(experiment: Experiment, num_clips: int) -> None:
@@ -162,8 +173,7 @@ def _check_data(run: RunFolder, found: PartitionManifest) -> None:
     folders: list[tuple[epath.Path, type[Manifest]]] = [
         (run.cluster(k), ClusterManifest) for k in range(found.clusters)
     ]
-    if found.heldout:
-        folders.append((run.heldout, HeldoutManifest))
+    folders += [(run.partition / name, HeldoutManifest) for name in SPLITS[1:] if getattr(found, name)]
     for folder, schema in folders:
         manifest.read(folder, schema)
     if not found.data or not manifest.exists(run.data):  # a run folder may be used without its data
@@ -197,15 +207,15 @@ def _read(folder: epath.Path, done: Callable[..., None]) -> Clips:
     return Clips(ids, list(numbers), np.stack(features).astype(np.float32), list(captions), list(attributes))
 
 
-def _describe(partition: clusters.Clustering, clips: Clips, labels: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:
-    learned = np.flatnonzero(~heldout)
+def _describe(partition: clusters.Clustering, clips: Clips, labels: np.ndarray, splits: np.ndarray) -> dict[str, Any]:
+    learned = np.flatnonzero(splits == TRAIN)
     return report.report(
         partition,
         clips.features[learned],
         labels[learned],
         [clips.captions[i] for i in learned],
         [clips.attributes[i] for i in learned],
-        labels[heldout],
+        {name: labels[splits == number] for number, name in enumerate(SPLITS) if number != TRAIN},
     )
 
 
@@ -217,11 +227,11 @@ def _write(
     result: Result,
     done: Callable[..., None],
 ) -> None:
-    """Writes RUN/partition: the small files, a folder of held-out clips and one for each cluster, the manifest."""
-    labels, heldout, described = result.labels, result.heldout, result.described
+    """Writes RUN/partition: the small files, a folder for each held-out split and each cluster, the manifest."""
+    labels, splits, described = result.labels, result.splits, result.described
     assignment = {
-        "clusters": {clips.ids[i]: int(labels[i]) for i in np.flatnonzero(~heldout)},
-        "heldout": {clips.ids[i]: int(labels[i]) for i in np.flatnonzero(heldout)},
+        key: {clips.ids[i]: int(labels[i]) for i in np.flatnonzero(splits == number)}
+        for number, key in enumerate(("clusters", "validation", "test"))
     }
     manifest.write_atomically(run.partition / CENTROIDS, result.partition.to_bytes())
     manifest.write_json(run.partition / ASSIGNMENT, assignment)
@@ -230,11 +240,13 @@ def _write(
     identity = hashing.hash_text(hashing.canonical_json(assignment))
 
     folders = []
-    if heldout.any():
-        sizes = [c["heldout"] for c in described["clusters"]]
-        folders.append((run.heldout, HeldoutManifest, np.flatnonzero(heldout), {"sizes": sizes}))
+    for number, name in enumerate(SPLITS):
+        if number != TRAIN and (splits == number).any():
+            content = {"split": name, "sizes": [c[name] for c in described["clusters"]]}
+            folders.append((run.partition / name, HeldoutManifest, np.flatnonzero(splits == number), content))
     for k in range(experiment.clustering.num_clusters):
-        folders.append((run.cluster(k), ClusterManifest, np.flatnonzero(~heldout & (labels == k)), {"cluster": k}))
+        indices = np.flatnonzero((splits == TRAIN) & (labels == k))
+        folders.append((run.cluster(k), ClusterManifest, indices, {"cluster": k}))
     null = records.read_null(run.data)
     for folder, schema, indices, content in folders:
         if not (manifest.exists(folder) and manifest.read(folder, schema).partition == identity):
@@ -257,6 +269,7 @@ def _write(
         experiment.data_hash,
         clusters=experiment.clustering.num_clusters,
         sizes=[c["clips"] for c in described["clusters"]],
-        heldout=described["heldout"],
+        validation=described["validation"],
+        test=described["test"],
         data=manifest.contents_hash(data),
     )

@@ -19,22 +19,22 @@ def report(
     clusters: np.ndarray,
     captions: Sequence[str],
     attributes: Sequence[Mapping[str, str]],
-    heldout_clusters: np.ndarray,
+    heldout: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Describes a partition, as JSON data.
 
     Args:
       partition: what `clusters.fit` found.
       features, clusters, captions, attributes: of the N clustered clips: (N, F), (N,), and N each.
-      heldout_clusters: (M,) of the clips that were set apart.
+      heldout: (M,) the clusters of the clips that were set apart, for validation and for the test.
 
     Returns:
-      clips, heldout: numbers of clips. inertia: sum of squared distances to the cluster's centroid, in spreads of a
-      feature. explained: share of the variance that lies between clusters, 0 to 1. margin: mean over clips of
+      clips, validation, test: numbers of clips. inertia: sum of squared distances to the cluster's centroid, in spreads
+      of a feature. explained: share of the variance that lies between clusters, 0 to 1. margin: mean over clips of
       (b - a) / max(a, b), a and b the distances to the own and the nearest other centroid (1: well apart; null for
       K = 1). centroid_distances: (K, K). purity: for each true attribute, the share of clips that have their cluster's
-      most frequent value. clusters: for each, its clips, heldout, share, margin, examples (captions nearest to the
-      centroid), and how often each attribute value occurs.
+      most frequent value. clusters: for each, its clips, validation, test, share, margin, examples (captions nearest to
+      the centroid), and how often each attribute value occurs.
     """
     num_clusters = len(partition.centroids)
     distances = partition.distances(features)
@@ -46,7 +46,7 @@ def report(
     counts = [_attribute_counts(attributes, np.flatnonzero(clusters == k)) for k in range(num_clusters)]
     return {
         "clips": len(clusters),
-        "heldout": len(heldout_clusters),
+        **{name: len(found) for name, found in heldout.items()},
         "inertia": inertia,
         "explained": 1 - inertia / total if total else 0.0,
         "margin": None if margins is None else float(margins.mean()),
@@ -56,7 +56,7 @@ def report(
             {
                 "cluster": k,
                 "clips": int(np.sum(clusters == k)),
-                "heldout": int(np.sum(heldout_clusters == k)),
+                **{name: int(np.sum(found == k)) for name, found in heldout.items()},
                 "share": float(np.mean(clusters == k)),
                 "margin": None if margins is None else float(margins[clusters == k].mean()),
                 "examples": _examples(captions, own, np.flatnonzero(clusters == k)),
@@ -106,13 +106,14 @@ def print_report(described: dict[str, Any], console: Console) -> None:
     """Prints a report as a table."""
     worlds = "world" in described["purity"]
     table = Table(title=f"{described['clips']} clips in {len(described['clusters'])} clusters")
-    for heading in ("cluster", "clips", "held out", "margin"):
+    for heading in ("cluster", "clips", "validation", "test", "margin"):
         table.add_column(heading, justify="right")
     if worlds:
         table.add_column("world")
     table.add_column("for example", overflow="fold")
     for cluster in described["clusters"]:
-        cells = [str(cluster["cluster"]), f"{cluster['clips']} ({cluster['share']:.0%})", str(cluster["heldout"])]
+        cells = [str(cluster["cluster"]), f"{cluster['clips']} ({cluster['share']:.0%})"]
+        cells += [str(cluster["validation"]), str(cluster["test"])]
         cells.append("-" if cluster["margin"] is None else f"{cluster['margin']:.2f}")
         if worlds:
             found = cluster["attributes"].get("world", {})

@@ -49,6 +49,7 @@ LATER_FIELDS = {
         "caption_column": "",
         "hdr": "drop",
         "alpha_background": (0, 0, 0),
+        "validation_share": 0.0,
     },
     "codec": {"posterior": "mean"},
     "network": {"attention": "joint"},

@@ -34,7 +34,13 @@ class DataSettings:
         False, "also encode each clip's first and last frame as images, as image-to-video is given them"
     )
     heldout_fraction: float = setting(
-        0.05, "fraction of the clips held out before clustering, never trained on", at_least=0.0, at_most=0.5
+        0.05, "fraction of the videos held out before clustering, never trained on", at_least=0.0, at_most=0.5
+    )
+    validation_share: float = setting(
+        0.3,
+        "share of the held-out videos that settings are tuned on (validation); the others are reported on (test)",
+        at_least=0.0,
+        at_most=0.9,
     )
 
     hdr: str = setting("drop", "video in PQ or HLG: drop it, or tonemap it to SDR", choices=Hdr)

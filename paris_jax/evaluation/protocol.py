@@ -16,6 +16,7 @@ from paris_jax.artifacts.schemas import EvaluationManifest, NetworkManifest
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.records import read_records
+from paris_jax.data.sources.clip import video_of
 from paris_jax.diffusion import cond_masks, timesteps
 from paris_jax.encoders import codecs
 from paris_jax.encoders.published import EncoderStore
@@ -91,7 +92,7 @@ def _evaluate(experiment: Experiment, run: RunFolder, files: WeightFiles) -> Non
 def check_ready(run: RunFolder) -> None:
     """Raises UserError if the held-out clips, ensemble or monolith are missing; names the command to run first."""
     for folder, name, command in (
-        (run.heldout, "held-out split", "cluster"),
+        (run.test, "test split", "cluster"),
         (run.ensemble, "ensemble", "assemble"),
         (run.export(MONOLITH), "trained monolith", f"train {MONOLITH.arguments}"),
     ):
@@ -103,7 +104,7 @@ def check_ready(run: RunFolder) -> None:
 
 def evaluation_hash(experiment: Experiment, run: RunFolder, instruments: Instruments) -> str:
     """Returns the hash of everything that decides the scores: settings, both models, held-out clips and classifier."""
-    folders = (run.ensemble, run.export(MONOLITH), run.heldout)
+    folders = (run.ensemble, run.export(MONOLITH), run.test)
     inputs = {
         "sampling": dataclasses.asdict(experiment.sampling),
         "evaluation": dataclasses.asdict(experiment.evaluation),
@@ -144,13 +145,12 @@ class EvaluationRun:
         store = EncoderStore()
         self.ensemble = Ensemble.load(run.ensemble, encoders=experiment.encoders, store=store)
         self.monolith = Ensemble.single(run.export(MONOLITH), experiment.encoders, store=store, **sampling)
-        self.heldout = Heldout.order(read_records(run.heldout), settings.seed)
-        self.whole_videos = not any("#" in clip for clip in self.heldout.ids)  # "video.mp4#0003" is one cut of several
+        self.heldout = Heldout.order(read_records(run.test), settings.seed)
         # The Frechet distance compares with other real clips, as many as there are prompts.
         self.count = min(settings.num_clips, len(self.heldout) // 2)
         if self.count < 2:
             raise UserError(
-                f"{run.heldout} holds {len(self.heldout)} clips and an evaluation needs at least 4; raise "
+                f"{run.test} holds {len(self.heldout)} clips and an evaluation needs at least 4; raise "
                 "config.data.heldout_fraction or add clips, with a new --workdir"
             )
         self.prompts, self.others = self.heldout[: self.count], self.heldout[self.count : 2 * self.count]
@@ -342,10 +342,12 @@ class EvaluationRun:
         shift = timesteps.resolve_shift(self.ensemble.timestep_shift, video_tokens(latent), latent[0])
         return {
             "prompts": self.count,
-            "prompts from": "captions of clips held out before clustering, clusters in natural proportion"
-            + ("" if self.whole_videos else "; other clips of the same videos may have been trained on"),
+            "prompts from": "captions of the test split: clips of videos held out before clustering, clusters in "
+            "natural proportion",
             "videos": f"{shape} (frames x height x width) at {self.ensemble.fps:g} fps, decoded once at the end",
-            "split": f"{data.heldout_fraction:.1%} of the clips, held out before clustering, seed {data.seed}",
+            "split": f"test: {len(self.heldout)} clips of {len({video_of(clip) for clip in self.heldout.ids})} videos; "
+            f"{data.heldout_fraction:.1%} of the videos held out before clustering, {data.validation_share:.0%} of "
+            f"them for validation, seed {data.seed}",
             "weights": f"moving averages of the parameters, decay {self.experiment.training.ema_decay:g}",
             "noise": f"seed {settings.seed}; prompt i starts from the same noise in both models",
             "solver": f"{sampling.solver}, {sampling.num_inference_steps} steps, timestep shift {shift:g}",

@@ -118,6 +118,9 @@ def evaluate_systems(
 ) -> dict[str, Any]:
     """Scores systems on the run's held-out prompts and writes OUT/results.json.
 
+    Varied settings are scored on the validation split, because the best of them is chosen; whole systems are scored on
+    the test split.
+
     Videos are scored as 8-bit pixels, as files of videos are. Each system's scores are cached, so an interrupted
     evaluation resumes.
 
@@ -153,12 +156,22 @@ class _SystemsRun:
         self.experiment, self.compared, self.seed = experiment, compared, settings.seed
         self.networks = [features.shapes_classifier(), *features.networks(files)]
         self.texts = TextScores.load(files)
-        clips = manifest.read(run.heldout, HeldoutManifest)
+        folder = run.validation if any(system.overrides for system in compared) else run.test
+        if not manifest.exists(folder):
+            raise UserError(
+                f"There are no {folder.name} clips at {folder}; run 'paris-jax cluster --workdir={run}' first, or "
+                "raise config.data.heldout_fraction and config.data.validation_share, with a new --workdir"
+            )
+        clips = manifest.read(folder, HeldoutManifest)
+        self.split = clips.split
         self.codec = codecs.from_description(clips.codec, experiment.encoders.get("vae", ""), EncoderStore())
-        ordered = Heldout.order(read_records(run.heldout), settings.seed)
+        ordered = Heldout.order(read_records(folder), settings.seed)
         count = min(settings.num_clips, len(ordered) // 2)
         if count < 2:
-            raise UserError(f"{run.heldout} holds {len(ordered)} clips and an evaluation needs at least 4")
+            raise UserError(
+                f"{folder} holds {len(ordered)} clips and an evaluation needs at least 4; raise "
+                "config.data.heldout_fraction or add videos, with a new --workdir"
+            )
         self.prompts, self.others = ordered[:count], ordered[count : 2 * count]
         self.loaded: dict[str, Ensemble] = {}
         self.is_shapes = self.prompts.has_shapes_attributes
@@ -166,7 +179,7 @@ class _SystemsRun:
             network.check_frames(experiment.data.num_frames)
         inputs = {
             "systems": [[s.changes, _identity(s.path)] for s in compared],
-            "heldout": manifest.hash_file(run.heldout / manifest.FILE_NAME),
+            "heldout": manifest.hash_file(folder / manifest.FILE_NAME),
             "evaluation": dataclasses.asdict(settings),
             "networks": {n.name: n.sha256 for n in self.networks},
             "texts": self.texts.describe() if self.texts else {},
@@ -316,8 +329,8 @@ class _SystemsRun:
         own = {path: _settings(self.model(path)) for path in dict.fromkeys(s.path for s in self.compared)}
         return {
             "prompts": len(self.prompts),
-            "prompts from": "captions of held-out clips, clusters in natural proportion",
-            "reference": f"{len(self.others)} other held-out clips",
+            "prompts from": f"captions of {self.split} clips (held-out videos), clusters in natural proportion",
+            "reference": f"{len(self.others)} other {self.split} clips",
             "noise": f"seed {self.seed}; prompt i starts from the same noise in all systems of one latent shape",
             "pixels": "8 bits",
             **features.describe(self.networks),

@@ -13,7 +13,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
-from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, PartitionManifest
+from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, PartitionManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.clustering.clusters import Clustering
 from paris_jax.config import experiment as experiments
@@ -87,19 +87,21 @@ def partitioned(tmp_path_factory) -> RunFolder:
 
 def test_every_clip_is_held_out_or_in_one_cluster(partitioned):
     assignment = manifest.read_json(partitioned.partition / "assignment.json")
-    assert len(assignment["clusters"] | assignment["heldout"]) == 120
-    assert not assignment["clusters"].keys() & assignment["heldout"].keys()
+    assert sum(map(len, assignment.values())) == len(set().union(*assignment.values())) == 120
     for k in range(3):
         stored = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
         assert stored == {name: k for name, c in assignment["clusters"].items() if c == k}
-    assert {r.id: r.cluster for r in records.read_records(partitioned.heldout)} == assignment["heldout"]
+    for folder in (partitioned.validation, partitioned.test):
+        assert {r.id: r.cluster for r in records.read_records(folder)} == assignment[folder.name]
+        assert manifest.read(folder, HeldoutManifest).split == folder.name
 
 
 def test_clusters_match_the_worlds_also_for_held_out_clips(partitioned):
     report = manifest.read_json(partitioned.partition / "report.json")
     assert report["purity"]["world"] == 1.0
-    assert sum(c["heldout"] for c in report["clusters"]) == report["heldout"] > 0
-    for folder in (partitioned.heldout, *(partitioned.cluster(k) for k in range(3))):
+    for name in ("validation", "test"):
+        assert sum(c[name] for c in report["clusters"]) == report[name] > 0
+    for folder in (partitioned.validation, partitioned.test, *(partitioned.cluster(k) for k in range(3))):
         for record in records.read_records(folder):
             assert record.attributes["world"] == WORLDS[record.cluster]
 
@@ -112,15 +114,15 @@ def test_cluster_folders_hold_everything_a_training_job_needs(partitioned):
         prepared = manifest.read(partitioned.data, DataManifest)
         assert records.data_contract(described) == records.data_contract(prepared)
     partition = manifest.read(partitioned.partition, PartitionManifest, verify=True)
-    assert sum(partition.sizes) + partition.heldout == 120
+    assert sum(partition.sizes) + partition.validation + partition.test == 120
     # Held-out clips have another kind of manifest, so that no job trains on them by mistake.
     with pytest.raises(UserError, match="'heldout'"):
-        manifest.read(partitioned.heldout, ClusterManifest)
+        manifest.read(partitioned.test, ClusterManifest)
 
 
 def test_saved_centroids_reproduce_the_assignment(partitioned):
     partition = Clustering.from_bytes((partitioned.partition / "centroids.safetensors").read_bytes())
-    for record in records.read_records([partitioned.cluster(0), partitioned.cluster(2), partitioned.heldout]):
+    for record in records.read_records([partitioned.cluster(0), partitioned.cluster(2), partitioned.test]):
         assert partition.assign(record.feature[None])[0] == record.cluster
 
 
@@ -165,8 +167,8 @@ tests.cluster(tests.experiment(), tests.RunFolder({run!r}))
     ("module", "name", "count"),
     [
         ("records", "encode_record", 40),  # within a cluster's shard
-        ("manifest", "write", 3),  # after a cluster's shards, before its manifest
-        ("manifest", "write", 5),  # before the partition's manifest, the last file
+        ("manifest", "write", 4),  # after a cluster's shards, before its manifest
+        ("manifest", "write", 6),  # before the partition's manifest, the last file
     ],
 )
 def test_a_killed_run_leaves_no_partial_result_and_resumes(partitioned, tmp_path, module, name, count):
@@ -220,7 +222,7 @@ def test_refuses_another_config(partitioned):
             r"Cluster 2 has \d+ clips, fewer than config.training.global_batch_size=24 \(all sizes: .*lower",
         ),
         ({"fine_clusters": 119}, r"fine_clusters=119: must be at most \d+"),
-        ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 clips .* raise it"),
+        ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 videos \(120 clips\) .* raise it"),
     ],
 )
 def test_refuses_settings_that_the_number_of_clips_does_not_allow(tmp_path, settings, sentence):
@@ -243,5 +245,5 @@ def test_without_held_out_clips_no_held_out_folder_is_written(tmp_path):
     made_for = experiment(heldout=0.0, fine_clusters=9)
     run = prepared(tmp_path, made_for)
     cluster(made_for, run)
-    assert not run.heldout.exists()
+    assert not run.validation.exists() and not run.test.exists()
     assert sum(manifest.read(run.partition, PartitionManifest).sizes) == 120

@@ -21,14 +21,16 @@ def described():
         {"world": "flat" if k == 0 else "digits", "size": "large" if i % 2 else "small"} for i, k in enumerate(truth)
     ]
     partition, found = clusters.fit([f"c{i:03d}" for i in range(100)], features, num_clusters=2)
-    heldout = partition.assign(features[:5])
+    heldout = {"validation": partition.assign(features[:5]), "test": partition.assign(features[90:])}
     return partition, features, report.report(partition, features, found, captions, attributes, heldout)
 
 
 def test_counts_and_purity(described):
     _, _, data = described
     assert [c["clips"] for c in data["clusters"]] == [60, 40]
-    assert [c["heldout"] for c in data["clusters"]] == [5, 0]
+    assert [c["validation"] for c in data["clusters"]] == [5, 0]
+    assert [c["test"] for c in data["clusters"]] == [0, 10]
+    assert (data["validation"], data["test"]) == (5, 10)
     assert data["purity"] == {"size": 0.5, "world": 1.0}
     assert data["clusters"][1]["attributes"]["world"] == {"digits": 40}
     assert data["clusters"][1]["examples"] == ["a blue ball"]
@@ -58,7 +60,14 @@ def test_report_is_json_and_prints_as_a_table(described):
 def test_report_of_one_cluster_without_attributes():
     features = np.random.default_rng(0).normal(size=(10, 3))
     partition, found = clusters.fit([str(i) for i in range(10)], features, num_clusters=1)
-    data = report.report(partition, features, found, ["a"] * 10, [{}] * 10, np.zeros(0, np.int32))
+    data = report.report(
+        partition,
+        features,
+        found,
+        ["a"] * 10,
+        [{}] * 10,
+        {name: np.zeros(0, np.int32) for name in ("validation", "test")},
+    )
     assert data["margin"] is None
     assert data["purity"] == {}
     report.print_report(data, Console(file=io.StringIO()))

@@ -207,9 +207,10 @@ def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
 
 
 def test_run_folders_from_before_a_field_was_there_are_still_those_of_their_configs():
-    """Later fields (attention, padded texts) do not count while they have the value of before."""
-    assert Experiment().hash.startswith("35e2138cdd57f19a")
-    assert Experiment().data_hash.startswith("bd285bf67344b028")
+    """Later fields (attention, padded texts, validation) do not count while they have the value of before."""
+    before = Experiment.from_config(changed(data__validation_share=0.0))
+    assert before.hash.startswith("35e2138cdd57f19a")
+    assert before.data_hash.startswith("bd285bf67344b028") and before.data_hash != Experiment().data_hash
     for field, value in {"network__attention": "factorised", "router__attention": "factorised"}.items():
         found = Experiment.from_config(changed(**{field: value}))
         assert found.hash != Experiment().hash and found.data_hash == Experiment().data_hash

@@ -17,7 +17,7 @@ from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import decode, prepare
 from paris_jax.data.records import read_records
-from paris_jax.data.sources.clip import Clip
+from paris_jax.data.sources.clip import Clip, video_of
 from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs
 from paris_jax.evaluation.protocol import evaluate
@@ -54,7 +54,7 @@ def configured(footage):
     config = micro_config()
     config.name = "footage"
     config.data.update(source="folder", path=str(footage), num_clips=0, fps=16.0, height=16, width=24)
-    config.data.heldout_fraction = 0.2
+    config.data.update(heldout_fraction=0.2, seed=2)  # one video for the test, two to train on
     config.clustering.update(num_clusters=2)
     config.training.update(global_batch_size=2)
     config.router_training.update(global_batch_size=4)
@@ -67,6 +67,8 @@ def test_real_footage_goes_through_every_stage(footage, prepared, tmp_path):
     shutil.copytree(prepared.path, run.path)
     cluster(experiment, run)
     assert manifest.read(run.data, DataManifest).clips > 40
+    videos = [{video_of(r.id) for r in read_records(folder)} for folder in ([run.cluster(0), run.cluster(1)], run.test)]
+    assert len(videos[0]) == 2 and len(videos[1]) == 1 and not videos[0] & videos[1]
     for role in roles(2):
         train(experiment, run, role)
     assemble(experiment, run)

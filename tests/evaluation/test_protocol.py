@@ -31,7 +31,7 @@ KEPT = ["kept_first", "kept_prefix"]  # rows of the kinds of frames that are giv
 @pytest.fixture(scope="module")
 def larger(micro, tmp_path_factory):
     """An experiment with enough held-out clips for every row, evaluated as its stages do, and its run folder."""
-    data = dataclasses.replace(micro.data, num_clips=100, heldout_fraction=0.4)
+    data = dataclasses.replace(micro.data, num_clips=100, heldout_fraction=0.45, validation_share=0.2)
     settings = dataclasses.replace(micro.evaluation, num_clips=16, num_loss_clips=16)
     training = dataclasses.replace(micro.training, steps=4)
     experiment = dataclasses.replace(micro, data=data, evaluation=settings, training=training)
@@ -216,7 +216,7 @@ def test_another_config_is_refused(micro, finished):
 
 
 def test_heldout_order_is_stratified_and_does_not_depend_on_the_records_order(trained):
-    records = list(read_records(trained.heldout))
+    records = list(read_records(trained.test))
     records = [dataclasses.replace(r, id=f"{r.id}-{i}", cluster=i % 3) for i in range(8) for r in records]
     first, again = Heldout.order(records, 0), Heldout.order(records[::-1], 0)
     assert first.ids == again.ids

@@ -61,9 +61,10 @@ def test_a_sweep_scores_each_setting_and_resumes(micro, finished, tmp_path, monk
     first, second = found["systems"]
     assert first["experts_per_step"] == 1 and second["experts_per_step"] == 3
     assert {"correct", "identity", "motion", "flicker"} <= first["scores"].keys()
-    assert first["differences"] == {} and second["differences"]["correct"]["n"] == 4
+    assert first["differences"] == {} and second["differences"]["correct"]["n"] == 2
     assert found["protocol"]["sampling"][path]["num_inference_steps"] == micro.sampling.num_inference_steps
     assert first["seconds_per_video"] > 0
+    assert "validation" in found["protocol"]["prompts from"]  # settings are chosen where nothing is reported
     assert "top_k=3" in module.table(found) and "real clips" in module.table(found)
 
 
@@ -86,6 +87,7 @@ def test_an_ensemble_and_the_monolith_start_from_the_same_noise(micro, finished,
     monolith = str(finished.path / "monolith" / "export")
     found = evaluate_systems(micro, finished, systems([str(finished.ensemble), monolith], []), NONE, tmp_path / "out")
     np.testing.assert_array_equal(noises[0], noises[1])
+    assert "test" in found["protocol"]["prompts from"]
     assert [row["ensemble"] for row in found["systems"]] == [str(finished.ensemble), monolith]
 
 
@@ -96,3 +98,9 @@ def test_too_few_frames_for_a_network_are_refused_before_sampling(micro, finishe
     monkeypatch.setattr(module.features, "networks", lambda files: [network])
     with pytest.raises(UserError, match="needs at least 9 frames, these videos have 4"):
         evaluate_systems(micro, finished, systems([str(finished.ensemble)], []), NONE, tmp_path / "out")
+
+
+def test_a_sweep_without_validation_clips_is_refused(micro, finished, tmp_path):
+    finished.validation.rmtree()
+    with pytest.raises(UserError, match=r"no validation clips at .*raise .*config\.data\.validation_share"):
+        evaluate_systems(micro, finished, systems([str(finished.ensemble)], ["top_k=1,2"]), NONE, tmp_path / "out")

@@ -76,7 +76,7 @@ def with_training(experiment, **changes):
 def reclaimed(run, experiment):
     """Makes a clustered run folder belong to a changed training config, as if it had been made with it."""
     run.config.unlink()
-    for folder in [run.data, run.partition, run.heldout, *(run.cluster(k) for k in range(3))]:
+    for folder in [run.data, run.partition, run.validation, run.test, *(run.cluster(k) for k in range(3))]:
         path = folder / manifest.FILE_NAME
         manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.data_hash})
 
@@ -253,7 +253,7 @@ def test_a_role_is_trained_by_one_process_at_a_time(micro, run):
 @pytest.mark.parametrize("others", ["deleted", "unreadable"])
 def test_an_expert_needs_its_own_cluster_folder_only(others, micro, run, trained):
     """Every other folder is deleted, or holds rubbish; the result is the same, bit for bit."""
-    for folder in (run.data, run.heldout, run.cluster(1), run.cluster(2)):
+    for folder in (run.data, run.validation, run.test, run.cluster(1), run.cluster(2)):
         if others == "deleted":
             shutil.rmtree(folder)
         else:

@@ -162,7 +162,7 @@ def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatc
     cluster(experiment, run)
     (folder,) = cluster_folders(experiment, run, role)
     none = published.T5Clip(t5=FOLDERS["t5"], clip=FOLDERS["clip"], max_tokens=TOKENS, pad_to_max_tokens=True).null()
-    for place in (run.data, run.heldout, folder):
+    for place in (run.data, run.test, folder):
         found = records.read_null(place)
         assert set(found) == {"tokens", "pooled"}
         for name, values in found.items():

@@ -1,12 +1,14 @@
 """What sources of video yield: captioned clips, videos to cut into clips, and what was dropped of both."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 STAGES = ("list", "read", "decode", "caption", "encode", "curate")
+_NUMBER = re.compile(r"#\d+\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Clip:
     """One captioned clip.
 
     Attributes:
-      id: unique within its source, the same on every machine.
+      id: unique within its source, the same on every machine; "VIDEO#0003" for one of several clips of a video.
       video: (T, H, W, 3) uint8.
       fps: frames per second.
       caption: text that describes the video.
@@ -60,3 +62,8 @@ class Video(Protocol):
     def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
         """Decodes the clips in order, each with its number in the video, from number `first` on."""
         ...
+
+
+def video_of(clip_id: str) -> str:
+    """Returns the id of the video that a clip was cut from: the clip's id without its number, "#0003"."""
+    return _NUMBER.sub("", clip_id)

@@ -79,8 +79,13 @@ def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
         ) from error
 
 
+def json_text(value: Any) -> str:
+    """A value as the files of a run folder have it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: epath.PathLike, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(path, json_text(value))
 
 
 @overload

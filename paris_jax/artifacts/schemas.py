@@ -242,6 +242,9 @@ class PartitionManifest(Manifest, frozen=True, kw_only=True, tag="partition"):
       sizes: training clips by cluster.
       validation, test: numbers of held-out clips.
       data: `manifest.contents_hash` of the clips.
+      features: encoder of the features, as in the manifest of the data; {} where it was not written.
+      assigned_from: hash of the centroids of another partition that the clips were assigned with; "" for clusters of
+        their own.
     """
 
     clusters: NumClusters
@@ -249,6 +252,8 @@ class PartitionManifest(Manifest, frozen=True, kw_only=True, tag="partition"):
     validation: Count
     test: Count
     data: OptionalSha256 = ""
+    features: dict[str, Any] = field(default_factory=dict)
+    assigned_from: OptionalSha256 = ""
 
 
 class TrainingDescription(Struct, frozen=True, omit_defaults=True):

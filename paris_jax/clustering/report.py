@@ -1,4 +1,4 @@
-"""The clustering report: sizes, separation and typical clips of the clusters, as JSON data and as a table."""
+"""The clustering report: sizes, separation, words and typical clips of the clusters, as JSON data and as a table."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,97 +9,129 @@ from rich.console import Console
 from rich.table import Table
 
 from paris_jax.clustering.clusters import Clustering
+from paris_jax.clustering.heldout import SPLITS, TRAIN
+from paris_jax.clustering.words import WordCounts
 
-EXAMPLES = 5
-
-
-def report(
-    partition: Clustering,
-    features: np.ndarray,
-    clusters: np.ndarray,
-    captions: Sequence[str],
-    attributes: Sequence[Mapping[str, str]],
-    heldout: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """Describes a partition, as JSON data.
-
-    Args:
-      partition: what `clusters.fit` found.
-      features, clusters, captions, attributes: of the N clustered clips: (N, F), (N,), and N each.
-      heldout: (M,) the clusters of the clips that were set apart, for validation and for the test.
-
-    Returns:
-      clips, validation, test: numbers of clips. inertia: sum of squared distances to the cluster's centroid, in spreads
-      of a feature. explained: share of the variance that lies between clusters, 0 to 1. margin: mean over clips of
-      (b - a) / max(a, b), a and b the distances to the own and the nearest other centroid (1: well apart; null for
-      K = 1). centroid_distances: (K, K). purity: for each true attribute, the share of clips that have their cluster's
-      most frequent value. clusters: for each, its clips, validation, test, share, margin, examples (captions nearest to
-      the centroid), and how often each attribute value occurs.
-    """
-    num_clusters = len(partition.centroids)
-    distances = partition.distances(features)
-    own = distances[np.arange(len(clusters)), clusters]
-    inertia = float(np.sum(own.astype(np.float64) ** 2))
-    total = float(np.sum(partition.standardise(features).astype(np.float64) ** 2))
-    margins = _margins(distances, own, clusters)
-    apart = np.linalg.norm(partition.centroids[:, None] - partition.centroids[None], axis=-1)
-    counts = [_attribute_counts(attributes, np.flatnonzero(clusters == k)) for k in range(num_clusters)]
-    return {
-        "clips": len(clusters),
-        **{name: len(found) for name, found in heldout.items()},
-        "inertia": inertia,
-        "explained": 1 - inertia / total if total else 0.0,
-        "margin": None if margins is None else float(margins.mean()),
-        "centroid_distances": apart.astype(float).round(4).tolist(),
-        "purity": _purity(attributes, counts),
-        "clusters": [
-            {
-                "cluster": k,
-                "clips": int(np.sum(clusters == k)),
-                **{name: int(np.sum(found == k)) for name, found in heldout.items()},
-                "share": float(np.mean(clusters == k)),
-                "margin": None if margins is None else float(margins[clusters == k].mean()),
-                "examples": _examples(captions, own, np.flatnonzero(clusters == k)),
-                "attributes": counts[k],
-            }
-            for k in range(num_clusters)
-        ],
-    }
+EXAMPLES = 8
 
 
-def _margins(distances: np.ndarray, own: np.ndarray, clusters: np.ndarray) -> np.ndarray | None:
-    """(N,) silhouettes with centroids in the place of clips; None for a single cluster."""
+class Report:
+    """Describes a partition, block by block of its clips."""
+
+    def __init__(self, partition: Clustering):
+        num_clusters = len(partition.centroids)
+        self.partition = partition
+        self.sizes = np.zeros((len(SPLITS), num_clusters), np.int64)
+        self.inertia = self.total = 0.0
+        self.margins_K = np.zeros(num_clusters)  # sums
+        self.words = WordCounts(num_clusters)
+        self.attributes: list[dict[str, Counter[str]]] = [{} for _ in range(num_clusters)]
+        self.having: Counter[str] = Counter()  # clips that have an attribute
+        # caption -> (distance to the centroid, number of the clip), of the nearest clips
+        self.nearest: list[dict[str, tuple[float, str, int]]] = [{} for _ in range(num_clusters)]
+
+    def add(
+        self,
+        features: np.ndarray,
+        clusters: np.ndarray,
+        splits: np.ndarray,
+        ids: Sequence[str],
+        captions: Sequence[str],
+        attributes: Sequence[Mapping[str, str]],
+        start: int = 0,
+    ) -> None:
+        """Counts n clips; only those that are trained on count beyond the sizes.
+
+        Args:
+          features, clusters, splits: (n, F) raw, (n,), (n,).
+          ids, captions, attributes: n each.
+          start: number of the first clip in its data folder.
+        """
+        np.add.at(self.sizes, (splits, clusters), 1)
+        rows = np.flatnonzero(splits == TRAIN)
+        if not len(rows):
+            return
+        clusters = clusters[rows]
+        distances = self.partition.distances(features[rows])
+        own = distances[np.arange(len(rows)), clusters]
+        self.inertia += float(np.sum(own.astype(np.float64) ** 2))
+        self.total += float(np.sum(self.partition.standardise(features[rows]).astype(np.float64) ** 2))
+        np.add.at(self.margins_K, clusters, _margins(distances, own, clusters))
+        for row, k, distance in zip(rows.tolist(), clusters.tolist(), own.tolist(), strict=True):
+            self.words.add(k, captions[row])
+            for name, value in attributes[row].items():
+                self.having[name] += 1
+                self.attributes[k].setdefault(name, Counter())[value] += 1
+            found, clip = self.nearest[k].get(captions[row]), (distance, ids[row], start + row)
+            if found is None or clip < found:
+                self.nearest[k][captions[row]] = clip
+        for k, nearest in enumerate(self.nearest):
+            self.nearest[k] = dict(sorted(nearest.items(), key=lambda item: item[1])[:EXAMPLES])
+
+    def numbers(self) -> list[list[int]]:
+        """For each cluster the numbers of the clips whose captions are its examples."""
+        return [[number for _, _, number in nearest.values()] for nearest in self.nearest]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report.
+
+        clips, validation, test: numbers of clips. inertia: sum of squared distances to the cluster's centroid, in
+        spreads of a feature. explained: share of the variance that lies between clusters, 0 to 1. margin: mean over
+        clips of (b - a) / max(a, b), a and b the distances to the own and the nearest other centroid (1: well apart;
+        null for K = 1). balance: smallest and largest size over N / K. centroid_distances: (K, K). purity: for each
+        true attribute that every clip has, the share of clips that have their cluster's most frequent value. clusters:
+        for each, its clips, validation, test, share, margin, examples (captions nearest to the centroid), words
+        (`WordCounts.distinctive`), and how often each attribute value occurs.
+        """
+        sizes = self.sizes[TRAIN]
+        clips, num_clusters = int(sizes.sum()), len(sizes)
+        centroids = self.partition.centroids
+        apart = np.linalg.norm(centroids[:, None] - centroids[None], axis=-1)
+        counts = [_sorted_counts(counted) for counted in self.attributes]
+        words = self.words.distinctive()
+        return {
+            "clips": clips,
+            **{name: int(self.sizes[n].sum()) for n, name in enumerate(SPLITS) if n != TRAIN},
+            "inertia": self.inertia,
+            "explained": 1 - self.inertia / self.total if self.total else 0.0,
+            "margin": None if num_clusters == 1 else float(self.margins_K.sum() / clips),
+            "balance": [float(size * num_clusters / clips) for size in (sizes.min(), sizes.max())],
+            "centroid_distances": apart.astype(float).round(4).tolist(),
+            "purity": purity(counts, [name for name in sorted(self.having) if self.having[name] == clips], clips),
+            "clusters": [
+                {
+                    "cluster": k,
+                    "clips": int(sizes[k]),
+                    **{name: int(self.sizes[n, k]) for n, name in enumerate(SPLITS) if n != TRAIN},
+                    "share": float(sizes[k] / clips),
+                    "margin": None if num_clusters == 1 else float(self.margins_K[k] / max(sizes[k], 1)),
+                    "examples": list(self.nearest[k]),
+                    "words": words[k],
+                    "attributes": counts[k],
+                }
+                for k in range(num_clusters)
+            ],
+        }
+
+
+def _margins(distances: np.ndarray, own: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """(n,) silhouettes with centroids in the place of clips; zeros for a single cluster."""
     if distances.shape[1] == 1:
-        return None
+        return np.zeros(len(own))
     others = distances.copy()
     others[np.arange(len(clusters)), clusters] = np.inf
     nearest = others.min(axis=1)
     return (nearest - own) / np.maximum(np.maximum(nearest, own), 1e-12)
 
 
-def _attribute_counts(attributes: Sequence[Mapping[str, str]], rows: np.ndarray) -> dict[str, dict[str, int]]:
-    """For each attribute its values among `rows`, the most frequent first."""
-    counted: dict[str, Counter[str]] = {}
-    for row in rows:
-        for name, value in attributes[int(row)].items():
-            counted.setdefault(name, Counter())[value] += 1
+def _sorted_counts(counted: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """For each attribute its values, the most frequent first."""
     return {name: dict(sorted(values.items(), key=lambda v: (-v[1], v[0]))) for name, values in sorted(counted.items())}
 
 
-def _purity(attributes: Sequence[Mapping[str, str]], counts: Sequence[dict[str, dict[str, int]]]) -> dict[str, float]:
-    """For each attribute that every clip has, the share of clips with their cluster's most frequent value."""
-    shared = set.intersection(*(set(a) for a in attributes)) if attributes else set()
-    return {name: sum(max(c[name].values()) for c in counts if name in c) / len(attributes) for name in sorted(shared)}
-
-
-def _examples(captions: Sequence[str], own: np.ndarray, rows: np.ndarray) -> list[str]:
-    """Different captions of the clips nearest to their centroid."""
-    found: dict[str, None] = {}
-    for row in rows[np.argsort(own[rows], kind="stable")]:
-        found[captions[int(row)]] = None
-        if len(found) == EXAMPLES:
-            break
-    return list(found)
+def purity(counts: Sequence[Mapping[str, Mapping[str, int]]], names: Sequence[str], clips: int) -> dict[str, float]:
+    """For each attribute, the share of clips with their cluster's most frequent value."""
+    return {name: sum(max(c[name].values()) for c in counts if name in c) / clips for name in names}
 
 
 def print_report(described: dict[str, Any], console: Console) -> None:

@@ -52,6 +52,7 @@ LATER_FIELDS = {
         "validation_share": 0.0,
     },
     "codec": {"posterior": "mean"},
+    "clustering": {"batch_size": 0, "balance_tolerance": 0.0},
     "network": {"attention": "joint"},
     "router": {"attention": "joint"},
     "text": {"pad_to_max_tokens": False, "suffix": ""},

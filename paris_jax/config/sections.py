@@ -128,6 +128,15 @@ class ClusteringSettings:
     fine_clusters: int = setting(0, "k-means in two stages: this many, then merged; 0: one stage", at_least=0)
     iterations: int = setting(50, "iterations of k-means", at_least=1)
     restarts: int = setting(8, "runs of k-means, of which the best is kept", at_least=1)
+    batch_size: int = setting(
+        0, "clips per mini-batch of k-means, read from disk; 0: exact k-means, with all features in memory", at_least=0
+    )
+    balance_tolerance: float = setting(
+        0.0,
+        "above 0: clusters of equal size, within this fraction of it, such as 0.05; 0: natural sizes",
+        at_least=0.0,
+        at_most=1.0,
+    )
     seed: int = fields.seed()
 
     def problems(self) -> Problems:

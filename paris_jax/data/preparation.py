@@ -24,7 +24,7 @@ from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import dropped, records
+from paris_jax.data import dropped, index, records
 from paris_jax.data.decoders import LIMITED, Decoders, Limits
 from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.records import Record
@@ -190,6 +190,10 @@ class Shard:
         return epath.Path(self.folder) / records.shard_name(STEM, self.number, self.count)
 
     @property
+    def index(self) -> epath.Path:
+        return self.path.parent / index.file_of(self.path.name)
+
+    @property
     def marker(self) -> epath.Path:
         return self.path.parent / f"{self.path.name}.json"
 
@@ -220,7 +224,7 @@ class Shard:
         return manifest.read_json(self.marker, ShardMarker)
 
     def is_done(self) -> bool:
-        if not (self.path.exists() and self.marker.exists()):
+        if not all(path.exists() for path in (self.path, self.index, self.marker)):
             return False
         found = self.read_marker()
         return found.origin == self.origin and found.limits in (None, self.limits)
@@ -292,7 +296,7 @@ def write(
     pool: Decoders | None = None,
 ) -> int:
     """Decodes, encodes and writes one shard, then its marker; returns its number of items."""
-    tally, lost = Tally(), list[Dropped]()
+    tally, lost, entries = Tally(), list[Dropped](), index.Writer()
 
     def drop(item: Dropped) -> None:
         if job.strict and item.stage != "curate":
@@ -300,8 +304,8 @@ def write(
         lost.append(item)
 
     def videos() -> Iterator[Video | Dropped]:
-        for index in job.indices:
-            yield from job.clips.videos(index)
+        for number in job.indices:
+            yield from job.clips.videos(number)
             advance()
 
     def clips() -> Iterator[Clip]:
@@ -314,11 +318,13 @@ def write(
     def counted() -> Iterator[Record]:
         for record in encode(job.experiment, clips(), store, drop):
             tally.add(record)
+            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
             yield record
             if tally.clips == job.most:
                 return
 
     records.write_shard(job.path, counted())
+    entries.write(job.index)
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
     items = [vars(item) for item in lost]
     manifest.write_json(
@@ -446,11 +452,14 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
     encoder = text_encoder(experiment, total.words, store)
     null = _stored(encoder.null(), encoder.stored)
-    names = [job.path.name for job in kept]
     manifest.write(
         run.data,
         DataManifest,
-        [*names, *records.write_null(run.data, *null), *([dropped.write(run.data, lost)] if lost else [])],
+        [
+            *(name for job in kept for name in (job.path.name, job.index.name)),
+            *records.write_null(run.data, *null),
+            *([dropped.write(run.data, lost)] if lost else []),
+        ],
         experiment.data_hash,
         **describe_encoders(experiment, sorted(total.words), store),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
@@ -464,20 +473,23 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     for job in jobs:
         job.marker.unlink(missing_ok=True)
         if job not in kept:
-            job.path.unlink(missing_ok=True)
+            for path in (job.path, job.index):
+                path.unlink(missing_ok=True)
     logger.info("%d clips are prepared: %s", total.clips, run.data)
 
 
 def shorten(job: Shard, clips: int) -> ShardMarker:
     """Cuts a shard to its first clips; returns its new marker, which is written for them."""
-    tally = Tally()
+    tally, entries = Tally(), index.Writer()
 
     def first() -> Iterator[Record]:
         for record in itertools.islice(records.read_shard(job.path), clips):
             tally.add(record)
+            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
             yield record
 
     marker = job.read_marker()
     records.write_shard(job.path, first())
+    entries.write(job.index)
     manifest.write_json(job.marker, {**msgspec.to_builtins(marker), "tally": tally.to_json()})
     return job.read_marker()

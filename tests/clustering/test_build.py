@@ -1,6 +1,7 @@
 """The cluster command: complete or absent results, the same after a kill, and one-sentence errors."""
 
-import dataclasses
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -14,22 +15,23 @@ import pytest
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, PartitionManifest
+from paris_jax.clustering import clips, heldout
 from paris_jax.clustering.build import cluster
 from paris_jax.clustering.clusters import Clustering
 from paris_jax.config import experiment as experiments
 from paris_jax.config import sections
 from paris_jax.config.training import TrainingSettings
-from paris_jax.data import records
+from paris_jax.data import index, records
 from paris_jax.errors import UserError
 
 WORLDS = ("flat", "textured", "digits")
 SHARES = (0.5, 0.3, 0.2)
 
 
-def experiment(batch: int = 8, heldout: float = 0.2, **partition) -> experiments.Experiment:
+def experiment(batch: int = 8, fraction: float = 0.2, **partition) -> experiments.Experiment:
     settings = {"restarts": 2, **partition}
     return experiments.Experiment(
-        data=sections.DataSettings(heldout_fraction=heldout),
+        data=sections.DataSettings(heldout_fraction=fraction),
         clustering=sections.ClusteringSettings(**settings),
         training=TrainingSettings(global_batch_size=batch),
     )
@@ -38,10 +40,10 @@ def experiment(batch: int = 8, heldout: float = 0.2, **partition) -> experiments
 def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120, order: int | None = None) -> RunFolder:
     """A run folder with clips of three worlds with separable features, in two shards."""
     rng = np.random.default_rng(0)
-    clips = []
+    made = []
     for i in range(num_clips):
         world = rng.choice(3, p=SHARES)
-        clips.append(
+        made.append(
             records.Record(
                 id=f"clip-{i:04d}",
                 latent=rng.normal(size=(2, 4, 4, 3)).astype(np.float16),
@@ -53,13 +55,18 @@ def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120,
             )
         )
     if order is not None:
-        clips = [clips[i] for i in np.random.default_rng(order).permutation(num_clips)]
+        made = [made[i] for i in np.random.default_rng(order).permutation(num_clips)]
     run = RunFolder(path)
     run.claim(made_for.to_dict(), made_for.hash)
     half = num_clips // 2
     names = [records.shard_name("data", n, 2) for n in range(2)]
-    records.write_shard(run.data / names[0], clips[:half])
-    records.write_shard(run.data / names[1], clips[half:])
+    for name, part in zip(names, (made[:half], made[half:]), strict=True):
+        records.write_shard(run.data / name, part)
+        entries = index.Writer()
+        for clip in part:
+            entries.add(clip.feature, index.Entry(clip.id, clip.caption, clip.attributes))
+        entries.write(run.data / index.file_of(name))
+    names += [index.file_of(name) for name in names]
     contract = {
         "codec": {"name": "pixels", "time": 2, "height": 2, "width": 2},
         "text": {"name": "words", "vocabulary": ["a"], "width": 8, "max_tokens": 8},
@@ -86,11 +93,12 @@ def partitioned(tmp_path_factory) -> RunFolder:
 
 
 def test_every_clip_is_held_out_or_in_one_cluster(partitioned):
-    assignment = manifest.read_json(partitioned.partition / "assignment.json")
-    assert sum(map(len, assignment.values())) == len(set().union(*assignment.values())) == 120
+    lines = assigned(partitioned)
+    assert len(lines) == len({line["id"] for line in lines}) == 120
+    assignment = {split: {x["id"]: x["cluster"] for x in lines if x["split"] == split} for split in heldout.SPLITS}
     for k in range(3):
         stored = {r.id: r.cluster for r in records.read_records(partitioned.cluster(k))}
-        assert stored == {name: k for name, c in assignment["clusters"].items() if c == k}
+        assert stored == {name: k for name, c in assignment["train"].items() if c == k}
     for folder in (partitioned.validation, partitioned.test):
         assert {r.id: r.cluster for r in records.read_records(folder)} == assignment[folder.name]
         assert manifest.read(folder, HeldoutManifest).split == folder.name
@@ -147,7 +155,7 @@ KILL = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_build as tests
-from paris_jax.clustering.build import manifest, records
+from paris_jax.clustering.folders import manifest, records
 
 def kill_at(module, name, count):
     original, calls = getattr(module, name), []
@@ -222,7 +230,7 @@ def test_refuses_another_config(partitioned):
             r"Cluster 2 has \d+ clips, fewer than config.training.global_batch_size=24 \(all sizes: .*lower",
         ),
         ({"fine_clusters": 119}, r"fine_clusters=119: must be at most \d+"),
-        ({"heldout": 1e-9}, r"heldout_fraction=1e-09: none of the 120 videos \(120 clips\) .* raise it"),
+        ({"fraction": 1e-9}, r"heldout_fraction=1e-09: none of the 120 videos \(120 clips\) .* raise it"),
     ],
 )
 def test_refuses_settings_that_the_number_of_clips_does_not_allow(tmp_path, settings, sentence):
@@ -235,15 +243,85 @@ def test_refuses_settings_that_the_number_of_clips_does_not_allow(tmp_path, sett
 
 def test_refuses_a_nonfinite_feature_and_names_the_clip(tmp_path, monkeypatch):
     run = prepared(tmp_path, experiment())
-    broken = dataclasses.replace(records.read_records(run.data)[7], feature=np.array([np.nan] * 6, np.float32))
-    monkeypatch.setattr(records, "read_records", lambda folder: [broken])
+    original = index.ClipIndex._read_uncached
+
+    def broken(self, number):
+        arrays = original(self, number)
+        return arrays | {"features": np.where(np.arange(60)[:, None] == 7, np.float32(np.nan), arrays["features"])}
+
+    monkeypatch.setattr(index.ClipIndex, "_read_uncached", broken)
     with pytest.raises(UserError, match="'clip-0007' is not finite"):
         cluster(experiment(), run)
 
 
 def test_without_held_out_clips_no_held_out_folder_is_written(tmp_path):
-    made_for = experiment(heldout=0.0, fine_clusters=9)
+    made_for = experiment(fraction=0.0, fine_clusters=9)
     run = prepared(tmp_path, made_for)
     cluster(made_for, run)
     assert not run.validation.exists() and not run.test.exists()
     assert sum(manifest.read(run.partition, PartitionManifest).sizes) == 120
+
+
+def test_new_clips_get_clusters_of_another_partition_and_move_no_old_one(partitioned, tmp_path):
+    run = prepared(tmp_path, experiment(), num_clips=200)
+    cluster(experiment(), run, partitioned.partition)
+    old, new = ({r["id"]: r for r in assigned(folder)} for folder in (partitioned, run))
+    assert len(new) == 200 and all(new[clip] == row for clip, row in old.items())
+    centroids = (partitioned.partition / "centroids.safetensors").read_bytes()
+    assert (run.partition / "centroids.safetensors").read_bytes() == centroids
+    found = manifest.read(run.partition, PartitionManifest)
+    assert found.assigned_from == hashlib.sha256(centroids).hexdigest()
+    for k in range(3):
+        assert all(r.attributes["world"] == WORLDS[k] for r in records.read_records(run.cluster(k)))
+
+
+def assigned(run: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in (run.partition / "assignment.jsonl").read_text().splitlines()]
+
+
+def test_a_partition_of_other_features_or_another_number_of_clusters_is_refused(partitioned, tmp_path):
+    run = prepared(tmp_path / "other", experiment())
+    path = run.data / manifest.FILE_NAME
+    manifest.write_json(path, manifest.read_json(path) | {"features": {"name": "dinov2", "sha256": "a"}})
+    with pytest.raises(UserError, match=r"was made from other features .*prepare them with the same"):
+        cluster(experiment(), run, partitioned.partition)
+    run = prepared(tmp_path / "two", experiment(num_clusters=2))
+    with pytest.raises(UserError, match=r"has 3 clusters; set config\.clustering\.num_clusters=3"):
+        cluster(experiment(num_clusters=2), run, partitioned.partition)
+    assert not run.partition.exists()
+
+
+def test_mini_batches_from_disk_make_the_same_clusters_here_and_leave_nothing_behind(partitioned, tmp_path):
+    made_for = experiment(batch_size=32)
+    run = prepared(tmp_path, made_for)
+    cluster(made_for, run)
+    assert assigned(run) == assigned(partitioned)  # the worlds are far apart
+    assert not list(Path(tmp_path).rglob("*.partial"))
+
+
+def test_features_beyond_memory_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "EXACT_BYTES", 2000)
+    run = prepared(tmp_path, experiment())
+    with pytest.raises(UserError, match=r"exact k-means would hold in memory; set config\.clustering\.batch_size"):
+        cluster(experiment(), run)
+
+
+def test_two_clips_of_one_name_are_refused(tmp_path):
+    run = prepared(tmp_path, experiment())
+    first, second = (run.data / index.file_of(records.shard_name("data", n, 2)) for n in range(2))
+    second.write_bytes(first.read_bytes())
+    path = run.data / manifest.FILE_NAME
+    found = manifest.read_json(path)
+    found["files"][second.name] = found["files"][first.name]
+    manifest.write_json(path, found)
+    with pytest.raises(UserError, match="holds two clips called 'clip-00"):
+        cluster(experiment(), run)
+
+
+def test_data_without_an_index_is_refused(tmp_path):
+    run = prepared(tmp_path, experiment())
+    path = run.data / manifest.FILE_NAME
+    found = manifest.read_json(path)
+    manifest.write_json(path, found | {"files": {n: e for n, e in found["files"].items() if "index" not in n}})
+    with pytest.raises(UserError, match="has no index of its clips, because an earlier version made it"):
+        cluster(experiment(), run)

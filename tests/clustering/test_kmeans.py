@@ -57,9 +57,9 @@ def test_integer_weights_equal_repeated_rows():
     rows = blobs(80, 3, 3)
     weights = np.random.default_rng(1).integers(0, 4, size=len(rows))
     centroids = jnp.asarray(rows[:3])
-    weighted, error = kmeans._lloyd(*kmeans._blocks(rows, weights), centroids)
+    weighted, error = kmeans._lloyd(*kmeans.blocks(rows, weights), centroids)
     repeated = np.repeat(rows, weights, axis=0)
-    moved, expected = kmeans._lloyd(*kmeans._blocks(repeated, np.ones(len(repeated))), centroids)
+    moved, expected = kmeans._lloyd(*kmeans.blocks(repeated, np.ones(len(repeated))), centroids)
     np.testing.assert_allclose(weighted, moved, atol=1e-5)
     assert float(error) == pytest.approx(float(expected), rel=1e-5)
 
@@ -76,14 +76,14 @@ def test_no_cluster_stays_empty():
 
 def test_an_empty_cluster_moves_to_the_farthest_row():
     rows = np.array([[0.0], [0.1], [9.0]], np.float32)
-    rows_GMF, weights_GM = kmeans._blocks(rows, np.ones(3))
-    moved, _ = kmeans._lloyd(rows_GMF, weights_GM, jnp.array([[0.0], [100.0]]))
+    rows_GLMF, weights_GLM = kmeans.blocks(rows, np.ones(3))
+    moved, _ = kmeans._lloyd(rows_GLMF, weights_GLM, jnp.array([[0.0], [100.0]]))
     assert np.asarray(moved)[1] == pytest.approx(9.0)
 
 
 def test_assign_returns_the_nearest_centroid_and_all_distances():
     rows, centroids = blobs(50, 4, 3), blobs(3, 4, 3, seed=1)
-    labels, distances = kmeans.assign(rows, centroids)
+    labels, distances = kmeans.assign(rows, centroids), kmeans.distances(rows, centroids)
     expected = np.linalg.norm(rows[:, None] - centroids, axis=-1)
     np.testing.assert_allclose(distances, expected, rtol=1e-4)
     assert np.array_equal(labels, expected.argmin(axis=1))

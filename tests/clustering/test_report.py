@@ -9,6 +9,11 @@ from rich.console import Console
 from sklearn.metrics import silhouette_score
 
 from paris_jax.clustering import clusters, report
+from paris_jax.clustering.clusters import Method
+from paris_jax.clustering.heldout import TEST, VALIDATION
+from paris_jax.clustering.report import Report
+
+IDS = [f"c{i:03d}" for i in range(100)]
 
 
 @pytest.fixture
@@ -20,9 +25,16 @@ def described():
     attributes = [
         {"world": "flat" if k == 0 else "digits", "size": "large" if i % 2 else "small"} for i, k in enumerate(truth)
     ]
-    partition, found = clusters.fit([f"c{i:03d}" for i in range(100)], features, num_clusters=2)
-    heldout = {"validation": partition.assign(features[:5]), "test": partition.assign(features[90:])}
-    return partition, features, report.report(partition, features, found, captions, attributes, heldout)
+    partition, found = clusters.fit([f"c{i:03d}" for i in range(100)], features, Method(2))
+    made = Report(partition)
+    for part in (slice(0, 33), slice(33, 100)):
+        made.add(
+            features[part], found[part], np.zeros(100, np.uint8)[part], IDS[part], captions[part], attributes[part]
+        )
+    for split, part in ((VALIDATION, slice(0, 5)), (TEST, slice(90, 100))):
+        splits = np.full(part.stop - part.start, split)
+        made.add(features[part], partition.assign(features[part]), splits, IDS[part], captions[part], attributes[part])
+    return partition, features, made.to_json()
 
 
 def test_counts_and_purity(described):
@@ -59,15 +71,16 @@ def test_report_is_json_and_prints_as_a_table(described):
 
 def test_report_of_one_cluster_without_attributes():
     features = np.random.default_rng(0).normal(size=(10, 3))
-    partition, found = clusters.fit([str(i) for i in range(10)], features, num_clusters=1)
-    data = report.report(
-        partition,
-        features,
-        found,
-        ["a"] * 10,
-        [{}] * 10,
-        {name: np.zeros(0, np.int32) for name in ("validation", "test")},
-    )
+    partition, found = clusters.fit(IDS[:10], features, Method(1))
+    made = Report(partition)
+    made.add(features, found, np.zeros(10, np.uint8), IDS[:10], ["a"] * 10, [{}] * 10)
+    data = made.to_json()
     assert data["margin"] is None
     assert data["purity"] == {}
     report.print_report(data, Console(file=io.StringIO()))
+
+
+def test_distinctive_words_are_those_of_the_cluster(described):
+    words = [[w["word"] for w in c["words"]] for c in described[2]["clusters"]]
+    assert words == [["red"], ["blue"]]
+    assert described[2]["clusters"][0]["words"][0] | {"word": ""} == {"word": "", "share": 1.0, "others": 0.0}

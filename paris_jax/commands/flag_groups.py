@@ -202,6 +202,13 @@ def workers(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("strict", False, "refuse at the first clip or file that cannot be used", flag_values=values)
 
 
+def clustering(values: flags.FlagValues) -> None:
+    text = "compare these numbers of clusters, as 2,3,4,8, and write no partition"
+    flags.DEFINE_list("choose_k", [], text, flag_values=values)
+    text = "folder of another run's partition: assign the clips to its clusters instead of learning new ones"
+    flags.DEFINE_string("partition", None, text, flag_values=values)
+
+
 def importing(values: flags.FlagValues) -> None:
     text = "flux1-dev, opensora2, auto: by the names of the tensors; or i3d, for FVD"
     flags.DEFINE_string("source", "auto", text, flag_values=values)

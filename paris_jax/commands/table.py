@@ -76,9 +76,19 @@ def _prepare(call: Call) -> None:
 
 
 def _cluster(call: Call) -> None:
-    from paris_jax.clustering.build import cluster
+    if not call["choose_k"]:
+        from paris_jax.clustering.build import cluster
 
-    cluster(call.experiment(call.run), call.run)
+        cluster(call.experiment(call.run), call.run, call["partition"])
+        return
+    from paris_jax.clustering.choose_k import choose_k
+
+    if call["partition"]:
+        raise UserError("--partition gives clusters, --choose_k compares numbers of them: give one of them")
+    candidates = call["choose_k"]
+    if not all(number.isascii() and number.isdigit() for number in candidates):
+        raise UserError(f"--choose_k={','.join(candidates)}: must be numbers of clusters, such as 2,3,4,8")
+    choose_k(call.experiment(call.run), call.run, sorted({int(number) for number in candidates}))
 
 
 def _train(call: Call) -> None:
@@ -254,8 +264,8 @@ COMMANDS = {
     ),
     "cluster": Command(
         "features to K clusters, one data folder each",
-        (f"paris-jax cluster {_RUN}",),
-        (flag_groups.config, flag_groups.workdir, flag_groups.checking),
+        (f"paris-jax cluster {_RUN}", f"paris-jax cluster {_RUN} --choose_k=2,3,4,8"),
+        (flag_groups.config, flag_groups.workdir, flag_groups.checking, flag_groups.clustering),
         _cluster,
     ),
     "train": Command(

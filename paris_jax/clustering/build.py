@@ -14,7 +14,7 @@ from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, Manifest, PartitionManifest
 from paris_jax.clustering import clips as clips_
-from paris_jax.clustering import clusters, folders
+from paris_jax.clustering import clusters, folders, page
 from paris_jax.clustering.clips import Clips
 from paris_jax.clustering.clusters import Clustering, Method
 from paris_jax.clustering.heldout import SPLITS, TRAIN
@@ -72,10 +72,11 @@ def _cluster(experiment: Experiment, run: RunFolder, partition: epath.PathLike |
         files = {
             folders.CENTROIDS: learned.to_bytes(),
             folders.REPORT: manifest.json_text(described).encode(),
+            folders.PAGE: page.make(experiment.name, described, learned, clips, labels, run.data, data).encode(),
         }
         folders.write(experiment, run, data, clips, labels, described, files, bar("writing", data.clips), origin)
     print_report(described, Console())
-    logger.info("%d clips are clustered: %s", len(clips.order), run.partition)
+    logger.info("%d clips are clustered: %s", len(clips.order), run.partition / folders.PAGE)
 
 
 def read_data(experiment: Experiment, run: RunFolder) -> DataManifest:
@@ -174,7 +175,7 @@ def describe(partition: Clustering, clips: Clips, labels: np.ndarray, done: Done
         part = slice(block.start, block.start + len(block))
         entries = list(block.entries())
         ids, captions, attributes = ([getattr(e, name) for e in entries] for name in ("id", "caption", "attributes"))
-        report.add(block.features, labels[part], clips.splits[part], ids, captions, attributes, block.start)
+        report.add(block.features, labels[part], clips.splits[part], ids, captions, attributes)
         done(len(block))
     return report
 

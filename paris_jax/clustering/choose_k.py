@@ -143,17 +143,20 @@ def rand_index(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _print(found: Sequence[Mapping[str, Any]]) -> None:
-    names = list(found[0]["purity"])
+    console = Console()
     table = Table(title="numbers of clusters")
-    for heading in ("K", "inertia", "silhouette", "stability", "sizes over N / K", *(f"purity, {n}" for n in names)):
+    for heading in ("K", "inertia", "silhouette", "stability", "sizes over N / K"):
         table.add_column(heading, justify="right")
     for row in found:
         low, high = row["balance"]
         cells = [str(row["num_clusters"]), f"{row['inertia']:.4g}", f"{row['silhouette']:.3f}"]
-        cells += [f"{row['stability']:.3f}", f"{low:.2f} to {high:.2f}", *(f"{row['purity'][n]:.1%}" for n in names)]
-        table.add_row(*cells)
-    console = Console()
+        table.add_row(*cells, f"{row['stability']:.3f}", f"{low:.2f} to {high:.2f}")
     console.print(table)
+    if found[0]["purity"]:
+        table = Table("purity", *(f"K = {row['num_clusters']}" for row in found))
+        for name in found[0]["purity"]:
+            table.add_row(name, *(f"{row['purity'][name]:.1%}" for row in found))
+        console.print(table)
     console.print(
         "silhouette: clusters are apart (1) or not (0). stability: agreement of clusterings from other seeds (1: the "
         "same). Inertia falls with K in any data.",

@@ -24,11 +24,12 @@ class Report:
         self.sizes = np.zeros((len(SPLITS), num_clusters), np.int64)
         self.inertia = self.total = 0.0
         self.margins_K = np.zeros(num_clusters)  # sums
+        self.distances_K = np.zeros(num_clusters)
         self.words = WordCounts(num_clusters)
         self.attributes: list[dict[str, Counter[str]]] = [{} for _ in range(num_clusters)]
         self.having: Counter[str] = Counter()  # clips that have an attribute
-        # caption -> (distance to the centroid, number of the clip), of the nearest clips
-        self.nearest: list[dict[str, tuple[float, str, int]]] = [{} for _ in range(num_clusters)]
+        # caption -> (distance to the centroid, id), of the nearest clips
+        self.nearest: list[dict[str, tuple[float, str]]] = [{} for _ in range(num_clusters)]
 
     def add(
         self,
@@ -38,14 +39,12 @@ class Report:
         ids: Sequence[str],
         captions: Sequence[str],
         attributes: Sequence[Mapping[str, str]],
-        start: int = 0,
     ) -> None:
         """Counts n clips; only those that are trained on count beyond the sizes.
 
         Args:
           features, clusters, splits: (n, F) raw, (n,), (n,).
           ids, captions, attributes: n each.
-          start: number of the first clip in its data folder.
         """
         np.add.at(self.sizes, (splits, clusters), 1)
         rows = np.flatnonzero(splits == TRAIN)
@@ -56,21 +55,18 @@ class Report:
         own = distances[np.arange(len(rows)), clusters]
         self.inertia += float(np.sum(own.astype(np.float64) ** 2))
         self.total += float(np.sum(self.partition.standardise(features[rows]).astype(np.float64) ** 2))
+        np.add.at(self.distances_K, clusters, own)
         np.add.at(self.margins_K, clusters, _margins(distances, own, clusters))
         for row, k, distance in zip(rows.tolist(), clusters.tolist(), own.tolist(), strict=True):
             self.words.add(k, captions[row])
             for name, value in attributes[row].items():
                 self.having[name] += 1
                 self.attributes[k].setdefault(name, Counter())[value] += 1
-            found, clip = self.nearest[k].get(captions[row]), (distance, ids[row], start + row)
+            found, clip = self.nearest[k].get(captions[row]), (distance, ids[row])
             if found is None or clip < found:
                 self.nearest[k][captions[row]] = clip
         for k, nearest in enumerate(self.nearest):
             self.nearest[k] = dict(sorted(nearest.items(), key=lambda item: item[1])[:EXAMPLES])
-
-    def numbers(self) -> list[list[int]]:
-        """For each cluster the numbers of the clips whose captions are its examples."""
-        return [[number for _, _, number in nearest.values()] for nearest in self.nearest]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report.
@@ -80,8 +76,8 @@ class Report:
         clips of (b - a) / max(a, b), a and b the distances to the own and the nearest other centroid (1: well apart;
         null for K = 1). balance: smallest and largest size over N / K. centroid_distances: (K, K). purity: for each
         true attribute that every clip has, the share of clips that have their cluster's most frequent value. clusters:
-        for each, its clips, validation, test, share, margin, examples (captions nearest to the centroid), words
-        (`WordCounts.distinctive`), and how often each attribute value occurs.
+        for each, its clips, validation, test, share, margin, distance (mean, to the centroid), examples (captions
+        nearest to the centroid), words (`WordCounts.distinctive`), and how often each attribute value occurs.
         """
         sizes = self.sizes[TRAIN]
         clips, num_clusters = int(sizes.sum()), len(sizes)
@@ -105,6 +101,7 @@ class Report:
                     **{name: int(self.sizes[n, k]) for n, name in enumerate(SPLITS) if n != TRAIN},
                     "share": float(sizes[k] / clips),
                     "margin": None if num_clusters == 1 else float(self.margins_K[k] / max(sizes[k], 1)),
+                    "distance": float(self.distances_K[k] / max(sizes[k], 1)),
                     "examples": list(self.nearest[k]),
                     "words": words[k],
                     "attributes": counts[k],

@@ -8,7 +8,7 @@ from paris_jax.encoders.words import split
 
 SHOWN = 12  # words of each cluster
 LARGEST = 200_000  # distinct words that are counted; beyond, those that came once are forgotten
-PRIOR = 100.0  # words that the prior weighs
+PRIOR = 10.0  # captions that the prior weighs
 SURE = 1.96  # standard errors by which a word's log odds are above 0
 
 
@@ -29,43 +29,32 @@ class WordCounts:
     def distinctive(self) -> list[list[dict[str, float | str]]]:
         """For each cluster its distinctive words, with their share of its captions and of all others.
 
-        The measure is the log odds ratio with an informative Dirichlet prior, in standard errors (Monroe, Colaresi &
-        Quinn 2008, "Fightin' Words").
+        The measure is the log odds ratio that a caption has the word, with a prior at its share of all captions, in
+        standard errors (after Monroe, Colaresi & Quinn 2008, "Fightin' Words").
         """
-        return [self._of(k) for k in range(len(self.words))]
+        everywhere: Counter[str] = Counter()
+        for words in self.words:
+            everywhere.update(words)
+        return [self._of(k, everywhere) for k in range(len(self.words))]
 
-    def _of(self, cluster: int) -> list[dict[str, float | str]]:
-        own = self.words[cluster]
-        words = sorted(own)
-        if not words:
-            return []
-        here = np.array([own[word] for word in words], float)
-        everywhere = np.array([sum(counts[word] for counts in self.words) for word in words], float)
-        num_here, num_all = self.captions[cluster], sum(self.captions)
-        z = _log_odds(here, everywhere - here, float(sum(own.values())), self._total() - sum(own.values()), everywhere)
+    def _of(self, cluster: int, everywhere: Counter[str]) -> list[dict[str, float | str]]:
+        words = sorted(self.words[cluster])
+        here = np.array([self.words[cluster][word] for word in words], float)
+        there = np.array([everywhere[word] for word in words], float) - here
+        num_here = self.captions[cluster]
+        num_there = sum(self.captions) - num_here
+        z = _log_odds(here, num_here, there, num_there)
         chosen = [i for i in sorted(range(len(words)), key=lambda i: (-z[i], words[i])) if z[i] > SURE][:SHOWN]
-        others = max(num_all - num_here, 1)
         return [
-            {
-                "word": words[i],
-                "share": float(here[i] / num_here),
-                "others": float((everywhere[i] - here[i]) / others),
-            }
+            {"word": words[i], "share": float(here[i] / num_here), "others": float(there[i] / max(num_there, 1))}
             for i in chosen
         ]
 
-    def _total(self) -> float:
-        return float(sum(sum(counts.values()) for counts in self.words))
 
-
-def _log_odds(here: np.ndarray, there: np.ndarray, n_here: float, n_there: float, prior: np.ndarray) -> np.ndarray:
-    """Log odds ratio of each word in standard errors; `prior` has the counts of both."""
-    total = n_here + n_there
-    prior = prior * (PRIOR / max(total, 1))
-    weight = prior.sum()
-
-    def log_odds(counts: np.ndarray, total: float) -> np.ndarray:
-        return np.log((counts + prior) / np.maximum(total + weight - counts - prior, 1e-9))
-
-    difference = log_odds(here, n_here) - log_odds(there, n_there)
-    return difference / np.sqrt(1 / (here + prior) + 1 / (there + prior))
+def _log_odds(here: np.ndarray, num_here: int, there: np.ndarray, num_there: int) -> np.ndarray:
+    """Log odds ratio, in standard errors, of words in so many captions here and there."""
+    with_word = PRIOR * (here + there) / max(num_here + num_there, 1)
+    without = PRIOR - with_word
+    counts = here + with_word, num_here - here + without, there + with_word, num_there - there + without
+    a, b, c, d = (np.maximum(count, 1e-9) for count in counts)
+    return (np.log(a / b) - np.log(c / d)) / np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)

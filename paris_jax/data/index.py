@@ -91,8 +91,8 @@ class ClipIndex:
 
     def __init__(self, folder: epath.PathLike, files: Iterable[str]):
         self.folder = epath.Path(folder)
-        self._names = sorted(name for name in files if name.endswith(ENDING))
-        if not self._names:
+        self.files = sorted(name for name in files if name.endswith(ENDING))
+        if not self.files:
             raise UserError(
                 f"{self.folder} has no index of its clips, because an earlier version made it; delete it and prepare "
                 "the clips again"
@@ -103,7 +103,7 @@ class ClipIndex:
     def blocks(self) -> Iterator[Block]:
         """All clips in order of their numbers, a block for each shard."""
         start = 0
-        for number in range(len(self._names)):
+        for number in range(len(self.files)):
             block = Block(start, self._read_uncached(number))
             start += len(block)
             if number + 1 == len(self._starts):
@@ -111,9 +111,13 @@ class ClipIndex:
             if len(block):  # all clips of a shard may have been dropped
                 yield block
 
+    def block(self, number: int) -> Block:
+        """The clips of one shard; the numbers of its clips are known after a pass over all `blocks`."""
+        return Block(self._starts[number], self._read(number))
+
     def entry(self, number: int) -> Entry:
         """The text of one clip; fast for neighbours, and after a pass over all `blocks`."""
-        if len(self._starts) <= len(self._names):
+        if len(self._starts) <= len(self.files):
             for _ in self.blocks():
                 pass
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -121,7 +125,7 @@ class ClipIndex:
         return Block(start, self._read(shard)).entry(number - start)
 
     def _read_uncached(self, number: int) -> dict[str, np.ndarray]:
-        path = self.folder / self._names[number]
+        path = self.folder / self.files[number]
         try:
             return safetensors.numpy.load(path.read_bytes())
         except (OSError, safetensors.SafetensorError) as error:

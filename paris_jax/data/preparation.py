@@ -24,7 +24,7 @@ from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import dropped, index, records
+from paris_jax.data import dropped, index, previews, records
 from paris_jax.data.decoders import LIMITED, Decoders, Limits
 from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.records import Record
@@ -194,6 +194,14 @@ class Shard:
         return self.path.parent / index.file_of(self.path.name)
 
     @property
+    def previews(self) -> epath.Path:
+        return self.path.parent / previews.file_of(self.path.name)
+
+    @property
+    def files(self) -> tuple[epath.Path, ...]:
+        return self.path, self.index, self.previews
+
+    @property
     def marker(self) -> epath.Path:
         return self.path.parent / f"{self.path.name}.json"
 
@@ -224,7 +232,7 @@ class Shard:
         return manifest.read_json(self.marker, ShardMarker)
 
     def is_done(self) -> bool:
-        if not all(path.exists() for path in (self.path, self.index, self.marker)):
+        if not all(path.exists() for path in (*self.files, self.marker)):
             return False
         found = self.read_marker()
         return found.origin == self.origin and found.limits in (None, self.limits)
@@ -297,6 +305,7 @@ def write(
 ) -> int:
     """Decodes, encodes and writes one shard, then its marker; returns its number of items."""
     tally, lost, entries = Tally(), list[Dropped](), index.Writer()
+    shown = previews.Previews()
 
     def drop(item: Dropped) -> None:
         if job.strict and item.stage != "curate":
@@ -316,7 +325,7 @@ def write(
                 yield item
 
     def counted() -> Iterator[Record]:
-        for record in encode(job.experiment, clips(), store, drop):
+        for record in encode(job.experiment, shown.watch(clips()), store, drop):
             tally.add(record)
             entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
             yield record
@@ -325,6 +334,7 @@ def write(
 
     records.write_shard(job.path, counted())
     entries.write(job.index)
+    previews.write(job.previews, shown, [entry.id for entry in entries.entries])
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
     items = [vars(item) for item in lost]
     manifest.write_json(
@@ -456,7 +466,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         run.data,
         DataManifest,
         [
-            *(name for job in kept for name in (job.path.name, job.index.name)),
+            *(path.name for job in kept for path in job.files),
             *records.write_null(run.data, *null),
             *([dropped.write(run.data, lost)] if lost else []),
         ],
@@ -473,7 +483,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     for job in jobs:
         job.marker.unlink(missing_ok=True)
         if job not in kept:
-            for path in (job.path, job.index):
+            for path in job.files:
                 path.unlink(missing_ok=True)
     logger.info("%d clips are prepared: %s", total.clips, run.data)
 
@@ -491,5 +501,6 @@ def shorten(job: Shard, clips: int) -> ShardMarker:
     marker = job.read_marker()
     records.write_shard(job.path, first())
     entries.write(job.index)
+    previews.shorten(job.previews, clips)
     manifest.write_json(job.marker, {**msgspec.to_builtins(marker), "tally": tally.to_json()})
     return job.read_marker()

@@ -69,8 +69,12 @@ def enlarge(video: np.ndarray, scale: int | None = None) -> np.ndarray:
     return np.pad(larger, padding, mode="edge")
 
 
-def video_bytes(video: np.ndarray, fps: float, format: str = "mp4", scale: int | None = None) -> bytes:
+def video_bytes(
+    video: np.ndarray, fps: float, format: str = "mp4", scale: int | None = None, threads: int = 0
+) -> bytes:
     """Encodes (T, H, W, 3) uint8 as "mp4" (H.264, playable in browsers), "webm" (VP9) or "gif".
+
+    With one thread, equal videos give equal bytes; by default there are as many as the encoder likes.
 
     Raises:
       ValueError: `video` has another shape or dtype or no frames, or `format` is unknown.
@@ -83,6 +87,7 @@ def video_bytes(video: np.ndarray, fps: float, format: str = "mp4", scale: int |
     if format not in CODECS:
         raise ValueError(f"format={format!r}: must be one of {', '.join((*CODECS, 'gif'))}")
     name, pixels, options = CODECS[format]
+    options = options | ({"threads": str(threads)} if threads else {})
     rate = Fraction(fps).limit_denominator(1001)
     target = io.BytesIO()
     with av.open(target, "w", format=format) as container:

@@ -1,6 +1,6 @@
 """Writes small SVG plots directly, so that they take their colours from the page (light or dark) and need no network.
 
-A series is (name, CSS class, values); a class such as "ensemble" gets its colour in report.css.
+A series is (name, CSS class, values); a class such as "ensemble" gets its colour in data/page.css.
 """
 
 import dataclasses

@@ -4,7 +4,6 @@ The fixed text is in report.html beside this file. Styles, script, plots and vid
 policy forbids every request, so the page looks the same by mail, from a bucket or in ten years.
 """
 
-import base64
 import html
 import string
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from paris_jax.artifacts import manifest
-from paris_jax.data import video as video_io
+from paris_jax.data import pages
 from paris_jax.evaluation import plots, report_sections
 from paris_jax.evaluation.plots import Series
 from paris_jax.evaluation.results import MODELS, Comparison, format_estimate, headline
@@ -44,8 +43,8 @@ def render(results: Mapping[str, Any], videos: Mapping[str, np.ndarray], fps: fl
     experts = results["expert_use"]["clusters"]
     marks = [(f"expert {k}", _part(i)) for i, k in enumerate(experts)]
     return _template("report.html").substitute(
-        style=_file("report.css"),
-        script=_file("report.js"),
+        style=pages.style(),
+        script=pages.script(),
         experiment=html.escape(results["experiment"]),
         headline=html.escape(headline(results["comparisons"])),
         num_experts=len(compute["experts"]),
@@ -85,12 +84,8 @@ def _more_clips(shown: Sequence[Any], videos: Mapping[str, np.ndarray], fps: flo
     return _template("report_clips.html").substitute(cards="".join(cards)) if cards else ""
 
 
-def _file(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
 def _template(name: str) -> string.Template:
-    return string.Template(_file(name))
+    return string.Template(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def _part(index: int) -> str:
@@ -140,13 +135,13 @@ def _card(
 ) -> str:
     figures = []
     for model in (label for label in LABELS if label in videos):
-        data = base64.b64encode(video_io.video_bytes(np.asarray(videos[model][index]), fps)).decode()
+        address = pages.video_address(np.asarray(videos[model][index]), fps)
         expected, predicted = clip["asked"], clip["read"].get(model)
         correct = sum(predicted[name] == value for name, value in expected.items()) if predicted else 0
         score = f"<span>{correct}/{len(expected)}</span>" if predicted else ""
         figures.append(
             f'<figure class="{model}"><video muted loop playsinline preload="auto" aria-label="{LABELS[model]}"'
-            f' src="data:video/mp4;base64,{data}"></video><figcaption><span>{LABELS[model]}</span>{score}</figcaption>'
+            f' src="{address}"></video><figcaption><span>{LABELS[model]}</span>{score}</figcaption>'
             f"{_ticks(expected, predicted) if predicted else ''}</figure>"
         )
     experts_used = ", ".join(f"expert {k} {u:.0%}" for k, u in zip(experts, clip["use"], strict=True) if u >= 0.005)

@@ -213,8 +213,8 @@ class Shard:
     def origin(self) -> dict[str, Any]:
         """Provenance of the shard; a marker with any other provenance is ignored."""
         items = hashlib.sha256()
-        for index in self.indices:
-            items.update(hashlib.sha256(self.clips.stamp(index).encode(errors="surrogateescape")).digest())
+        for number in self.indices:
+            items.update(hashlib.sha256(self.clips.stamp(number).encode(errors="surrogateescape")).digest())
         config = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
         source = {"source": self.clips.describe(), "indices": [self.indices.start, self.indices.stop]}
         return {**config, **source, "items": items.hexdigest(), "decoding": DECODING_VERSION}

@@ -109,7 +109,7 @@ def shapes_classifier() -> FeatureNetwork:
     return FeatureNetwork(
         "shapes", "Frechet distance (shapes classifier)", FEATURES, 1,
         "8 frames evenly, interpolated linearly in time, antialiased to 20 x 20", manifest.hash_file(WEIGHTS),
-        lambda videos: classifier.look(videos.astype(np.float32) / 127.5 - 1)[0], 32,
+        lambda videos: classifier.predict(videos.astype(np.float32) / 127.5 - 1)[0], 32,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class ClassifiedVideos:
     """Classifier outputs for one set of videos: features (N, 64) and N dicts of predicted attributes."""
 
     def __init__(self, classifier: AttributeClassifier, videos: np.ndarray):
-        self.features, self.read = classifier.look(videos)
+        self.features, self.read = classifier.predict(videos)
 
 
 def attribute_accuracy(

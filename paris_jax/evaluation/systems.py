@@ -253,7 +253,7 @@ class _SystemsRun:
         found |= {"motion": mean_motion(video), "flicker": temporal_flicker(video)}
         if self.is_shapes:
             classifier = AttributeClassifier.load()
-            _, predicted = classifier.look(video)
+            _, predicted = classifier.predict(video)
             found["correct"] = attribute_accuracy.hits(self.prompts.attributes, predicted)[attribute_accuracy.ALL]
             found["identity"] = identity_kept(classifier, video) if video.shape[1] > 1 else np.ones(len(video), bool)
         if self.texts:

@@ -86,7 +86,7 @@ def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = T
     def join() -> None:  # JAX's own timeout ends the process with a stack trace, so ours comes first
         jax.distributed.initialize(address, count, number, own_devices, initialization_timeout=timeout + 60)
 
-    def look() -> None:
+    def check_stop() -> None:
         if time.monotonic() > until:
             there = address or "the address that JAX found (above)"
             raise UserError(
@@ -96,7 +96,7 @@ def join_processes(environment: Mapping[str, str] = os.environ, timeout: int = T
             )
 
     try:
-        interruptible("joining", join, look)
+        interruptible("joining", join, check_stop)
     except (RuntimeError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
@@ -210,13 +210,13 @@ class StopRequest:
             ends. Processes of one job agree on a step once all are ready.
         """
 
-        def look() -> None:
+        def check_stop() -> None:
             if self._signal and jax.process_count() == 1:
                 raise self.stopped(f"was {what}, with nothing new to save")
 
-        look()
-        result = interruptible(what, work, look)
-        look()
+        check_stop()
+        result = interruptible(what, work, check_stop)
+        check_stop()
         return result
 
     def compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -236,10 +236,10 @@ POLL_SECONDS = 0.2  # seconds
 _ABANDONED = "paris_jax, not interruptible: "
 
 
-def interruptible(what: str, work: Callable[[], Any], look: Callable[[], None]) -> Any:
-    """Runs `work()` in a thread, so that signal handlers run meanwhile, and calls `look()` every fifth of a second.
+def interruptible(what: str, work: Callable[[], Any], check_stop: Callable[[], None]) -> Any:
+    """Runs `work()` in a thread, so that signal handlers run meanwhile, and calls `check_stop()` every `POLL_SECONDS`.
 
-    An exception of these abandons the work: its thread runs on until the process ends.
+    An exception of either abandons the work: its thread runs on until the process ends.
     """
     made: list[Any] = []
     failed: list[BaseException] = []
@@ -255,7 +255,7 @@ def interruptible(what: str, work: Callable[[], Any], look: Callable[[], None]) 
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         if thread.is_alive():
-            look()
+            check_stop()
     if failed:
         raise failed[0]
     return made[0]

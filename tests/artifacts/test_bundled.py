@@ -44,7 +44,7 @@ def test_most_samples_show_the_attributes_of_their_prompts(ensemble):
     rng = np.random.default_rng(11)
     requested = [shapes.draw_attributes(rng) for _ in range(64)]
     samples = ensemble.sample([shapes.caption(r) for r in requested], num_inference_steps=20, seed=1)
-    _, predicted = AttributeClassifier.load().look(samples.videos)
+    _, predicted = AttributeClassifier.load().predict(samples.videos)
     accuracy = {
         name: np.mean([p[name] == r[name] for p, r in zip(predicted, requested, strict=True)])
         for name in shapes.ATTRIBUTES

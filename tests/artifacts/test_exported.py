@@ -80,7 +80,7 @@ def with_first(change):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (with_first(lambda name, a: {name: np.full_like(a, np.nan)}), "not finite"),
         (with_first(lambda name, a: {name: np.full_like(a, np.inf)}), "not finite"),
@@ -91,14 +91,14 @@ def with_first(change):
     ],
     ids=["nan", "infinite", "shape", "dtype", "extra", "missing"],
 )
-def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told, run):
+def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, message, run):
     rewrite(Path(run.export(EXPERT)), change)
-    with pytest.raises(UserError, match=f"experts/1/export/model.safetensors is refused: .*{told}"):
+    with pytest.raises(UserError, match=f"experts/1/export/model.safetensors is refused: .*{message}"):
         exported.read(run.export(EXPERT))
 
 
 @pytest.mark.parametrize(
-    "what, change, told",
+    "what, change, message",
     [
         ("part", lambda m: m.pop("files"), r"experts/1/export/manifest.json: .* missing required field `files`"),
         ("part", lambda m: m.pop("network"), r"experts/1/export/manifest.json: .* missing required field `network`"),
@@ -111,9 +111,9 @@ def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, told,
         ("ensemble", lambda m: m.pop("sampling"), r"ensemble/manifest.json: .* missing required field `sampling`"),
     ],
 )
-def test_an_altered_manifest_is_refused_with_the_reason(what, change, told, run):
+def test_an_altered_manifest_is_refused_with_the_reason(what, change, message, run):
     edit_manifest(run.export(EXPERT) if what == "part" else run.ensemble, change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         ensemble_manifest.read(run.ensemble)
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         return model.sample(prompts, noise=noise, **({"guidance_scale": flags.guidance_scale} | params)).videos
 
     def accuracy(videos):
-        _, predicted = classifier.look(videos)
+        _, predicted = classifier.predict(videos)
         return np.mean([all(p[name] == r[name] for name in r) for p, r in zip(predicted, requested, strict=True)])
 
     def show(name, evaluations, videos, reference=None):

@@ -153,7 +153,7 @@ def test_the_partition_does_not_depend_on_the_order_of_clips(partitioned, tmp_pa
     assert files(run.partition) == files(partitioned.partition)
 
 
-def test_rerunning_a_finished_partition_writes_nothing(partitioned):
+def test_a_finished_partition_is_not_written_again(partitioned):
     before = {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")}
     cluster(experiment(), partitioned)
     assert {p: p.stat().st_mtime_ns for p in Path(partitioned.partition).rglob("*")} == before
@@ -299,7 +299,7 @@ def test_a_partition_of_other_features_or_another_number_of_clusters_is_refused(
     assert not run.partition.exists()
 
 
-def test_mini_batches_from_disk_make_the_same_clusters_here_and_leave_nothing_behind(partitioned, tmp_path):
+def test_mini_batches_from_disk_give_the_exact_clusters_and_leave_no_files(partitioned, tmp_path):
     made_for = experiment(batch_size=32)
     run = prepared(tmp_path, made_for)
     cluster(made_for, run)

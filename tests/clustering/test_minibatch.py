@@ -39,7 +39,7 @@ def test_a_file_and_memory_give_the_same_bits(tmp_path):
     assert np.array_equal(labels, again)
 
 
-def test_the_order_of_clips_changes_nothing():
+def test_the_result_does_not_depend_on_the_order_of_clips():
     features = blobs(2000, 8, 6)
     order = np.random.default_rng(1).permutation(len(IDS))
     method = Method(4, batch_size=300, restarts=2)
@@ -94,7 +94,7 @@ def test_balanced_clusters_have_equal_sizes_and_new_clips_follow(fine, batch_siz
     assert np.abs(new - 1000).max() < 150
 
 
-def test_clips_that_cannot_be_told_apart_cannot_be_balanced():
+def test_identical_clips_cannot_be_balanced():
     from paris_jax.errors import UserError
 
     features = np.zeros((2000, 2), np.float32)

@@ -9,7 +9,7 @@ from paris_jax.clustering import page, sheets
 from paris_jax.clustering.page import Dropped
 from paris_jax.clustering.sheets import Map, Shown
 from tests.clustering.test_build import experiment, prepared
-from tests.evaluation.browser import browse, look, needs_browser
+from tests.evaluation.browser import browse, needs_browser, run_scripts
 from tests.evaluation.test_report import OVERPRINTED, Tags
 
 HOSTILE = (
@@ -52,11 +52,11 @@ def test_every_tag_is_closed_and_no_text_of_strangers_became_one(written):
 
 
 @needs_browser
-def test_a_browser_plays_every_sheet_shows_captions_as_text_and_fetches_nothing(written):
+def test_the_page_plays_every_sheet_and_shows_captions_as_text_offline(written):
     visit = browse(written, until="html[data-playing='2']")
     assert visit.data == {"videos": "2 of 2", "settled": "true", "playing": "2"}
     assert visit.logged == [] and visit.asked == []
-    captions, thumbnails = look(
+    captions, thumbnails = run_scripts(
         written, 1280, 800,
         "() => [...document.querySelectorAll('ol.captions li')].map((e) => e.textContent)",
         "() => [...document.querySelectorAll('svg image')].map((e) => e.getBBox().width > 0)",
@@ -67,8 +67,8 @@ def test_a_browser_plays_every_sheet_shows_captions_as_text_and_fetches_nothing(
 
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_printed_over_another_and_the_page_is_no_wider_than_the_screen(written, width):
-    over, wide = look(written, width, 800, OVERPRINTED, "() => document.documentElement.scrollWidth")
+def test_no_text_overlaps_and_the_page_fits_the_screen(written, width):
+    over, wide = run_scripts(written, width, 800, OVERPRINTED, "() => document.documentElement.scrollWidth")
     assert over == []
     assert wide <= width
 

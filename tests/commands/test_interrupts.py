@@ -216,7 +216,7 @@ assert jax.config.jax_compilation_cache_dir is None
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, remedy",
     [
         (OSError(28, "No space left on device", "out/x.mp4"), "out/x.mp4; make room or choose another --out,"),
         (OSError(28, "No space left on device", "runs/a/x"), "runs/a/x; make room or choose another --workdir,"),
@@ -227,19 +227,19 @@ assert jax.config.jax_compilation_cache_dir is None
         (OSError(5, "Input/output error", "runs/a/f"), "runs/a/f; look at the disk"),
     ],
 )
-def test_the_suggested_remedy_depends_on_the_error_and_the_flag(error, told, monkeypatch, capsys):
+def test_the_suggested_remedy_depends_on_the_error_and_the_flag(error, remedy, monkeypatch, capsys):
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("paris_jax.artifacts.publish.publish", fails)
-    assert cli.run(["export", "--ensemble=runs/a/ensemble", "--out=out"]) == 1 or "workdir" in told
+    assert cli.run(["export", "--ensemble=runs/a/ensemble", "--out=out"]) == 1 or "workdir" in remedy
     message = capsys.readouterr().err
-    if "workdir" not in told:
-        assert told in message
+    if "workdir" not in remedy:
+        assert remedy in message
         return
     monkeypatch.setattr("paris_jax.commands.status.status", fails)
     assert cli.run(["status", "--workdir=runs/a"]) == 1
-    assert told in capsys.readouterr().err
+    assert remedy in capsys.readouterr().err
 
 
 def test_a_path_beside_the_flags_folder_is_not_in_it(monkeypatch, capsys):

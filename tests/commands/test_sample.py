@@ -92,7 +92,7 @@ def test_every_flag_reaches_the_sampler(parsed):
 
 
 @pytest.mark.parametrize(
-    "flag, told",
+    "flag, message",
     [
         ("--mesh=expert3", "--mesh=expert3: must be axes with their sizes, such as expert:3"),
         ("--mesh=expert:two", "--mesh=expert:two: must be axes"),
@@ -103,9 +103,9 @@ def test_every_flag_reaches_the_sampler(parsed):
         ("--mesh=expert:99", "mesh expert=99 = 99 devices: there are 1"),
     ],
 )
-def test_invalid_values_are_refused(flag, told, capsys):
+def test_invalid_values_are_refused(flag, message, capsys):
     assert cli.run(["sample", "--ensemble=bundled:shapes", PROMPT, flag]) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_command_with_many_flags_writes_only_its_output_file(tmp_path):

@@ -124,7 +124,7 @@ def test_impossible_values_are_refused_by_name(field, value, said):
     assert said in refusal(**{field: value})
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     said = refusal(training__global_batch_size=0, data__fps=-1.0, sampling__solver="rk4", text__wdith=3)
     for field in ("training.global_batch_size", "data.fps", "sampling.solver", "text.wdith"):
         assert f"config.{field}" in said
@@ -170,7 +170,7 @@ def test_the_monolith_takes_the_sum_of_the_experts_steps():
     assert experiment.steps("router") == experiment.router_training.steps
 
 
-def test_the_hash_follows_what_is_trained_and_nothing_else():
+def test_the_hash_depends_on_the_training_alone():
     base = Experiment().hash
     same = {
         **{

@@ -48,7 +48,7 @@ def test_the_names_of_choices_are_those_that_the_code_knows():
     assert get_args(sections.TextEncoderName) == NAMES
 
 
-def test_print_config_shows_every_field_with_its_value_and_writes_nothing(tmp_path, capsys, monkeypatch):
+def test_print_config_prints_every_field_and_writes_no_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(cli.__file__.rpartition("/paris_jax/")[0])
     changed = ["--config=configs/shapes.py:tiny", "--config.training.steps=77", f"--workdir={tmp_path}/run"]
     assert cli.run(["train", *changed, "--print_config"]) == 0

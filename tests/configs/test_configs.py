@@ -46,7 +46,7 @@ def test_every_variant_is_accepted(name, variant):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_says_what_it_costs_and_how_it_is_run(name):
+def test_every_config_documents_its_cost_and_command(name):
     module = load(name)
     assert len(module.__doc__.splitlines()) > 3
     assert "paris-jax" in module.__doc__ or "launch/" in module.__doc__
@@ -132,7 +132,7 @@ def test_paris2_arms_cost_the_same(paris2, network):
 
 
 @pytest.mark.parametrize("role", ["expert", "monolith", "router"])
-def test_paris2_step_changes_nothing_but_values(paris2, network, router, role):
+def test_the_paris2_step_keeps_every_shape_and_dtype(paris2, network, router, role):
     config, settings = (router, paris2.router_training) if role == "router" else (network, paris2.training)
     steps = paris2.steps(role)
     losses = router_losses if role == "router" else expert_losses

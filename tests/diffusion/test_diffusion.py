@@ -134,10 +134,10 @@ def no_noise(step):
 
 
 def solve(field, x, times, solver, memory=(), noise=no_noise):
-    """The end of all steps at once, and what the field told of every look."""
-    told = jax.eval_shape(lambda x, t, step, memory: field(x, t, step, memory)[2], x, times[0], jnp.int32(0), memory)
+    """The end of all steps at once, and the trace of every evaluation."""
+    trace = jax.eval_shape(lambda x, t, step, memory: field(x, t, step, memory)[2], x, times[0], jnp.int32(0), memory)
     lead = len(times) - 1, solvers.EVALUATIONS[solver]
-    state = solvers.begin(x, memory, jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), told))
+    state = solvers.begin(x, memory, jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), trace))
     state = solvers.integrate(field, state, times, 0, lead[0], solver, noise)
     return state.x, state.traces
 
@@ -200,7 +200,7 @@ def test_one_step_of_any_solver_lands_on_the_mean_that_the_noise_predicts(solver
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_solvers_look_as_often_as_they_say_and_what_the_field_remembers_moves_once_a_step(solver):
+def test_solvers_evaluate_as_often_as_documented_and_state_moves_once_a_step(solver):
     looked = []
 
     def field(x, t, step, memory):
@@ -297,10 +297,10 @@ def test_projected_guidance_is_short_and_across_the_prediction():
         np.testing.assert_allclose(x[n] - t[n] * v[n], guided, atol=1e-4)
 
 
-def test_what_the_second_look_of_a_step_tells_is_not_lost():
+def test_the_trace_of_a_second_evaluation_is_kept():
     field = lambda x, t, step, memory: (x, memory, t)  # noqa: E731
-    _, told = solve(field, jnp.ones((1, 1)), jnp.array([1.0, 0.4, 0.0]), "heun")
-    np.testing.assert_allclose(told, [[1.0, 0.4], [0.4, 0.4]])  # the last step is Euler's and discards the second
+    _, trace = solve(field, jnp.ones((1, 1)), jnp.array([1.0, 0.4, 0.0]), "heun")
+    np.testing.assert_allclose(trace, [[1.0, 0.4], [0.4, 0.4]])  # the last step is Euler's and discards the second
 
 
 def test_a_padded_schedule_keeps_its_number_of_steps():

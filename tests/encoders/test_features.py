@@ -1,4 +1,4 @@
-"""What is clustered tells the worlds apart without having been told of them."""
+"""The features separate the worlds without labels."""
 
 import numpy as np
 

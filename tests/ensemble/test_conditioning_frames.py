@@ -1,4 +1,4 @@
-"""Image to video and continuation: what the networks are told, guidance by the image, and refusals by name."""
+"""Image to video and continuation: the conditioning input, guidance by the image, and refusals by name."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ from paris_jax.ensemble.routing import Routing, router_logits
 from paris_jax.errors import UserError
 from paris_jax.models import functional
 from tests.conftest import no_text
-from tests.ensemble.test_mixture import NETWORK, ROUTER, inputs, plan_of, random_params, together, told
+from tests.ensemble.test_mixture import NETWORK, ROUTER, condition_of, inputs, plan_of, random_params, together
 
 TELLING = dataclasses.replace(NETWORK, cond_frames=True)
 LISTENING = dataclasses.replace(ROUTER, cond_frames=True)
@@ -50,11 +50,11 @@ def field(plan, condition, x, t, step, steps=20):
     return sparse_velocity._guided_velocity(plan, arrays(), x, t, condition, jnp.int32(0), (), step, steps)[0]
 
 
-# What a network is told.
+# The conditioning input.
 
 
 @pytest.mark.parametrize("config", [TELLING, LISTENING])
-def test_the_input_starts_at_nothing_and_nothing_given_is_zeros(config):
+def test_the_conditioning_input_is_zero_initialised_and_absent_frames_are_zeros(config):
     x, t, text = inputs()
     words = (text.tokens, text.length, text.pooled) if config is TELLING else (text.pooled,)
     fresh = random_params(config, 3)
@@ -69,7 +69,7 @@ def test_the_input_starts_at_nothing_and_nothing_given_is_zeros(config):
     assert np.abs(functional.apply(config, params, x, t, *words, kept_of(x)) - nothing).max() > 1e-3
 
 
-def test_the_input_is_one_matrix_of_mask_and_latent():
+def test_the_conditioning_input_is_one_matrix_of_mask_and_latent():
     more = functional.count(TELLING) - functional.count(NETWORK)
     assert more == (NETWORK.channels + 1) * 4 * NETWORK.hidden + NETWORK.hidden
 
@@ -82,7 +82,7 @@ def test_three_branches_are_open_soras_formula(conditioning):
     """v_00 + g_img (v_i0 - v_00) + g_txt (v_it - v_i0), each branch asked for on its own."""
     x, t, text = inputs()
     kept, one = kept_of(x), plan(router_conditioning=conditioning)
-    both = told(text, 4.0, image_scale=jnp.float32(2.5))
+    both = condition_of(text, 4.0, image_scale=jnp.float32(2.5))
     guided = velocity(
         plan("classifier_free", True, router_conditioning=conditioning), dataclasses.replace(both, cond=kept), x, t
     )
@@ -104,7 +104,10 @@ def _check_with_the_prompts_weights(guided, alone, x, t, text, kept):
 
 def test_an_image_scale_of_one_is_two_branches_and_projection_stands_beside_it():
     x, t, text = inputs()
-    condition = lambda image: dataclasses.replace(told(text, 4.0, image_scale=jnp.float32(image)), cond=kept_of(x))  # noqa: E731
+
+    def condition(image):
+        return dataclasses.replace(condition_of(text, 4.0, image_scale=jnp.float32(image)), cond=kept_of(x))
+
     two = velocity(plan("classifier_free"), condition(9.0), x, t)
     three = velocity(plan("classifier_free", True), condition(1.0), x, t)
     np.testing.assert_allclose(three, two, rtol=2e-5, atol=2e-5)
@@ -125,22 +128,22 @@ def test_oscillation_leaves_out_every_other_step_from_the_tenth_on_and_its_cost(
     whole = plan("classifier_free", True, Routing("top_k", 1), expert_batch_size=1)
     at_step = jax.jit(lambda condition, step: field(whole, condition, x, t, step))
 
-    def look(step, text_low=False, image_low=False, scale=4.0, image=2.5):
+    def velocity_at(step, text_low=False, image_low=False, scale=4.0, image=2.5):
         """The velocity, and how many times an expert was asked."""
         lows = {"text_oscillates": jnp.array(text_low), "image_oscillates": jnp.array(image_low)}
-        condition = told(text, scale, image_scale=jnp.float32(image), **lows)
+        condition = condition_of(text, scale, image_scale=jnp.float32(image), **lows)
         passes.clear()
         v = at_step(dataclasses.replace(condition, cond=kept_of(x)), jnp.int32(step))
         jax.effects_barrier()
         return np.asarray(jax.block_until_ready(v)), len(passes)
 
-    steady, cost = look(STEADY + 1)
+    steady, cost = velocity_at(STEADY + 1)
     assert cost == 3 * len(x)
     for text_low, image_low, branches in ((True, False, 3), (False, True, 2), (True, True, 1)):
         for step in (3, STEADY):
-            np.testing.assert_allclose(look(step, text_low, image_low)[0], steady, rtol=1e-5)
-        low, cost = look(STEADY + 1, text_low, image_low)
-        lowered, _ = look(0, scale=1.0 if text_low else 4.0, image=1.0 if image_low else 2.5)
+            np.testing.assert_allclose(velocity_at(step, text_low, image_low)[0], steady, rtol=1e-5)
+        low, cost = velocity_at(STEADY + 1, text_low, image_low)
+        lowered, _ = velocity_at(0, scale=1.0 if text_low else 4.0, image=1.0 if image_low else 2.5)
         np.testing.assert_allclose(low, lowered, rtol=2e-4, atol=2e-4)
         assert cost == branches * len(x)
 
@@ -165,9 +168,9 @@ def encoded(count=1, codec=CODEC, shape=SHAPE, fps=8.0, **given):
     return np.asarray(frames.encode(codec, SCALE, shape, count, fps))
 
 
-def frames_of(told, codec=CODEC):
+def frames_of(cond, codec=CODEC):
     """Which latent frames are given, and the video that they are."""
-    return told[..., 0].any((2, 3)).astype(int).tolist(), codec.decode(SCALE.denormalise(told[..., 1:]))
+    return cond[..., 0].any((2, 3)).astype(int).tolist(), codec.decode(SCALE.denormalise(cond[..., 1:]))
 
 
 def test_pictures_become_the_first_and_the_last_frame():
@@ -180,14 +183,14 @@ def test_pictures_become_the_first_and_the_last_frame():
     np.testing.assert_allclose(encoded(image=to_float(PICTURE)), encoded(image=PICTURE), atol=1e-6)
 
 
-def test_an_image_stands_still_where_the_codec_packs_frames_and_that_is_said(caplog):
+def test_an_image_is_repeated_where_the_codec_packs_frames_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         given, shown = frames_of(encoded(codec=Pixels(2, 2, 2), shape=(3, 4, 6, 24), image=PICTURE), Pixels(2, 2, 2))
     assert given == [[1, 0, 0]] and "repeated for all" in caplog.text
     np.testing.assert_allclose(shown[0, :2], np.stack([to_float(PICTURE)] * 2), atol=1e-6)
 
 
-def test_files_are_read_and_a_video_is_gone_on_from_its_last_frames(tmp_path):
+def test_files_are_read_and_a_video_is_continued_from_its_last_frames(tmp_path):
     moving = np.random.default_rng(1).integers(0, 256, (6, 8, 12, 3), np.uint8)
     video_io.write_png(tmp_path / "one.png", PICTURE)
     np.testing.assert_array_equal(encoded(image=str(tmp_path / "one.png")), encoded(image=PICTURE))
@@ -209,7 +212,7 @@ def test_a_video_at_another_rate_is_read_at_the_ensembles(tmp_path):
     assert len(list(footage.at_rate(tmp_path / "clip.gif", 40.0))) == 16
 
 
-def test_another_size_is_scaled_and_another_aspect_cropped_or_boxed_where_asked():
+def test_another_size_is_scaled_and_another_aspect_cropped_or_boxed():
     smooth = np.add.outer(np.arange(24), np.arange(36))[..., None].repeat(3, -1).astype(np.uint8) * 4
     _, smaller = frames_of(encoded(image=smooth))
     expected = smooth.reshape(8, 3, 12, 3, 3).mean((1, 3)) / 127.5 - 1
@@ -243,7 +246,7 @@ def test_another_size_is_scaled_and_another_aspect_cropped_or_boxed_where_asked(
         ({"image": "no-such.png"}, "no-such.png"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_in_a_sentence(given, said):
+def test_invalid_conditioning_frames_are_refused_in_a_sentence(given, said):
     with pytest.raises(UserError, match=said):
         encoded(2, **given)
 
@@ -262,7 +265,7 @@ def test_training_makes_use_of_the_input(ensemble):
     assert float(jnp.abs(ensemble._placed.params.router["cond_in"]["kernel"]).max()) > 0
 
 
-def test_videos_are_drawn_from_images_and_told_apart_from_those_without(ensemble):
+def test_image_to_video_samples_differ_from_those_without_an_image(ensemble):
     picture = np.full((8, 8, 3), 90, np.uint8)
     how = {"num_inference_steps": 3, "seed": 2}
     plain = ensemble.sample(PROMPTS, **how).videos
@@ -278,29 +281,29 @@ def test_videos_are_drawn_from_images_and_told_apart_from_those_without(ensemble
     )
     assert continued.videos.shape == plain.shape
     x, text = ensemble.noise(2), ensemble.encode(PROMPTS)
-    told = cond_masks.cond_input(x, jnp.array([[True, False]] * 2))
-    routes = [ensemble.route(x, jnp.array([0.4, 0.9]), text, cond=k) for k in (None, told)]
+    given = cond_masks.cond_input(x, jnp.array([[True, False]] * 2))
+    routes = [ensemble.route(x, jnp.array([0.4, 0.9]), text, cond=k) for k in (None, given)]
     assert np.abs(routes[0] - routes[1]).max() > 0
     with pytest.raises(UserError, match="cond and images or videos both set"):
-        ensemble.sample(PROMPTS, image=picture, cond=told)
+        ensemble.sample(PROMPTS, image=picture, cond=given)
     with pytest.raises(UserError, match=r"cond has shape .*; must be \(2, 2, 4, 4, 25\)"):
-        ensemble.sample(PROMPTS, cond=told[..., 1:])
+        ensemble.sample(PROMPTS, cond=given[..., 1:])
     with pytest.raises(UserError, match="cond holds values that are not finite"):
-        ensemble.sample(PROMPTS, cond=told.at[0, 0].set(jnp.nan))
+        ensemble.sample(PROMPTS, cond=given.at[0, 0].set(jnp.nan))
     with pytest.raises(UserError, match="All 1 latent frames are conditioning frames"):
         ensemble.sample(PROMPTS, image=picture, num_frames=2)
 
 
-def test_a_velocity_is_not_guided_unless_that_is_asked_for(ensemble):
+def test_a_velocity_is_guided_only_on_request(ensemble):
     x, text = ensemble.noise(2), ensemble.encode(PROMPTS)
-    told, t = cond_masks.cond_input(x, jnp.array([[True, False]] * 2)), jnp.array([0.4, 0.9])
-    plain = ensemble.velocity(x, t, text, cond=told)
-    np.testing.assert_array_equal(ensemble.velocity(x, t, text, cond=told, image_guidance_scale=1.0), plain)
-    assert np.abs(ensemble.velocity(x, t, text, cond=told, image_guidance_scale=4.0) - plain).max() > 1e-5
-    apart = [ensemble.disagreement(x, t, text, cond=k) for k in (None, told)]
+    given, t = cond_masks.cond_input(x, jnp.array([[True, False]] * 2)), jnp.array([0.4, 0.9])
+    plain = ensemble.velocity(x, t, text, cond=given)
+    np.testing.assert_array_equal(ensemble.velocity(x, t, text, cond=given, image_guidance_scale=1.0), plain)
+    assert np.abs(ensemble.velocity(x, t, text, cond=given, image_guidance_scale=4.0) - plain).max() > 1e-5
+    apart = [ensemble.disagreement(x, t, text, cond=k) for k in (None, given)]
     assert np.abs(apart[0] - apart[1]).max() > 0
 
 
-def test_an_ensemble_that_was_not_trained_for_it_says_so():
+def test_an_ensemble_without_the_conditioning_input_is_refused():
     with pytest.raises(UserError, match=r"Experts 0, 1, 2 cannot take conditioning frames; train with config\.masks"):
         Ensemble.load("bundled:shapes").sample(PROMPTS, image=np.zeros((20, 20, 3), np.uint8))

@@ -68,7 +68,7 @@ def on_eight_devices(exhaustive: bool) -> dict:
     for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
         found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
     ensemble = Ensemble.load("bundled:shapes", mesh={"expert": 3})
-    plan, told, x, text = compiled_velocity(ensemble, PROMPTS, 1.0)
+    plan, condition, x, text = compiled_velocity(ensemble, PROMPTS, 1.0)
     found["collectives"] = [m.groups() for m in re.finditer(rf"= (\S+) ({COLLECTIVES})\(", text)]
     found["latent"] = x.size
     found["crossing"] = crossing({"expert": 2, "fsdp": 2})
@@ -91,7 +91,7 @@ def on_eight_devices(exhaustive: bool) -> dict:
         weight = jnp.asarray(np.eye(3, dtype=np.float32)[experts])
         with jax.set_mesh(ensemble._placed.mesh):
             merged = jax.jit(sparse_velocity.merge_experts, static_argnums=0)
-            jax.block_until_ready(merged(plan, ensemble._placed.params, weight, x, jnp.full(4, 0.5), told.text))
+            jax.block_until_ready(merged(plan, ensemble._placed.params, weight, x, jnp.full(4, 0.5), condition.text))
         jax.effects_barrier()
         found["passes"].append(-1)
     return found
@@ -113,16 +113,18 @@ def watched_draw(ensemble: Ensemble) -> dict:
 
 
 def compiled_velocity(ensemble: Ensemble, prompts: list[str], guidance: float) -> tuple[Any, Any, Any, str]:
-    """An ensemble's velocity on its mesh: the plan, what it is told, the latents, and XLA's text."""
+    """An ensemble's velocity on its mesh: the plan, its condition, the latents, and XLA's text."""
     params = sampling_params.resolve(ensemble.params, None, {"guidance_scale": guidance, "top_k": 1})
-    plan, told, _ = ensemble._prepare(params, ensemble.encode(prompts), [], 1, None, True)
+    plan, condition, _ = ensemble._prepare(params, ensemble.encode(prompts), [], 1, None, True)
     x = ensemble.noise(len(prompts))
     assert ensemble._placed.mesh
     with jax.set_mesh(ensemble._placed.mesh):
-        given = device_placement.replicate((x, jnp.full(len(prompts), 0.5), told, jnp.int32(0)), ensemble._placed.mesh)
+        given = device_placement.replicate(
+            (x, jnp.full(len(prompts), 0.5), condition, jnp.int32(0)), ensemble._placed.mesh
+        )
         return (
             plan,
-            told,
+            condition,
             x,
             sparse_velocity.ensemble_velocity.lower(plan, ensemble._placed.params, *given).compile().as_text(),
         )
@@ -207,7 +209,7 @@ def found(exhaustive) -> dict:
 @pytest.mark.parametrize(
     "mesh", [pytest.param(m, marks=[] if m in USUAL else pytest.mark.exhaustive) for m in MESHES], ids=str
 )
-def test_groups_of_devices_draw_what_one_device_draws(mesh, found):
+def test_groups_of_devices_give_the_samples_of_one_device(mesh, found):
     for there, here in zip(found["videos"][str(mesh)], found["videos"]["one, every way"], strict=False):
         np.testing.assert_allclose(there, here, atol=2e-3)
     np.testing.assert_allclose(found["videos"]["{}"][0], found["videos"]["one, every way"][0], atol=1e-6)
@@ -217,7 +219,7 @@ def test_groups_may_keep_their_experts_small_and_in_the_hosts_memory(found):
     np.testing.assert_allclose(found["videos"]["kept on four"], found["videos"]["kept on one"], atol=2e-3)
 
 
-def test_a_bar_is_seen_on_a_mesh_and_changes_nothing(found):
+def test_a_progress_bar_on_a_mesh_does_not_change_the_samples(found):
     np.testing.assert_allclose(found["watched"], found["videos"]["one, every way"][0], atol=2e-3)
 
 
@@ -255,7 +257,7 @@ def test_groups_share_the_work_of_samples_that_disagree(found):
     assert sorted(agree) == [0, 0, 0, 0]
 
 
-def test_two_processes_draw_what_one_draws(tmp_path):
+def test_two_processes_give_the_samples_of_one(tmp_path):
     """On the command line, of which the first process writes."""
     address = free_address()
     arguments = ["sample", "--ensemble=bundled:shapes", *(f"--prompt={prompt}" for prompt in PROMPTS)]
@@ -301,7 +303,7 @@ def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
     assert left.name.startswith("film-step")
 
 
-def test_several_processes_that_are_not_told_how_to_share_are_refused(monkeypatch):
+def test_several_processes_without_a_mesh_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="--mesh is missing: this job has 2 processes with 1 devices together"):
         sample("bundled:shapes", ["a ball"], None)
@@ -320,15 +322,15 @@ def test_every_expert_is_held_by_one_group():
 
 
 @pytest.mark.parametrize(
-    "mesh, told",
+    "mesh, message",
     [
         ({"expert": 2}, "mesh expert=2 = 2 devices: there are 1"),
         ({"experts": 1}, r"mesh experts: must be one of expert, data, .* \(did you mean 'expert'"),
         ({"expert": 0}, "mesh expert=0: must be at least 1"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(mesh, told):
-    with pytest.raises(UserError, match=told):
+def test_a_mesh_that_cannot_be_is_refused(mesh, message):
+    with pytest.raises(UserError, match=message):
         Ensemble.load("bundled:shapes", mesh=mesh)
 
 

@@ -47,15 +47,15 @@ def plan_of(routing, experts=3, network=NETWORK, router=ROUTER, **how):
     return SamplerConfig((network,), tuple((0, k) for k in range(experts)), router, routing, **how)
 
 
-def told(text, scale=1.0, negative=None, **strength):
+def condition_of(text, scale=1.0, negative=None, **strength):
     return Condition(text, negative or no_text(text), Strength(jnp.float32(scale), **strength))
 
 
-def sample(plan, arrays, noise, keys, times, told, fixed_expert):
-    """All steps at once: the latent, and what was told of them."""
+def sample(plan, arrays, noise, keys, times, condition, fixed_expert):
+    """All steps at once: the latent, and the trace."""
     steps = len(times) - 1
     state = sparse_velocity.take_steps(
-        plan, arrays, sparse_velocity.initial_state(plan, noise, steps), 0, steps, keys, times, told, fixed_expert
+        plan, arrays, sparse_velocity.initial_state(plan, noise, steps), 0, steps, keys, times, condition, fixed_expert
     )
     return state.x, sparse_velocity.trace_of(state)
 
@@ -74,7 +74,7 @@ def velocity(routing, arrays, scale=1.0, fixed_expert=0, network=NETWORK, router
     x, t, text = at or inputs()
     guidance = "classifier_free" if scale != 1.0 else ""
     plan = plan_of(routing, len(arrays.clusters), network, router, guidance=guidance, **how)
-    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, told(text, scale), jnp.int32(fixed_expert))
+    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, condition_of(text, scale), jnp.int32(fixed_expert))
     return v, trace.weight
 
 
@@ -189,7 +189,7 @@ def test_samples_of_the_exact_ensemble_follow_the_data(solver, steps):
         Routing("top_k", 3), 3, GaussianVelocity(), GaussianPosterior(), solver=solver, expert_batch_size=count
     )
     keys, fixed_expert = key_data(4, count), jnp.zeros(steps, jnp.int32)
-    z, _ = sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), told(text), fixed_expert)
+    z, _ = sample(plan, mixture_arrays(), noise, keys, jnp.linspace(1, 0, steps + 1), condition_of(text), fixed_expert)
     drawn, data = np.asarray(z).reshape(count, 3), mixture_data(count, 3)
     for look in (*(lambda a, i=i: a[:, i] for i in range(3)), lambda a: a.mean(1), lambda a: a.std(1)):
         assert kolmogorov(look(drawn), look(data)) < 1.95 * np.sqrt(2 / count)  # at level 0.001: 0.0195
@@ -252,7 +252,7 @@ def test_guidance_inside_the_merge_is_guidance_outside_with_the_same_weights():
         """Between guiding the merged velocity and merging what each expert, guided on its own, says."""
         outside, *each = (
             sparse_velocity.ensemble_velocity(
-                plan_of(rule, guidance=method), arrays, x, t, told(text, scale), jnp.int32(expert)
+                plan_of(rule, guidance=method), arrays, x, t, condition_of(text, scale), jnp.int32(expert)
             )[0]
             for rule, expert in ((FULL, 0), *((Routing("fixed"), k) for k in range(3)))
         )
@@ -309,19 +309,19 @@ def test_new_values_do_not_recompile():
         noise = jax.random.normal(jax.random.key(seed), x.shape)
         times = jnp.linspace(1, 0, 5) ** shift
         fixed_expert = jnp.zeros(4, jnp.int32)
-        sample(plan, arrays_of_three(), noise, keys, times, told(changed, scale), fixed_expert)
+        sample(plan, arrays_of_three(), noise, keys, times, condition_of(changed, scale), fixed_expert)
     assert sparse_velocity.take_steps._cache_size() == before + 1
 
 
 def guided(x, t, text, negative=None, plan=None, **strength):
     plan = plan or plan_of(Routing("top_k", 2), guidance="classifier_free")
     v, trace = sparse_velocity.ensemble_velocity(
-        plan, arrays_of_three(), x, t, told(text, 4.0, negative, **strength), jnp.int32(0)
+        plan, arrays_of_three(), x, t, condition_of(text, 4.0, negative, **strength), jnp.int32(0)
     )
     return v, trace.weight
 
 
-def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
+def test_guidance_is_on_in_its_interval_and_free_outside(monkeypatch):
     x, _, text = inputs()
     t, passes = jnp.array([0.2, 0.5, 0.8]), []
     on, _ = guided(x, t, text)
@@ -342,14 +342,14 @@ def test_guidance_is_on_in_its_interval_and_costs_nothing_outside(monkeypatch):
     assert len(passes) == 2 * 4  # two experts, for two samples without guidance and for one with both branches
 
 
-def test_projected_guidance_remembers_nothing_of_steps_without_it():
+def test_projected_guidance_has_no_momentum_from_steps_without_it():
     """After steps outside of its interval, the first guided one is as if it were the first of all."""
     x, _, text = inputs()
     plan = plan_of(Routing("top_k", 1), guidance="projected")
-    told_it = told(text, 4.0, low=jnp.float32(0.1), high=jnp.float32(0.9))
+    condition = condition_of(text, 4.0, low=jnp.float32(0.1), high=jnp.float32(0.9))
 
     def field(t, memory):
-        return sparse_velocity._guided_velocity(plan, arrays_of_three(), x, t, told_it, jnp.int32(0), memory)
+        return sparse_velocity._guided_velocity(plan, arrays_of_three(), x, t, condition, jnp.int32(0), memory)
 
     _, memory, _ = field(jnp.full(3, 0.95), jnp.zeros_like(x))
     np.testing.assert_array_equal(memory, jnp.zeros_like(x))
@@ -370,7 +370,7 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
 
 
 @pytest.mark.parametrize("method", get_args(GuidanceMethod))
-def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
+def test_router_conditioning_decides_the_weights_of_both_branches(method):
     x, t, text = inputs()
     plans = {by: plan_of(FULL, guidance=method, router_conditioning=by) for by in get_args(RouterConditioning)}
     w = {by: guided(x, t, text, plan=plan)[1] for by, plan in plans.items()}
@@ -379,9 +379,9 @@ def test_what_the_router_reads_decides_the_weights_of_both_branches(method):
     assert np.abs(w["null"] - w["prompt"]).max() > 0.01
     same_prompt = dataclasses.replace(text, pooled=jnp.zeros_like(text.pooled))
     np.testing.assert_allclose(w["null"], guided(x, t, same_prompt, plan=plans["prompt"])[1], atol=1e-6)
-    # No text may be an encoding, which is then what the router is told.
+    # No text may be an encoding, which the router then reads.
     empty = dataclasses.replace(text, pooled=text.pooled[::-1])
-    condition = dataclasses.replace(told(text, 4.0), null_pooled=empty.pooled)
+    condition = dataclasses.replace(condition_of(text, 4.0), null_pooled=empty.pooled)
     of_empty = sparse_velocity.ensemble_velocity(plans["null"], arrays_of_three(), x, t, condition, jnp.int32(0))[
         1
     ].weight
@@ -401,7 +401,7 @@ def test_the_routers_temperature_goes_from_one_expert_to_all_alike():
     x, t, text = inputs()
 
     def weight(temperature):
-        condition = dataclasses.replace(told(text), router_temperature=jnp.float32(temperature))
+        condition = dataclasses.replace(condition_of(text), router_temperature=jnp.float32(temperature))
         return sparse_velocity.ensemble_velocity(plan_of(FULL), arrays_of_three(), x, t, condition, jnp.int32(0))[
             1
         ].weight
@@ -416,7 +416,7 @@ def test_a_stochastic_solver_draws_fresh_noise_every_step_and_for_every_sample()
     x, _, text = inputs()
     plan, arrays = plan_of(FULL, 3, GaussianVelocity(), GaussianPosterior(), solver="ancestral"), mixture_arrays()
     times, fixed_expert = jnp.linspace(1, 0, 9), jnp.zeros(8, jnp.int32)
-    draw = lambda keys: sample(plan, arrays, x, keys, times, told(text), fixed_expert)[0]  # noqa: E731
+    draw = lambda keys: sample(plan, arrays, x, keys, times, condition_of(text), fixed_expert)[0]  # noqa: E731
     keys = key_data(0, 3)
     first = draw(keys)
     np.testing.assert_array_equal(first, draw(keys))

@@ -1,4 +1,4 @@
-"""Experts that predict different things in one ensemble: merged as velocities, told apart by their manifests alone."""
+"""Experts of different prediction types in one ensemble: merged as velocities, distinguished by their manifests."""
 
 import dataclasses
 import shutil
@@ -26,10 +26,10 @@ from tests.ensemble.test_mixture import (
     MIXTURE,
     GaussianPosterior,
     GaussianVelocity,
+    condition_of,
     inputs,
     marginal_velocity,
     mixture_arrays,
-    told,
 )
 
 
@@ -70,9 +70,9 @@ def test_exact_experts_of_every_kind_give_the_same_flow_as_of_one(kinds, routing
     networks = (GaussianVelocity(), GaussianNoise(), GaussianData())[: max(kinds) + 1]
     places = tuple((kind, kinds[:e].count(kind)) for e, kind in enumerate(kinds))
     mixed = SamplerConfig(networks, places, GaussianPosterior(), routing)
-    v, _ = sparse_velocity.ensemble_velocity(mixed, mixed_arrays(kinds), x, t, told(text), jnp.int32(0))
+    v, _ = sparse_velocity.ensemble_velocity(mixed, mixed_arrays(kinds), x, t, condition_of(text), jnp.int32(0))
     pure = SamplerConfig(networks[:1], ((0, 0), (0, 1), (0, 2)), GaussianPosterior(), routing)
-    expected, _ = sparse_velocity.ensemble_velocity(pure, mixture_arrays(), x, t, told(text), jnp.int32(0))
+    expected, _ = sparse_velocity.ensemble_velocity(pure, mixture_arrays(), x, t, condition_of(text), jnp.int32(0))
     np.testing.assert_allclose(v, expected, atol=2e-5)
     if routing.rule == "full":
         np.testing.assert_allclose(v, marginal_velocity(x, t), atol=2e-5)
@@ -156,7 +156,7 @@ def test_an_expert_that_cannot_be_given_frames_is_refused_where_the_run_gives_so
         lambda m: m["network"].update(prediction_type="velocity"),
     ],
 )
-def test_a_part_that_says_two_things_or_an_unknown_one_is_refused(noisy, tmp_path, change):
+def test_contradictory_or_unknown_prediction_types_are_refused(noisy, tmp_path, change):
     shutil.copytree(noisy.export(Role("expert", 1)), tmp_path / "part")
     edit_manifest(tmp_path / "part", change)
     with pytest.raises(UserError, match="this version knows velocity, noise"):

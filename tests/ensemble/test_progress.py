@@ -27,7 +27,7 @@ def ensemble():
     return Ensemble.load("bundled:shapes")
 
 
-def test_previews_come_when_they_are_due_and_change_nothing(ensemble):
+def test_previews_are_on_schedule_and_do_not_change_the_samples(ensemble):
     seen = {}
     watched = ensemble.sample(
         PROMPTS, num_inference_steps=7, seed=3, preview_every_steps=3, on_preview=seen.__setitem__
@@ -71,7 +71,7 @@ def interrupting(at):
 
 
 @pytest.mark.usefixtures("usual_interrupt")
-def test_an_interrupt_keeps_what_was_predicted(ensemble):
+def test_an_interrupted_draw_returns_the_last_prediction(ensemble):
     seen, stop = {}, interrupting(4)
     with pytest.raises(Interrupted, match=r"interrupted after \d of 9 steps") as interrupted:
         ensemble.sample(
@@ -155,7 +155,7 @@ def test_an_expert_that_breaks_is_named_and_can_be_dropped(broken, ensemble, cap
 
 
 @pytest.mark.usefixtures("usual_interrupt")
-def test_an_interrupt_keeps_nothing_that_an_expert_broke(broken):
+def test_an_interrupted_draw_returns_no_non_finite_prediction(broken):
     with pytest.raises(UserError, match="At step 0, expert 1 predicted values that are not finite"):
         broken.sample(PROMPTS, num_inference_steps=9, routing="full", preview_every_steps=1, on_preview=interrupting(2))
     seen, stop = [], interrupting(2)
@@ -168,7 +168,7 @@ def test_an_interrupt_keeps_nothing_that_an_expert_broke(broken):
     assert seen == [1, 2] and isinstance(refusal.value.__cause__, Interrupted)
 
 
-def test_a_router_that_breaks_is_told(ensemble):
+def test_a_router_with_non_finite_weights_is_reported(ensemble):
     broken = Ensemble.load("bundled:shapes")
     bias = broken._placed.params.router["logits_out"]["bias"]
     broken._placed.params.router["logits_out"]["bias"] = bias * jnp.nan
@@ -235,7 +235,7 @@ def test_a_callback_sees_every_step_and_may_replace_the_latents():
     assert seen == [(1, 1.0), (2, 2.0), (3, 103.0)]
 
 
-def test_what_one_of_several_processes_meets_ends_the_draw_of_all_of_them(monkeypatch):
+def test_an_error_in_one_process_ends_the_draw_in_all(monkeypatch):
     """Before every step each says whether it goes on; whoever hears of another's end is interrupted."""
     state, others = solvers.begin(jnp.zeros(()), (), ()), [1, 1, 0]
 
@@ -275,7 +275,7 @@ def test_an_interrupt_after_the_last_step_keeps_the_videos_themselves(ensemble, 
     np.testing.assert_array_equal(interrupted.value.samples.videos, whole.videos)
 
 
-def test_an_interrupt_before_the_first_step_is_done_has_nothing_to_keep():
+def test_an_interrupt_before_the_first_step_returns_no_samples():
     stop = Interrupted(0, 5)
     assert "there is nothing to keep yet" in str(stop) and stop.samples is None
 
@@ -283,7 +283,7 @@ def test_an_interrupt_before_the_first_step_is_done_has_nothing_to_keep():
 @pytest.mark.parametrize(
     "how", [{"preview_every_steps": 2}, {"on_preview": print}, {"preview_every_steps": -1, "on_preview": print}]
 )
-def test_previews_that_nobody_asked_for_are_refused(how, ensemble):
+def test_a_preview_interval_without_a_callback_is_refused(how, ensemble):
     with pytest.raises(UserError, match="preview_every"):
         ensemble.sample(PROMPTS, num_inference_steps=2, **how)
 
@@ -298,7 +298,7 @@ def test_too_much_guidance_is_not_an_experts_fault(ensemble):
 
 
 @pytest.mark.parametrize(
-    "how, told",
+    "how, message",
     [
         (
             {"drop_experts": [0, 1, 2]},
@@ -310,8 +310,8 @@ def test_too_much_guidance_is_not_an_experts_fault(ensemble):
         ({"on_nonfinite": "skip"}, "on_nonfinite='skip': must be one of error, drop"),
     ],
 )
-def test_what_cannot_be_left_out_is_refused(how, told, ensemble):
-    with pytest.raises(UserError, match=told):
+def test_experts_that_cannot_be_dropped_are_refused(how, message, ensemble):
+    with pytest.raises(UserError, match=message):
         ensemble.sample(PROMPTS, num_inference_steps=2, **how)
 
 
@@ -320,7 +320,7 @@ def test_disagreement_may_leave_experts_out(ensemble):
     assert float(ensemble.disagreement(x, t, encoded, drop_experts=[0, 1]).max()) < 1e-5  # one alone agrees with itself
 
 
-def test_disagreement_is_the_spread_of_what_the_experts_predict(ensemble):
+def test_disagreement_is_the_spread_of_the_experts_velocities(ensemble):
     encoded, x = ensemble.encode(["a large red on a ground", PROMPTS[0]]), ensemble.noise(2)
     t = jnp.array([0.9, 0.5])
     found = np.asarray(ensemble.disagreement(x, t, encoded))

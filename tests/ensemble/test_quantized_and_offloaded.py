@@ -96,7 +96,7 @@ def test_matrices_are_kept_as_they_are_computed_with():
     np.testing.assert_array_equal(functional.apply_member(config, stack, jnp.int32(1), x, t, *words), wide)
 
 
-def test_what_cannot_be_kept_is_refused():
+def test_unknown_weight_dtypes_and_offloads_are_refused():
     with pytest.raises(UserError, match=r"weights_dtype='int4': must be one of auto, int8 \(did you mean 'int8'\?\)"):
         Ensemble.load("bundled:shapes", weights_dtype="int4")
     config = dataclasses.replace(NETWORK, hidden=6 * NETWORK.heads, rope_axes=(2, 2, 2))

@@ -27,7 +27,7 @@ def frames_of(file):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_samples_say_what_they_are_in_one_line():
+def test_samples_have_a_representation_of_one_line():
     assert repr(make()) == "Samples(3 videos of 5 frames, 10 x 14, at 8 frames a second)"
     assert repr(compare({"top 1": make(), "full": make()})).startswith("Comparison of top 1, full: Samples(3 videos")
 
@@ -53,7 +53,7 @@ def test_a_contact_sheet_shows_every_sample(tmp_path):
     assert three.shape == (3 * one.shape[0], one.shape[1], 3)
 
 
-def test_an_unknown_ending_is_refused_and_nothing_is_written(tmp_path):
+def test_an_unknown_ending_is_refused_before_writing(tmp_path):
     with pytest.raises(UserError, match=r"'\.avi'; allowed are \.mp4, \.gif, \.webm, \.png"):
         make().save(tmp_path / "new" / "out.avi")
     assert not list(tmp_path.iterdir())

@@ -181,7 +181,7 @@ def test_velocity_and_route_are_open_to_measurement(ensemble):
         ({"router_conditioning": "text"}, "router_conditioning='text': must be one of prompt, branch, null"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_by_name(how, named, ensemble):
+def test_invalid_sampling_parameters_are_refused_by_name(how, named, ensemble):
     with pytest.raises(UserError, match=named):
         ensemble.sample(PROMPTS, **({"num_inference_steps": 3} | how))
 
@@ -199,7 +199,7 @@ def test_an_ensemble_may_be_used_first_inside_a_callers_own_program():
     np.testing.assert_allclose(ensemble.velocity(x, jnp.array([0.5]), words), inside, atol=1e-4)
 
 
-def test_how_many_rows_go_at_once_changes_nothing_but_the_speed(ensemble):
+def test_expert_batch_size_does_not_change_the_samples(ensemble):
     how = {"num_inference_steps": 2, "seed": 5, "guidance_scale": 3.0, "top_k": 2}
     one, *others = (ensemble.sample(PROMPTS, expert_batch_size=rows, **how).videos for rows in (0, 1, 2, 99))
     for other in others:
@@ -268,7 +268,7 @@ def test_the_timestep_shift_is_that_of_the_sampled_size_or_the_one_given(ensembl
         ensemble.sample(PROMPTS, timesteps=[1, 0], timestep_shift=2.0)
 
 
-def test_a_negative_prompt_and_projected_guidance_change_what_is_drawn(ensemble):
+def test_a_negative_prompt_and_projected_guidance_change_the_samples(ensemble):
     how = {"num_inference_steps": 3, "seed": 5, "guidance_scale": 3.0}
     drawn = [
         ensemble.sample(PROMPTS, **how),
@@ -328,6 +328,6 @@ def test_the_sample_command_writes_files_and_shows_expert_use(trained, tmp_path,
         sample(str(trained.ensemble), [])
 
 
-def test_an_unknown_word_is_told(trained, tmp_path, caplog):
+def test_an_unknown_word_is_warned_about(trained, tmp_path, caplog):
     sample(str(trained.ensemble), ["a red zebra"], Output(str(tmp_path / "z.gif")), num_inference_steps=1)
     assert "'zebra'" in caplog.text

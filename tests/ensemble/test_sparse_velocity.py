@@ -44,7 +44,7 @@ def test_every_chosen_pair_is_worked_on_once_in_as_few_blocks_as_can_be(rows, ex
     assert sorted(calls) == [e for e in range(experts) for _ in range(-(-of_expert[e] // block))]
 
 
-def test_rows_without_weight_cost_nothing_and_broken_neighbours_do_no_harm():
+def test_unselected_experts_cost_nothing_and_non_finite_ones_do_no_harm():
     """A block may hold rows of another expert, whose answers would not be finite; they are left out."""
     x, calls = jnp.array([[1.0], [2.0], [jnp.inf], [4.0]]), []
     weight = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
@@ -111,17 +111,17 @@ def test_blocks_fit_the_rule(routing, how, expected):
 
 
 @pytest.mark.parametrize("block", [1, 2, 6])
-def test_the_size_of_a_block_changes_nothing(block):
+def test_the_result_does_not_depend_on_the_block_size(block):
     x, t, text = inputs()
     arrays = together([random_params(NETWORK, k) for k in range(3)], random_params(ROUTER, 7))
-    told = Condition(text, no_text(text), Strength(jnp.float32(3.0)))
+    condition = Condition(text, no_text(text), Strength(jnp.float32(3.0)))
     v = [
         sparse_velocity.ensemble_velocity(
             plan_of(Routing("top_k", 2), 3, guidance="classifier_free", expert_batch_size=b),
             arrays,
             x,
             t,
-            told,
+            condition,
             jnp.int32(0),
         )[0]
         for b in (0, block)
@@ -140,9 +140,9 @@ def test_no_expert_is_copied_to_be_used():
         stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype), shapes)
         arrays = EnsembleParams((stack,), functional.abstract(ROUTER), jax.ShapeDtypeStruct((experts,), jnp.int32))
         plan = SamplerConfig((deep,), tuple((0, k) for k in range(experts)), ROUTER, Routing("top_k", 1))
-        told = Condition(text, text, Strength(1.0))
+        condition = Condition(text, text, Strength(1.0))
         compiled = sparse_velocity.ensemble_velocity.lower(
-            plan, arrays, x, t, told, jax.ShapeDtypeStruct((), jnp.int32)
+            plan, arrays, x, t, condition, jax.ShapeDtypeStruct((), jnp.int32)
         ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -165,8 +165,8 @@ def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
     router = random_params(ROUTER, 7)
     plan = SamplerConfig((NETWORK, WIDER), ((0, 0), (1, 0), (0, 1)), ROUTER, routing)
     arrays = EnsembleParams(stacks, router, jnp.arange(3))
-    told = Condition(text, no_text(text), Strength(1.0))
-    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, told, jnp.int32(0))
+    condition = Condition(text, no_text(text), Strength(1.0))
+    v, trace = sparse_velocity.ensemble_velocity(plan, arrays, x, t, condition, jnp.int32(0))
     weight = trace.weight
     words = text.tokens, text.length, text.pooled
     each = [functional.apply(c, params[k], x, t, *words) for k, c in enumerate((NETWORK, WIDER, NETWORK))]
@@ -174,6 +174,6 @@ def test_experts_of_different_sizes_serve_in_one_ensemble(routing):
     np.testing.assert_allclose(v, expected, rtol=2e-4, atol=2e-4)
     for expert in range(3):
         alone, _ = sparse_velocity.ensemble_velocity(
-            dataclasses.replace(plan, routing=Routing("fixed")), arrays, x, t, told, jnp.int32(expert)
+            dataclasses.replace(plan, routing=Routing("fixed")), arrays, x, t, condition, jnp.int32(expert)
         )
         np.testing.assert_allclose(alone, each[expert], rtol=2e-4, atol=2e-4)

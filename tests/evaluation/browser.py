@@ -49,7 +49,9 @@ def browse(path: Path, until: str = "html[data-settled]") -> Visit:
     return visit
 
 
-def look(path: Path, width: int, height: int, *scripts: str, scheme: Literal["light", "dark"] = "light") -> list[Any]:
+def run_scripts(
+    path: Path, width: int, height: int, *scripts: str, scheme: Literal["light", "dark"] = "light"
+) -> list[Any]:
     """What functions of JavaScript return on a page in a window of this size."""
     with sync_api.sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=BROWSER, args=FLAGS)

@@ -27,7 +27,7 @@ def test_belongs_to_this_generator_of_shapes():
 
 def test_reads_fresh_clips(shipped):
     videos, asked = draw(300)
-    hits = attribute_accuracy.hits(asked, shipped.look(videos)[1])
+    hits = attribute_accuracy.hits(asked, shipped.predict(videos)[1])
     for name in ATTRIBUTES:
         assert hits[name].mean() > 0.95, name
 
@@ -40,25 +40,25 @@ def test_the_card_states_the_accuracy_that_is_needed():
 def test_reads_noisy_clips_too(shipped):
     videos, asked = draw(150)
     noisy = videos + np.random.default_rng(0).normal(0, 0.1, videos.shape)
-    hits = attribute_accuracy.hits(asked, shipped.look(noisy)[1])
+    hits = attribute_accuracy.hits(asked, shipped.predict(noisy)[1])
     for name in ATTRIBUTES:
         assert hits[name].mean() > 0.9, name
 
 
 def test_reads_larger_and_longer_clips(shipped):
     videos, asked = draw(60, frames=16, height=40, width=40)
-    hits = attribute_accuracy.hits(asked, shipped.look(videos)[1])
+    hits = attribute_accuracy.hits(asked, shipped.predict(videos)[1])
     for name in ATTRIBUTES:
         assert hits[name].mean() > 0.85, name
 
 
 def test_the_distance_grows_with_damage(shipped):
-    other, _ = shipped.look(draw(96, seed=78)[0])
+    other, _ = shipped.predict(draw(96, seed=78)[0])
     rng = np.random.default_rng(0)
     videos, _ = draw(96)
 
     def distance(made: np.ndarray) -> float:
-        return frechet_distance(shipped.look(made)[0], other)
+        return frechet_distance(shipped.predict(made)[0], other)
 
     floor = distance(videos)
     assert distance(videos + rng.normal(0, 0.1, videos.shape)) < 1.2 * floor  # it sees through mild noise
@@ -70,15 +70,17 @@ def test_the_distance_grows_with_damage(shipped):
 def test_one_world_alone_is_far_from_all_worlds(shipped):
     """What a collapsed generator would score."""
     videos, asked = draw(400)
-    other, _ = shipped.look(draw(96, seed=78)[0])
+    other, _ = shipped.predict(draw(96, seed=78)[0])
     digits = videos[[a["world"] == "digits" for a in asked]][:96]
-    assert frechet_distance(shipped.look(digits)[0], other) > 3 * frechet_distance(shipped.look(videos[:96])[0], other)
+    assert frechet_distance(shipped.predict(digits)[0], other) > 3 * frechet_distance(
+        shipped.predict(videos[:96])[0], other
+    )
 
 
-def test_the_batch_does_not_change_what_is_read(shipped):
+def test_predictions_do_not_depend_on_the_batch_size(shipped):
     videos, _ = draw(7)
-    features, read = shipped.look(videos, batch=7)
-    again, read_again = shipped.look(videos, batch=4)
+    features, read = shipped.predict(videos, batch=7)
+    again, read_again = shipped.predict(videos, batch=4)
     np.testing.assert_allclose(features, again, atol=1e-4)
     assert read == read_again
 
@@ -97,4 +99,4 @@ def test_resampling_keeps_a_plain_colour_and_the_ends_of_time():
 
 def test_videos_of_another_shape_are_refused(shipped):
     with pytest.raises(ValueError, match="must be"):
-        shipped.look(np.zeros((8, 20, 20, 3)))
+        shipped.predict(np.zeros((8, 20, 20, 3)))

@@ -86,7 +86,7 @@ def test_clip_and_aesthetic_scores_are_of_each_clip(videos, tmp_path):
     assert found["aesthetic"]["difference"]["n"] == N and found["aesthetic"]["note"] == "LAION v1"
 
 
-def test_a_network_that_needs_more_frames_is_refused_before_anything_is_sampled(monkeypatch, network):
+def test_a_network_that_needs_more_frames_is_refused_before_sampling(monkeypatch, network):
     needy = dataclasses.replace(network, label="FVD (I3D)", min_frames=9)
     monkeypatch.setattr(features, "networks", lambda files: [needy])
     with pytest.raises(UserError, match=r"FVD .* needs at least 9 frames, these videos have 8"):

@@ -43,7 +43,7 @@ def test_frames_are_one_set_for_a_frechet_distance_and_never_a_pair_for_a_kernel
     assert distances.estimate("kernel", a, b)["n"] == 20  # clips, not frames
 
 
-def test_what_too_few_clips_do_not_allow_is_left_out_with_the_reason():
+def test_distances_that_need_more_clips_are_left_out_with_the_reason():
     rng = np.random.default_rng(4)
     assert distances.distances(rng.standard_normal((15, 4)), rng.standard_normal((15, 4))) == (
         {}, ["Distances are left out: they need 16 clips, there are 15."]

@@ -56,7 +56,7 @@ def comparison(label: str, value: float, better="lower") -> dict:
         ((1.0, 0.0), "The monolith wins on one; no clear winner on two."),
     ],
 )
-def test_headline_says_who_wins(values, said):
+def test_the_headline_names_the_winner(values, said):
     assert results.headline([comparison(n, v) for n, v in zip(("One", "Two"), values, strict=True)]) == said
 
 

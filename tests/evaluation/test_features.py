@@ -33,10 +33,10 @@ def test_features_of_frames_do_not_depend_on_the_batch(dinov2):
     np.testing.assert_allclose(dinov2(given[3:4])[0], found[3], atol=1e-4)
 
 
-def test_progress_is_told_by_videos(dinov2):
-    told = []
-    dinov2(videos(5), told.append)
-    assert sum(told) == 5
+def test_progress_counts_videos(dinov2):
+    counted = []
+    dinov2(videos(5), counted.append)
+    assert sum(counted) == 5
 
 
 def test_too_few_frames_are_refused(dinov2):

@@ -73,7 +73,7 @@ def test_scores_have_their_protocol_and_a_floor_of_other_videos(sets, mean_colou
     assert {"frames", "clip", "size", "floor", "intervals", "device", "versions"} <= protocol.keys()
 
 
-def test_a_second_time_does_nothing_and_an_interrupted_evaluation_resumes(sets, mean_colour, tmp_path, monkeypatch):
+def test_a_finished_evaluation_is_not_repeated_and_an_interrupted_one_resumes(sets, mean_colour, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_scores, "CHUNK", 8)
     asked = request(sets, num_clips=16, out=str(tmp_path / "out"))
     with monkeypatch.context() as broken:
@@ -104,7 +104,7 @@ def test_fewer_than_nine_frames_are_refused_for_i3d(sets):
         evaluate_folders(request(sets, num_clips=4, files=WeightFiles(i3d="installed")))
 
 
-def test_missing_weights_are_refused_with_what_to_do(sets, tmp_path):
+def test_missing_weights_are_refused_with_a_remedy(sets, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         evaluate_folders(request(sets, num_clips=4, files=WeightFiles(i3d=str(tmp_path / "absent.pt"))))
     with pytest.raises(UserError, match=r"--aesthetic needs .* --clip"):

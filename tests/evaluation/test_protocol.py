@@ -89,9 +89,9 @@ def calls(monkeypatch):
         asked = {name: how.get(name) for name in sampling_params.FIELD_NAMES}
         settings = sampling_params.resolve(self.params, None, asked)
         names = ("num_inference_steps", "guidance_scale", "solver")
-        told = {name: getattr(settings, name) for name in names}
+        used = {name: getattr(settings, name) for name in names}
         mask = None if "cond" not in how else np.asarray(how["cond"])[:, :, 0, 0, 0].tolist()
-        counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), told, mask))
+        counted.append((len(self.clusters), args[0], np.asarray(how["noise"]), used, mask))
         return original(self, *args, **how)
 
     monkeypatch.setattr(Ensemble, "sample", sample)
@@ -120,13 +120,13 @@ def test_writes_results_and_report(micro, finished, calls):
     assert "data:video/mp4" in (finished.evaluation / "report.html").read_text()
     assert not (finished.evaluation / ".partial").exists()
     # Both models get the same prompts, noise, steps, guidance and solver, and they are the config's.
-    (first, prompts1, noise1, told1, none1), (second, prompts2, noise2, told2, none2) = calls[:2]
+    (first, prompts1, noise1, used1, none1), (second, prompts2, noise2, told2, none2) = calls[:2]
     assert (first, second) == (3, 1) and none1 is none2 is None
     assert list(prompts1) == list(prompts2) and len(set(prompts1)) > 1
     np.testing.assert_array_equal(noise1, noise2)
     sampling = micro.sampling
     assert (
-        told1
+        used1
         == told2
         == {
             "num_inference_steps": sampling.num_inference_steps,
@@ -136,14 +136,14 @@ def test_writes_results_and_report(micro, finished, calls):
     )
     # Then frames are given, each kind that was trained on, to both models alike and from the same noise.
     assert [(model, mask) for model, *_, mask in calls[2:]] == [(model, [[1, 0]] * 4) for _ in KEPT for model in (3, 1)]
-    for _, prompts, noise, told, _ in calls[2:]:
-        assert list(prompts) == list(prompts1) and told == told1
+    for _, prompts, noise, used, _ in calls[2:]:
+        assert list(prompts) == list(prompts1) and used == used1
         np.testing.assert_array_equal(noise, noise1)
     rows = {row["id"]: row for row in found["comparisons"]}
     assert all(0 < rows[kind][model]["value"] < 2 for kind in KEPT for model in ("ensemble", "monolith", "reference"))
 
 
-def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finished, calls):
+def test_an_evaluation_is_repeated_only_with_other_settings(micro, finished, calls):
     evaluate(micro, finished)
     before = (finished.evaluation / "report.html").read_bytes()
     evaluate(micro, finished)
@@ -155,7 +155,7 @@ def test_a_second_time_does_nothing_and_other_settings_do_it_again(micro, finish
     assert len(json.loads((finished.evaluation / "results.json").read_text())["expert_use"]["by_step"]) == 2
 
 
-def test_an_interrupted_evaluation_goes_on_behind_what_it_has(micro, finished, calls, monkeypatch):
+def test_an_interrupted_evaluation_resumes_after_its_cached_results(micro, finished, calls, monkeypatch):
     monkeypatch.setattr(
         stage.flow_loss, "heldout_losses", lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt)
     )

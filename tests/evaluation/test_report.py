@@ -11,7 +11,7 @@ import pytest
 from paris_jax.evaluation import headline_figure, report
 from paris_jax.evaluation.results import format_estimate
 from tests.evaluation import synthetic
-from tests.evaluation.browser import browse, look, needs_browser
+from tests.evaluation.browser import browse, needs_browser, run_scripts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_browser_plays_every_video_and_reports_no_error(page):
 
 
 @needs_browser
-def test_a_browser_fetches_nothing(page):
+def test_the_report_makes_no_network_request(page):
     assert browse(page).asked == []
 
 
@@ -107,8 +107,8 @@ OVERPRINTED = """() => {
 
 @needs_browser
 @pytest.mark.parametrize("width", [390, 760, 1280])
-def test_nothing_is_printed_over_another_and_the_page_is_no_wider_than_the_screen(page, width):
-    over, wide = look(page, width, 800, OVERPRINTED, "() => document.documentElement.scrollWidth")
+def test_no_text_overlaps_and_the_page_fits_the_screen(page, width):
+    over, wide = run_scripts(page, width, 800, OVERPRINTED, "() => document.documentElement.scrollWidth")
     assert over == []
     assert wide <= width
 
@@ -117,14 +117,14 @@ def test_nothing_is_printed_over_another_and_the_page_is_no_wider_than_the_scree
 def test_overprinting_would_be_noticed(page, tmp_path):
     moved = tmp_path / "moved.html"
     moved.write_text(page.read_text().replace("</style>", ".plot .tick { font-size: 60px; }</style>", 1))
-    assert look(moved, 390, 800, OVERPRINTED)[0]
+    assert run_scripts(moved, 390, 800, OVERPRINTED)[0]
 
 
 @needs_browser
 def test_the_first_screen_is_verdict_number_and_videos(page):
     shown = "['h1', 'section.number', 'video', '#pause']"
     bottoms = f"() => {shown}.map((s) => document.querySelector(s).getBoundingClientRect().bottom)"
-    assert max(look(page, 1280, 800, bottoms)[0]) <= 800
+    assert max(run_scripts(page, 1280, 800, bottoms)[0]) <= 800
 
 
 @needs_browser
@@ -137,15 +137,15 @@ def test_the_keyboard_reaches_every_control_and_wide_table(page):
       }
       return names;
     }"""
-    reached = look(page, 1280, 800, focus)[0]
+    reached = run_scripts(page, 1280, 800, focus)[0]
     assert len(reached) >= 3 + page.read_text().count('tabindex="0"') and all(reached)
 
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_have_the_contrast_that_wcag_asks_for(page, scheme):
+def test_texts_have_the_contrast_of_wcag_aa(page, scheme):
     """4.5 to 1 for every colour of text, on the page and on cards."""
-    ratios = look(page, 1280, 800, CONTRAST, scheme=scheme)[0]
+    ratios = run_scripts(page, 1280, 800, CONTRAST, scheme=scheme)[0]
     assert min(ratios.values()) >= 4.5, ratios
 
 
@@ -173,7 +173,7 @@ def test_every_plot_has_a_name_for_screen_readers(page):
     assert bars.endswith("(cluster 0, cluster 1, cluster 2): ensemble 0.5, 0.71, 0.62; monolith 0.52, 0.7, 0.66")
 
 
-def test_what_cannot_be_concluded_is_listed(page):
+def test_the_report_lists_what_cannot_be_concluded(page):
     text = page.read_text()
     listed = text[text.index("What cannot be concluded") : text.index("How to read the scores")]
     assert "Which model has the better held-out flow loss: the 95 % interval" in listed
@@ -202,7 +202,7 @@ def test_the_headline_is_a_figure_to_share():
     assert headline_figure.render(synthetic.make(shown=1)[0]) == made  # nothing of the time of day is in it
 
 
-def test_everything_is_inlined(page):
+def test_scripts_styles_and_videos_are_inlined(page):
     text = page.read_text()
     for tag, attributes in Tags(text).seen:
         for name in ("src", "href"):
@@ -231,7 +231,7 @@ PANELS = {
 
 
 @pytest.mark.parametrize("title", PANELS)
-def test_every_plot_is_there_and_draws_what_was_measured(title, page):
+def test_every_plot_draws_the_measured_values(title, page):
     panels = dict(re.findall(r'<figure class="panel[^"]*"><h3>(.*?)</h3>(.*?)</figure>', page.read_text(), re.DOTALL))
     assert panels.keys() == PANELS.keys()
     mark, count = PANELS[title]
@@ -253,12 +253,12 @@ def test_every_score_the_compute_and_the_protocol_are_there(page):
     for name in ("expert 0", "expert 1", "expert 2", "monolith", "router"):
         assert sum(name in row for row in compute) == 1
     protocol = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('class="protocol"') :]))
-    told = results["protocol"]
-    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-    assert protocol == {name: str(value) for name, value in told.items()} | {"versions": versions}
+    expected = results["protocol"]
+    versions = ", ".join(f"{name} {version}" for name, version in expected["versions"].items())
+    assert protocol == {name: str(value) for name, value in expected.items()} | {"versions": versions}
 
 
-def test_nothing_that_is_rendered_is_left_out_of_the_page(monkeypatch):
+def test_every_rendered_section_is_in_the_page(monkeypatch):
     """A template ignores what it does not name."""
     given = []
     real = string.Template.substitute
@@ -305,7 +305,7 @@ def test_captions_are_escaped():
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in text
 
 
-def test_unequal_compute_is_said_aloud():
+def test_unequal_compute_is_reported():
     results, videos = synthetic.make(shown=1)
     results["compute"]["equal"], results["compute"]["ratio"] = False, 0.9
     text = report.render(results, videos, 8.0)

@@ -37,7 +37,7 @@ def test_calibration_is_the_gap_of_confidence_and_accuracy():
     assert routing.calibration(PROBABILITY, CLUSTERS)["count"] == [4, 3, 1]
 
 
-def test_a_router_that_says_its_true_frequencies_is_calibrated():
+def test_a_router_with_the_true_frequencies_is_calibrated():
     rng = np.random.default_rng(0)
     probability = rng.dirichlet(np.ones(3), 20_000)
     clusters = np.array([rng.choice(3, p=p) for p in probability])

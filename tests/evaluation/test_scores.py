@@ -11,7 +11,7 @@ from paris_jax.evaluation.metrics.frechet import frechet_distance
 class FakeJudge:
     """Features are the clip's mean colours; reads "light" or "dark"."""
 
-    def look(self, videos):
+    def predict(self, videos):
         features = videos.mean((1, 2, 3))
         return features, [{"ground": "light" if f.mean() > 0 else "dark"} for f in features]
 
@@ -39,7 +39,7 @@ def test_frechet_has_a_floor_at_the_same_count_and_names_the_better_arm(sets):
     assert row["difference"]["value"] == pytest.approx(row["ensemble"]["value"] - row["monolith"]["value"])
 
 
-def test_a_difference_within_the_error_of_the_floor_wins_nothing(sets):
+def test_a_difference_within_the_error_of_the_floor_has_no_winner(sets):
     by_model, others = sets
     real = by_model["real"].features
     calmer = {"real": by_model["real"], "ensemble": classified(real * 0.99), "monolith": classified(real)}
@@ -96,7 +96,7 @@ def compared(value: float, stderr: float, n: int, smallest: float = 0.0) -> dict
     )
 
 
-def test_a_verdict_that_is_withheld_says_why():
+def test_a_withheld_verdict_gives_the_reason():
     few = compared(-17.0, 1.0, 4)  # 17 standard errors
     assert few["winner"] == "none" and few["withheld"] == "4 clips are too few for a verdict, which needs 8"
     assert results.headline([few]) == "No verdict: 4 clips are too few for a verdict, which needs 8."
@@ -104,7 +104,7 @@ def test_a_verdict_that_is_withheld_says_why():
     assert within["winner"] == "none" and "within the error of real clips" in within["withheld"]
 
 
-def test_a_verdict_that_the_interval_decides_withholds_nothing():
+def test_a_verdict_decided_by_the_interval_is_not_withheld():
     assert compared(-17.0, 1.0, 96)["winner"] == "ensemble" and compared(-17.0, 1.0, 96)["withheld"] == ""
     unclear = compared(-1.0, 1.0, 4)
     assert unclear["winner"] == "none" and unclear["withheld"] == ""

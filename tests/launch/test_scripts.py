@@ -146,25 +146,25 @@ class TestFindAccelerator:
 
 
 class TestDeviceFlags:
-    """What XLA is told before JAX starts."""
+    """XLA flags that are set before JAX starts."""
 
-    def told(self, kind: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    def run_with_flags(self, kind: str, *command: str, **environment: str) -> subprocess.CompletedProcess:
         return run("bash", "-c", f'source launch/device_flags.sh {kind} && "$@"', "bash", *command, **environment)
 
     def test_jax_takes_the_flags_of_gpus(self):
         """XLA ends a process that gives it a flag it does not know."""
         look = (sys.executable, "-c", "import jax; print(jax.device_count())")
-        assert self.told("gpu", *look, JAX_PLATFORMS="cpu").stdout == "1\n"
-        assert self.told("gpu", *look, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_gpu_no_such_flag=1").returncode
+        assert self.run_with_flags("gpu", *look, JAX_PLATFORMS="cpu").stdout == "1\n"
+        assert self.run_with_flags("gpu", *look, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_gpu_no_such_flag=1").returncode
 
     def test_flags_of_tpus_are_one_line_that_libtpu_can_read(self):
-        flags = self.told("tpu", "printenv", "LIBTPU_INIT_ARGS").stdout
+        flags = self.run_with_flags("tpu", "printenv", "LIBTPU_INIT_ARGS").stdout
         assert all(re.fullmatch(r"--xla_\w+=true", flag) for flag in flags.rstrip("\n").split(" "))
 
     @pytest.mark.parametrize(("kind", "name"), [("gpu", "XLA_FLAGS"), ("tpu", "LIBTPU_INIT_ARGS")])
     def test_what_is_set_already_stays(self, kind, name):
-        assert self.told(kind, "printenv", name, **{name: "--mine=1"}).stdout == "--mine=1\n"
-        assert self.told(kind, "printenv", name, **{name: ""}).stdout == "\n"
+        assert self.run_with_flags(kind, "printenv", name, **{name: "--mine=1"}).stdout == "--mine=1\n"
+        assert self.run_with_flags(kind, "printenv", name, **{name: ""}).stdout == "\n"
 
     @pytest.mark.parametrize("kind", ["gpu", "tpu"])
     def test_nothing_else_of_the_calling_script_changes(self, kind):
@@ -176,7 +176,7 @@ class TestDeviceFlags:
         assert {"a", "b"} <= after
 
     def test_another_kind_is_refused(self):
-        assert "the first argument must be gpu or tpu" in self.told("cpu", "true").stderr
+        assert "the first argument must be gpu or tpu" in self.run_with_flags("cpu", "true").stderr
 
 
 class TestLauncherScripts:

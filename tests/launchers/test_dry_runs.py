@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", COMMAND_LINES)
-def test_docs_show_what_is_printed(name, monkeypatch):
+def test_the_documents_show_the_printed_dry_runs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert (FOLDER / f"{name}.txt").read_text() == page(name), "run: python -m tests.launchers.dry_runs"
 

@@ -41,7 +41,7 @@ def test_jobsets_are_valid_and_a_misspelt_field_would_be_found(plan, faults):
     assert of_wrong == ["jobset.spec.replicatedJobs[0].template.spec.podFailurePolice is unknown"]
 
 
-def test_each_stage_is_a_replicated_job_behind_what_it_reads(plan):
+def test_each_stage_is_a_replicated_job_that_depends_on_its_inputs(plan):
     made = manifest(plan, TPU)
     assert list(jobs(made)) == [stage.slug for stage in plan.stages]
     before = {job["name"]: [d["name"] for d in job.get("dependsOn", [])] for job in made["spec"]["replicatedJobs"]}
@@ -73,7 +73,7 @@ def test_pods_on_gpu_nodes_find_each_other(plan):
     assert {mount["mountPath"] for mount in role["volumeMounts"]} == {"/dev/shm", "/runs"}
 
 
-def test_only_stages_that_use_an_accelerator_ask_for_one(plan):
+def test_only_stages_that_use_an_accelerator_request_one(plan):
     for settings, asking in ((TPU, ["router"]), (GPU, ["router", "evaluate"])):
         made = jobs(manifest(plan, settings))
         assert [name for name in ("prepare", "cluster", "assemble", "router", "evaluate")
@@ -101,7 +101,7 @@ def listed(tmp_path, made, **status):
     (tmp_path / "jobsets").write_text(json.dumps({"items": [{**made, "status": status}]}))
 
 
-def test_nothing_is_queued_twice_and_what_ended_is_replaced(plan, cluster, tmp_path, capsys):
+def test_no_job_is_queued_twice_and_ended_ones_are_replaced(plan, cluster, tmp_path, capsys):
     gke.launch("submit", plan, TPU, Commands())
     made = yaml.safe_load((tmp_path / "jobsets.created").read_text())
     assert made == manifest(plan, TPU)
@@ -153,7 +153,7 @@ def test_xpk_starts_no_workload_twice(plan, stand_in):
         (Settings(image="i", accelerator="v5e:4x4", via="xpk"), "train", "", "--cluster_name is missing"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said(plan, settings, action, role, sentence):
+def test_missing_or_wrong_flags_are_refused(plan, settings, action, role, sentence):
     with pytest.raises(UserError, match=sentence):
         gke.launch(action, plan, settings, Commands(dry_run=True), role=role)
 

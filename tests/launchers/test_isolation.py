@@ -82,7 +82,7 @@ def test_an_isolated_and_killed_expert_is_that_of_an_undisturbed_job(teams, undi
     assert weights(teams[0].run, ROLES[0]) == weights(undisturbed[1], ROLES[0])
 
 
-def test_assembly_waits_for_the_lost_expert_and_then_goes_on_if_it_may(teams):
+def test_assembly_waits_for_a_lost_expert_then_continues_with_allow_missing(teams):
     run, made = teams[0].run, experiment()
     began = time.monotonic()
     with pytest.raises(UserError, match=r"Expert 2 is not trained: .* or assemble without with --allow_missing"):

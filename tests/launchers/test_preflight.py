@@ -18,7 +18,7 @@ from tests.conftest import free_address
 COUNT = jax.device_count()
 
 
-def test_a_job_on_what_it_expects_passes_and_leaves_nothing_behind(tmp_path):
+def test_a_job_on_the_expected_devices_passes_and_leaves_no_files(tmp_path):
     preflight("cpu", tmp_path / "run", ["train"])
     preflight(f"cpu:{COUNT}", tmp_path / "run", ["train"])
     assert list((tmp_path / "run").iterdir()) == []

@@ -44,13 +44,13 @@ def test_a_slice_is_one_node_whose_hosts_join(plan):
     assert "PARIS_JAX_JOIN_HOSTS=1" in role["run"] and "setup" not in role
 
 
-def test_only_stages_that_use_an_accelerator_ask_for_one(plan):
+def test_only_stages_that_use_an_accelerator_request_one(plan):
     assert [stage.name for stage in plan.stages if "accelerators" in made(plan, stage.name, GPU)["resources"]] == [
         *("expert 0", "expert 1", "expert 2", "router", "monolith", "evaluate")
     ]
 
 
-def test_nothing_is_queued_twice(plan, stand_in, capsys):
+def test_no_job_is_queued_twice(plan, stand_in, capsys):
     queue = '[{"job_id": 3, "job_name": "shapes-router"}, {"job_id": 4, "job_name": "shapes-expert-0"}]'
     calls = stand_in("sky", f"case \"$*\" in *queue*) echo '{queue}';; esac")
     skypilot.launch("train", plan, GPU, Commands())
@@ -65,7 +65,7 @@ def test_stages_before_and_after_the_roles_are_pipelines(plan, capsys):
     assert shown.index("name: shapes-assemble") < shown.index("name: shapes-evaluate") and "---" in shown
 
 
-def test_a_queue_that_cannot_be_read_starts_nothing(plan, stand_in):
+def test_an_unreadable_queue_starts_no_job(plan, stand_in):
     calls = stand_in("sky", "exit 1")
     with pytest.raises(UserError, match="'sky jobs queue' failed"):
         skypilot.launch("train", plan, GPU, Commands())

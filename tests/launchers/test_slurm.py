@@ -40,7 +40,7 @@ def submitted(calls):
     return {call.split("--job-name=")[1].split()[0]: call for call in calls() if call.startswith("sbatch")}
 
 
-def test_each_stage_is_a_job_behind_what_it_reads(plan, cluster):
+def test_each_stage_depends_on_the_stages_it_reads(plan, cluster):
     slurm.launch("submit", plan, Settings(nodes=2, gpus=8, sbatch="--partition=gpu"), Commands())
     jobs = submitted(cluster)
     assert list(jobs) == [f"shapes-{stage.slug}" for stage in plan.stages]
@@ -53,14 +53,14 @@ def test_each_stage_is_a_job_behind_what_it_reads(plan, cluster):
     assert "--dependency=afterok:8:7 " in jobs["shapes-evaluate"]
 
 
-def test_only_stages_that_use_a_gpu_ask_for_one(plan, cluster):
+def test_only_stages_that_use_a_gpu_request_one(plan, cluster):
     slurm.launch("submit", plan, Settings(gpus=8), Commands())
     asked = [name for name, call in submitted(cluster).items() if "--gpus-per-node" in call]
     assert asked == [f"shapes-{s}" for s in ("expert-0", "expert-1", "expert-2", "router", "monolith", "evaluate")]
     assert "launch/slurm_job.sh cpu assemble" in submitted(cluster)["shapes-assemble"]
 
 
-def test_a_second_submission_queues_nothing_twice(plan, cluster, capfd):
+def test_a_second_submission_queues_no_duplicates(plan, cluster, capfd):
     slurm.launch("submit", plan, Settings(), Commands())
     before = len(submitted(cluster))
     slurm.launch("submit", plan, Settings(), Commands())
@@ -93,7 +93,7 @@ def test_stopping_keeps_jobs_that_save_out_of_the_queue(plan, cluster):
     ]
 
 
-def test_a_missing_slurm_is_said(plan, monkeypatch):
+def test_a_missing_slurm_is_reported(plan, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch was not found; run this on a login node"):
         slurm.launch("submit", plan, Settings(), Commands())
@@ -109,10 +109,10 @@ def test_a_job_runs_its_stage_by_srun_and_goes_back_after_a_preemption(stage, co
     python = tmp_path / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    told = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
-    told.pop("XLA_FLAGS", None)
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
+    environment.pop("XLA_FLAGS", None)
     command = ["launch/slurm_job.sh", "gpu:8", stage, f"--workdir={tmp_path}/run", "--role=router"]
-    done = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert "with --xla_gpu_" in done.stdout
     assert f"paris_jax {stage} --workdir={tmp_path}/run --role=router --preflight=gpu:8" in calls()[0]

@@ -18,7 +18,7 @@ def test_the_number_of_experts_is_the_configs(plan):
     assert [stage.name for stage in make_plan(two, "runs/x").roles] == ["expert 0", "expert 1", "router", "monolith"]
 
 
-def test_stages_wait_for_what_they_read(plan):
+def test_stages_wait_for_their_inputs(plan):
     assert plan.stage("cluster").after == ("prepare",)
     assert all(role.after == ("cluster",) for role in plan.roles)
     assert plan.stage("assemble").after == ("expert 0", "expert 1", "expert 2", "router")  # the monolith is not in it

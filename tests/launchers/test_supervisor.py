@@ -96,7 +96,7 @@ def command(tmp_path):
     return ("train", f"--workdir={tmp_path / 'run'}", "--role=router")
 
 
-def test_a_loop_goes_on_until_the_command_is_done(tmp_path, monkeypatch):
+def test_the_supervisor_restarts_the_command_until_it_is_done(tmp_path, monkeypatch):
     ends = Ends(tmp_path, monkeypatch, [75, 137, 75, 0])
     assert supervise("loop", command(tmp_path), pause=lambda _: None) == 0
     assert ends.calls == [" ".join(command(tmp_path))] * 4

@@ -50,7 +50,7 @@ def test_devices_of_a_slice(plan, type, devices):
         (Settings(project="p", type="v6e-8", zones="z", slices=2, slice=2), "--slice=2: the slices are 0 to 1"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said(plan, settings, sentence):
+def test_missing_or_wrong_flags_are_refused(plan, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         tpu_vm.launch("train", plan, settings, Commands(dry_run=True))
 
@@ -84,7 +84,7 @@ def test_slices_are_created_once(plan, cloud, capfd):
     assert "[shapes-1] is requested already" in capfd.readouterr().out
 
 
-def test_a_slice_that_failed_is_an_error_and_the_others_go_on(plan, cloud, tmp_path):
+def test_a_failed_slice_is_an_error_and_the_others_continue(plan, cloud, tmp_path):
     (tmp_path / "states/shapes-0").write_text("FAILED")
     with pytest.raises(UserError, match="create failed for shapes-0; see"):
         tpu_vm.launch("create", plan, TWO, Commands())

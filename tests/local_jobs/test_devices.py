@@ -55,15 +55,15 @@ def test_accelerators_are_split_so_that_all_roles_end_early(found, work, groups)
     assert numbers(found.groups(work)) == groups
 
 
-def test_no_group_is_larger_than_what_divides_the_batch():
+def test_the_size_of_a_group_divides_the_batch():
     assert numbers(of("gpu", 8).groups([1, 1], batch=6)) == ["0,1", "2,3"]
 
 
-def test_what_a_job_expects_to_find_on_its_devices():
+def test_a_job_expects_its_kind_and_number_of_devices():
     assert [each.expectation for each in (of("gpu", 2), of("tpu", 4), of("cpu", 2))] == ["gpu:2", "tpu:4", "cpu"]
 
 
-def test_libraries_are_told_what_they_may_see():
+def test_environment_variables_restrict_the_visible_devices():
     assert of("gpu", 2).environment() == {"CUDA_VISIBLE_DEVICES": "0,1"}
     tpu = of("tpu", 8).groups([1] * 4)[1].environment()
     assert tpu == {"TPU_VISIBLE_CHIPS": "2,3", "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,2,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
@@ -125,7 +125,7 @@ class TestFind:
             ("cpu:9", "the cores that may be used here are 0,1"),
         ],
     )
-    def test_refuses_what_is_not_there(self, asked, sentence):
+    def test_absent_devices_are_refused(self, asked, sentence):
         with pytest.raises(UserError, match=sentence):
             find_devices(asked)
 
@@ -145,7 +145,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep freed memory")
 def test_freed_memory_is_used_again_without_faulting_it_in_anew():
     def faults(how):
         return int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)

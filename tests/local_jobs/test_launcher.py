@@ -106,7 +106,7 @@ def test_on_one_device_they_run_in_turn(trial):
     assert [(name, event) for name, event, _ in notes] == [(n, e) for n in NAMES for e in ("start", "end")]
 
 
-def test_a_job_does_not_look_for_other_hosts_and_its_output_goes_to_its_log(trial):
+def test_a_job_joins_no_other_hosts_and_writes_to_its_log(trial):
     notes = trial.run(devices=("0",))
     assert {seen["PARIS_JAX_JOIN_HOSTS"] for _, _, seen in notes} == {"0"}
     header, line = (trial.folder / "router.log").read_text().splitlines()
@@ -134,7 +134,7 @@ def test_a_killed_job_stops_the_others_too(trial):
     assert str(trial.launcher.failure) == "expert 1 was killed by signal 9; often there is not enough memory"
 
 
-def test_nothing_starts_after_a_failure(trial):
+def test_no_job_starts_after_a_failure(trial):
     notes = trial.run(devices=("0",), plan={"expert 0": [1]})
     assert named(notes, "start") == ["monolith", "expert 0"]
 

@@ -69,7 +69,7 @@ def quick(micro, tmp_path_factory):
     return quick, (*stopped, left), quick.end()
 
 
-def test_stopped_in_the_middle_every_role_saves_and_it_says_what_to_do(quick):
+def test_a_stopped_quickstart_saves_every_role_and_prints_how_to_resume(quick):
     _, (code, _, err, left), _ = quick
     assert code == 75
     assert err.splitlines()[-1].startswith("preempted: ")
@@ -100,7 +100,7 @@ def test_roles_that_train_at_the_same_time_have_cores_of_their_own(quick):
     assert f" taskset -c {second} paris-jax train " in expert
 
 
-def test_a_finished_one_says_so_and_trains_nothing(quick):
+def test_a_finished_quickstart_trains_no_role_again(quick):
     it = quick[0]
     logs = [it.run_folder.log(role).read_text() for role in roles(3)]
     code, out, err = it.end()
@@ -110,7 +110,7 @@ def test_a_finished_one_says_so_and_trains_nothing(quick):
     assert [it.run_folder.log(role).read_text() for role in roles(3)] == logs
 
 
-def test_another_config_is_refused_before_anything_starts(quick):
+def test_another_config_is_refused_before_any_job_starts(quick):
     it = quick[0]
     code, out, err = it.end(it.start("--config.training.seed=9"))
     assert code == 1
@@ -118,7 +118,7 @@ def test_another_config_is_refused_before_anything_starts(quick):
     assert out == ""
 
 
-def test_what_a_refused_role_says_is_what_is_said(micro, clustered, tmp_path):
+def test_the_error_of_a_failed_role_is_reported(micro, clustered, tmp_path):
     quick = Quickstart(tmp_path, micro)
     shutil.copytree(clustered.path, quick.run_folder.path)
     (missing,) = quick.run_folder.cluster(1).glob("*.array_record")
@@ -132,7 +132,7 @@ def test_what_a_refused_role_says_is_what_is_said(micro, clustered, tmp_path):
     assert not manifest.exists(quick.run_folder.ensemble)
 
 
-def test_a_refused_stage_says_so_itself_and_ends_it(micro, tmp_path):
+def test_the_error_of_a_failed_stage_ends_the_quickstart(micro, tmp_path):
     code, out, err = Quickstart(tmp_path, micro, "--config.clustering.num_clusters=40").end()
     assert code == 1
     assert "error: config.clustering.num_clusters=40" in err.splitlines()[-1]
@@ -182,7 +182,7 @@ def test_all_of_eight_gpus_are_used(micro, tmp_path):
     assert roles[0].endswith("--role=monolith --preflight=gpu:4")
 
 
-def test_a_plan_holds_what_is_left_to_do(micro, trained, tmp_path):
+def test_a_plan_holds_the_remaining_jobs(micro, trained, tmp_path):
     nothing = make_plan(micro, RunFolder(tmp_path), ())
     assert [job.name for job in nothing.before] == ["first videos", "prepare", "cluster"]
     assert [job.name for job in nothing.roles.values()] == ROLES
@@ -223,7 +223,7 @@ class TestRoleBars:
             launcher.seconds = {"expert 1": 1.0}
             assert "expert 1 12/12 (done, loss 0.2500, 20 ms a step)" in self.printed(bars, shown)
 
-    def test_a_line_that_is_being_written_is_left_for_the_next_look(self, micro, tmp_path):
+    def test_an_incomplete_line_of_metrics_is_read_later(self, micro, tmp_path):
         run, role = RunFolder(tmp_path), Role("router")
         bars, launcher, shown = self.show(micro, run)
         launcher.began = {"router": 0.0}

@@ -97,7 +97,7 @@ def test_every_frame_finds_every_place_of_every_other_frame_and_the_text():
     assert reached.tolist() == [True] * 14 + [False]
 
 
-def test_where_all_keys_are_alike_everything_finds_the_mean():
+def test_attention_over_equal_keys_is_the_mean_of_the_values():
     """Each step is then a plain mean, over the places of a frame and over the frames."""
     q, k, v = qkv(3, 4, 0)
     made = attention.factorised(q, jnp.zeros_like(k), v, None, frames=3, positions=4)
@@ -170,7 +170,7 @@ def cost(config, frames):
 
 
 @pytest.mark.parametrize("config", [CONFIG, JOINT], ids=["factorised", "joint"])
-def test_the_formula_of_its_work_is_what_xla_counts(config):
+def test_the_flops_formula_equals_xlas_count(config):
     ours, counted = cost(config, 12)
     assert 0.85 < ours / counted <= 1.0
 

@@ -66,7 +66,7 @@ def test_parameter_counts_of_the_routers(name, parameters):
     assert functional.count(config) == parameters
 
 
-def test_a_fresh_network_predicts_nothing_and_a_fresh_router_is_even():
+def test_a_fresh_network_predicts_zeros_and_a_fresh_router_is_uniform():
     x, t, tokens, length, pooled = inputs()
     np.testing.assert_array_equal(
         run(SMALL, functional.init(SMALL, jax.random.key(0)), x, t, tokens, length, pooled), 0

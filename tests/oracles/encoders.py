@@ -231,14 +231,14 @@ def ours(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
 
 def errors(name: str, expected: dict[str, np.ndarray], dtype: str = "float32") -> dict[str, float]:
     """Relative error of each output; T5's behind a text's end, which nobody reads, is left out."""
-    found, told = ours(name, dtype), {}
+    found, errors = ours(name, dtype), {}
     for key, value in expected.items():
         given = found[key]
         if name == "t5":
             there = np.arange(given.shape[1]) < inputs(name)["length"][:, None]
             given, value = given[there], value[there]
-        told[key] = float(np.linalg.norm(given.astype(np.float64) - value) / np.linalg.norm(value))
-    return told
+        errors[key] = float(np.linalg.norm(given.astype(np.float64) - value) / np.linalg.norm(value))
+    return errors
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 python -m tests.oracles.flux            prints relative errors; needs torch and diffusers
 python -m tests.oracles.flux --write    writes tests/weights/flux.safetensors, which the tests read without them
 
-Three axes of positions make it a video model: the oracle is told (t, h, w) of every token.
+Three axes of positions make it a video model: the oracle gets (t, h, w) of every token.
 """
 
 import argparse
@@ -97,9 +97,9 @@ def _run(model, case: str, dtype: str) -> dict[str, np.ndarray]:
     hooks += [b.register_forward_hook(keep(f"single.{i}")) for i, b in enumerate(model.single_transformer_blocks)]
     ids = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (T, H, W)), indexing="ij"), -1).reshape(-1, 3).float()
     with torch.no_grad():
-        told = {"pooled_projections": made["pooled"], "encoder_hidden_states": made["text"], "timestep": made["t"]}
+        condition = {"pooled_projections": made["pooled"], "encoder_hidden_states": made["text"], "timestep": made["t"]}
         places = {"img_ids": ids, "txt_ids": torch.zeros(L, 3)}
-        out = model(hidden_states=made["x"], **told, **places, return_dict=False)[0]
+        out = model(hidden_states=made["x"], **condition, **places, return_dict=False)[0]
     for hook in hooks:
         hook.remove()
     kept = seen if dtype == "float32" and case == "video" else {}

@@ -93,7 +93,7 @@ def test_a_step_is_compiled_for_gpus(target):
         assert memory["fits"] and memory["memory"] > 70e9 and found["roles"][role]["attention"] == "cudnn"
 
 
-def test_offload_is_not_planned_for_gpus_where_nothing_would_show_it():
+def test_offload_is_not_planned_for_gpus():
     done = plan("--config=configs/shapes.py:tiny", "--target=h100:1", "--config.network.remat=offload")
     assert done.returncode == 1
     said = done.stderr.splitlines()[-1]
@@ -240,7 +240,7 @@ def test_a_slice_too_small_for_the_state_is_not_even_compiled(pretended):
     assert all(fsdp != 1 for _, fsdp, _ in compiler.compiled)
 
 
-def test_what_makes_it_fit_is_tried_and_said(pretended):
+def test_the_search_tries_settings_until_the_job_fits(pretended):
     """8 GiB of state are too much for fsdp=1; a batch of 16 a device is cut into the parts that fit."""
     said = look_further(pretended(10 * GIB), global_batch_size=128)
     assert said[0].startswith("does not fit: each device needs 40.00 GiB and has 10.00 GiB")
@@ -268,7 +268,7 @@ def test_every_batch_that_is_tried_divides_into_the_parts_that_are_accumulated(m
     assert all(batch % 24 == 0 for batch, *_ in compiler.compiled)
 
 
-def test_what_nothing_helps_is_said(pretended):
+def test_a_job_that_no_setting_fits_is_reported(pretended):
     said = look_further(pretended(0.5 * GIB), global_batch_size=8)
     assert said[-1].startswith("no configuration tried fits; use a larger slice")
 

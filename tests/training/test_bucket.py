@@ -98,7 +98,7 @@ def test_every_stage_but_training_works_on_a_bucket(micro, trained, finished, tm
     assert not list(tmp_path.glob("gs:*"))
 
 
-def test_without_what_reaches_buckets_the_extra_is_named(tmp_path):
+def test_a_missing_bucket_library_is_named_with_its_extra(tmp_path):
     script = """
 import sys
 sys.modules["gcsfs"] = None

@@ -29,8 +29,8 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
 
     from paris_jax.training import checkpoints, distributed
 
-    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
-    distributed.join_processes(told, timeout=60)
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    distributed.join_processes(environment, timeout=60)
     mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
     shardings = State(NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp")))
 
@@ -47,7 +47,7 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
     handler.emit = lambda record: logged.append(record.getMessage())
     checkpoints.logger.addHandler(handler)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), put(0), shardings)
-    told = []
+    results = []
     for name in damaged:
         jax.experimental.multihost_utils.sync_global_devices(f"before {name}")
         if number == 0 and name:
@@ -57,12 +57,12 @@ def restored(number: int, address: str, folder: str, damaged: list[str]) -> list
         try:
             step, state, data, clocks = saved.restore(abstract)
             own = [np.asarray(shard.data)[1] for shard in state.values.addressable_shards]
-            told.append((step, (int(state.step), own, data, clocks), " ".join(logged)))
+            results.append((step, (int(state.step), own, data, clocks), " ".join(logged)))
         except UserError as error:
-            told.append((str(error), None, " ".join(logged)))
+            results.append((str(error), None, " ".join(logged)))
         logged.clear()
     saved.close()
-    return told
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +77,19 @@ def both(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def test_what_all_can_read_is_read_by_all(both):
-    for number, told in enumerate(both):
-        assert told[0] == (3, (3, [3.0 * (1 + 4096 * number)], {"at": 3}, {"trained": 3}), "")
+def test_a_checkpoint_that_all_processes_can_read_is_restored(both):
+    for number, results in enumerate(both):
+        assert results[0] == (3, (3, [3.0 * (1 + 4096 * number)], {"at": 3}, {"trained": 3}), "")
 
 
-def test_what_one_cannot_read_none_goes_on_from(both):
-    first, second = ([step for step, _, _ in told] for told in both)
+def test_a_checkpoint_that_one_process_cannot_read_is_restored_by_none(both):
+    first, second = ([step for step, _, _ in results] for results in both)
     assert first[:3] == second[:3] == [3, 2, 1]
-    assert [told[2][1][1] for told in both] == [[1.0], [4097.0]]
+    assert [results[2][1][1] for results in both] == [[1.0], [4097.0]]
     assert "step 3" in both[0][1][2] and "another process of this job cannot" in both[0][1][2]
     assert "step 3" in both[1][1][2] and "another process" not in both[1][1][2]
 
 
-def test_where_each_is_unreadable_to_somebody_all_refuse(both):
-    for told in both:
-        assert "none can be read" in told[3][0]
+def test_processes_refuse_when_no_checkpoint_is_readable_by_all(both):
+    for results in both:
+        assert "none can be read" in results[3][0]

@@ -26,11 +26,11 @@ def address():
 
 
 def test_two_processes_are_one_job(address):
-    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", JOINED],
-            env=os.environ | told | {"JAX_PROCESS_ID": str(number)},
+            env=os.environ | environment | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -42,7 +42,7 @@ def test_two_processes_are_one_job(address):
 
 
 @pytest.mark.parametrize(
-    ("told", "initialized"),
+    ("environment", "initialized"),
     [
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, ("a:1", 4, 0, None)),
         (  # Open MPI 5, which JAX does not know
@@ -55,17 +55,17 @@ def test_two_processes_are_one_job(address):
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None, None)),  # Open MPI 4: JAX knows
     ],
 )
-def test_jax_is_told_who_is_there(told, initialized, monkeypatch):
+def test_jax_distributed_gets_coordinator_processes_and_rank(environment, initialized, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: calls.append(who))
-    join_processes(told)
+    join_processes(environment)
     assert calls == [initialized]
 
 
 def test_flags_stand_before_the_environment_and_go_together():
     flags = {"coordinator": "a:1", "num_processes": 4, "process_id": 0}
-    told = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}
-    assert with_flags(flags, {"JAX_PROCESS_ID": "3", "OTHER": "x"}) == told | {"OTHER": "x"}
+    environment = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}
+    assert with_flags(flags, {"JAX_PROCESS_ID": "3", "OTHER": "x"}) == environment | {"OTHER": "x"}
     assert with_flags(dict.fromkeys(flags), {"JAX_PROCESS_ID": "3"}) == {"JAX_PROCESS_ID": "3"}
     with pytest.raises(UserError, match="--coordinator and --num_processes must be given, too"):
         with_flags(flags | {"coordinator": None, "num_processes": None}, {})
@@ -85,17 +85,17 @@ def test_flags_stand_before_the_environment_and_go_together():
         ({"PARIS_JAX_JOIN_HOSTS": "1"}, "PARIS_JAX_JOIN_HOSTS=1"),
     ],
 )
-def test_a_process_looks_for_others_only_where_something_says_there_are_some(environment, why):
+def test_processes_join_only_where_the_environment_names_several(environment, why):
     assert join_reason(environment) == why
 
 
 def test_a_coordinator_that_does_not_answer_is_named_with_the_time_waited(address):
-    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     with pytest.raises(UserError, match=rf"The coordinator at {address} did not answer within 1 seconds .*=0 to run"):
-        join_processes(told, timeout=1)
+        join_processes(environment, timeout=1)
 
 
-def test_what_is_done_in_time_is_not_too_late():
+def test_a_call_within_its_time_limit_returns():
     def late():
         raise UserError("too late")
 
@@ -129,9 +129,9 @@ def test_a_job_whose_other_processes_never_come_ends_with_a_sentence(environment
         + ("threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start(); " if preempted else "")
         + "main()"
     )
-    told = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"] if not environment else []
+    flags = [f"--coordinator={address}", "--num_processes=2", "--process_id=0"] if not environment else []
     ended = subprocess.run(
-        [sys.executable, "-c", command, "train", "--workdir=nowhere", "--role=router", *told],
+        [sys.executable, "-c", command, "train", "--workdir=nowhere", "--role=router", *flags],
         **{"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 120},
     )
     assert ended.returncode == code, ended.stderr
@@ -150,7 +150,7 @@ def test_a_job_whose_other_processes_never_come_ends_with_a_sentence(environment
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, r"cannot be joined at a:1 \(asked for by JAX_COORDINATOR_ADDRESS=a:1\)"),
     ],
 )
-def test_what_does_not_say_who_is_there_is_refused(environment, sentence, monkeypatch):
+def test_an_incomplete_description_of_the_processes_is_refused(environment, sentence, monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri"):  # JAX would look there
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=sentence):
@@ -167,7 +167,7 @@ def test_what_does_not_say_who_is_there_is_refused(environment, sentence, monkey
         (["prepare"], False),
     ],
 )
-def test_sampling_among_the_tasks_of_an_allocation_joins_them_only_where_it_is_told_to(arguments, joins, monkeypatch):
+def test_sampling_joins_the_tasks_of_an_allocation_only_on_request(arguments, joins, monkeypatch):
     joined = []
     monkeypatch.setattr(distributed, "join_processes", joined.append)
     cli.start_jax(*cli.parse(arguments))

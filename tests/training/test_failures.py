@@ -42,9 +42,7 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
     ],
     ids=["memory", "driver's memory", "device"],
 )  # fmt: skip
-def test_what_a_device_says_becomes_a_sentence_and_the_job_goes_on_afterwards(
-    error, kind, sentence, micro, run, trained, monkeypatch
-):
+def test_a_device_error_becomes_a_sentence_and_the_job_resumes(error, kind, sentence, micro, run, trained, monkeypatch):
     real, seen = train.sharding.place_batch, []
 
     def fails_at_the_seventh_step(batch, mesh):
@@ -83,7 +81,7 @@ def test_a_device_lost_again_and_again_at_one_place_is_no_accident(micro, run, m
         stage.train(micro, run, EXPERT)
 
 
-def test_an_unexpected_error_says_at_which_step_and_with_which_clips_it_came(micro, run, monkeypatch):
+def test_an_unexpected_error_names_its_step_and_clips(micro, run, monkeypatch):
     real, seen = train.sharding.place_batch, []
 
     def fails_at_the_third_step(batch, mesh):
@@ -117,13 +115,13 @@ GLOO = "UNKNOWN: Gloo AllGather failed: ... Connection reset by peer"
         (OSError(28, "No space left on device"), False, False),
     ],
 )
-def test_what_is_lost_is_told_from_mistakes(error, alone, together, monkeypatch):
+def test_lost_devices_are_distinguished_from_mistakes(error, alone, together, monkeypatch):
     assert distributed.is_device_lost(error) is alone
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert distributed.is_device_lost(error) is together
 
 
-def test_devices_that_know_their_memory_are_asked():
+def test_the_memory_limit_is_read_from_the_device():
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**30}, device_kind="GPU")
     program = types.SimpleNamespace(
         mesh=types.SimpleNamespace(local_devices=[device]), job=types.SimpleNamespace(name="router")

@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
     writer.close()
 
 
-def test_tensorboard_reads_what_was_written(tmp_path):
+def test_tensorboard_reads_the_written_events(tmp_path):
     write(tmp_path)
     assert scalars(tmp_path) == {"loss": [(4, 0.5), (8, 0.375)], "loss_t/0.125": [(4, 0.25)]}
 
@@ -64,7 +64,7 @@ def test_with_tensorflow_it_is_clu_that_writes(tmp_path):
 
 
 @pytest.mark.skipif(HERE, reason="TensorFlow is installed, and the test above runs")
-def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
+def test_clu_writes_where_tensorflow_is_installed(tmp_path, monkeypatch):
     """Stands in for the test above on machines without TensorFlow."""
     opened = []
     writers, tensorflow = types.ModuleType("clu.metric_writers"), types.ModuleType("tensorflow")
@@ -80,19 +80,19 @@ def test_where_tensorflow_is_found_clu_is_asked(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None, reason="needs Weights & Biases: pip install -e '.[wandb]'"
 )
-def test_a_job_that_goes_on_is_one_run_of_weights_and_biases(tmp_path, monkeypatch):
+def test_a_resumed_job_is_one_run_of_weights_and_biases(tmp_path, monkeypatch):
     """Without a network: what would be sent lies in files, under the id that was fixed."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start, steps in ((0, (4, 8)), (8, (12,))):
-        told = {"project": "p", "id": "fixed", "name": "expert 0", "dir": str(tmp_path)}
-        job = metrics.Metrics(tmp_path, start, told)
+        tracker = {"project": "p", "id": "fixed", "name": "expert 0", "dir": str(tmp_path)}
+        job = metrics.Metrics(tmp_path, start, tracker)
         for step in steps:
             job.write(step, {"loss": 1 / step})
         job.close()
     assert {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {"run-fixed.wandb"}
 
 
-def test_weights_and_biases_is_told_the_same_id_at_every_start(micro, tmp_path, monkeypatch):
+def test_weights_and_biases_gets_the_same_id_at_every_start(micro, tmp_path, monkeypatch):
     job = types.SimpleNamespace(folder=epath.Path(tmp_path) / "experts/0", name="expert 0")
     assert metrics.wandb_arguments(micro, job) is None
     experiment = dataclasses.replace(micro, wandb_project="project")
@@ -148,7 +148,7 @@ def test_share_of_peak_is_the_flops_of_all_clips_over_the_peak_of_all_devices(mo
     assert (clocks.waited, clocks.lined) == (0.0, 12.0)  # the next line starts here
 
 
-def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):
+def test_metrics_after_the_restored_step_are_dropped(tmp_path):
     for start, steps in ((0, (4, 8, 12)), (8, (12, 16))):
         job = metrics.Metrics(tmp_path, start)
         for step in steps:
@@ -159,7 +159,7 @@ def test_lines_after_the_step_that_a_job_goes_on_from_are_dropped(tmp_path):
 
 
 @pytest.mark.skipif(HERE, reason="clu's writer, used where TensorFlow is installed, has no such event")
-def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
+def test_tensorboard_purges_the_steps_that_are_repeated(tmp_path):
     """The session that starts at step 9 makes TensorBoard forget what it has of that step and later ones."""
     from tensorboardX.proto.event_pb2 import SessionLog
 

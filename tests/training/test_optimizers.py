@@ -81,7 +81,7 @@ def test_adafactor_keeps_means_of_rows_and_columns_and_steps_relative_to_the_par
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
-def test_weight_decay_shrinks_matrices_and_nothing_else(params, optimizer):
+def test_weight_decay_shrinks_matrices_only(params, optimizer):
     updates, _ = first_update(params, size=0.0, optimizer=optimizer, weight_decay=0.1)
     for name, before in functional.to_names(params).items():
         expected = -0.01 * 0.1 * before if name.endswith("kernel") else 0 * before
@@ -103,7 +103,7 @@ def test_the_learning_rate_warms_up_and_decays(decay, expected):
     assert {n: float(schedule(n)) for n in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_decay_longer_than_what_follows_the_warm_up_begins_right_after_it():
+def test_a_decay_longer_than_the_remaining_steps_begins_after_warm_up():
     schedule = learning_rate(
         TrainingSettings(learning_rate=1.0, warmup_steps=50, lr_schedule="wsd", lr_decay_fraction=1.0), 100
     )

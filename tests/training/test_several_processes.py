@@ -23,21 +23,21 @@ EXPERT = Role("expert", 0)
 
 
 class Job:
-    """The processes of one training job, `devices` simulated ones each, told of each other by flags or environment."""
+    """The processes of one training job, `devices` simulated ones each, joined by flags or environment."""
 
     def __init__(self, run, experiment, folder, processes, devices=1, by="environment"):
         address = free_address()
         self.run, self.folder, self.processes = run, folder, []
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         for number in range(processes):
-            told = {"coordinator": address, "num_processes": processes, "process_id": number}
+            joining = {"coordinator": address, "num_processes": processes, "process_id": number}
             arguments = command(run, experiment, "--role=expert", "--cluster=0")
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
             if by == "flags":
-                arguments += [f"--{name}={value}" for name, value in told.items()]
+                arguments += [f"--{name}={value}" for name, value in joining.items()]
             else:
                 names = {"coordinator": "COORDINATOR_ADDRESS", "num_processes": "NUM_PROCESSES"}
-                environment |= {f"JAX_{names.get(name, name).upper()}": str(value) for name, value in told.items()}
+                environment |= {f"JAX_{names.get(name, name).upper()}": str(value) for name, value in joining.items()}
             with open(folder / f"log{number}", "w") as log:
                 process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
             self.processes.append(process)
@@ -89,7 +89,7 @@ def assert_learned_the_same(run, alone, steps):
     manifest.read(run.export(EXPERT), NetworkManifest)
 
 
-def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, run, alone, tmp_path):
+def test_two_processes_stop_and_resume_and_one_resumes_after_a_loss(micro, run, alone, tmp_path):
     experiment = job_of(micro, fsdp=2, checkpoint_every_steps=10)
     reclaimed(run, experiment)
 
@@ -118,7 +118,7 @@ def test_two_processes_stop_resume_lose_one_and_are_gone_on_with_by_one(micro, r
 
 
 @pytest.mark.exhaustive
-def test_four_processes_that_split_the_network_are_gone_on_with_by_two(micro, run, alone, tmp_path):
+def test_four_processes_that_shard_the_network_are_resumed_by_two(micro, run, alone, tmp_path):
     """Two of the four share the samples and split the heads (tensor), two pairs share the parameters (fsdp)."""
     experiment = job_of(micro, steps=14, fsdp=2, tensor=2, checkpoint_every_steps=14)
     reclaimed(run, experiment)

@@ -196,7 +196,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
-def test_every_parameter_and_moment_lies_where_the_table_says(optimizer):
+def test_parameters_and_moments_are_sharded_by_the_rules(optimizer):
     job = make_job(optimizer=optimizer)
     shapes = jax.eval_shape(lambda: states.create(job.config, job.settings, job.steps, jax.random.key(0)))
     lies = leaves(sharding.state_specs(shapes, SIZES))

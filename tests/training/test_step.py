@@ -42,7 +42,7 @@ def test_tokens_and_pooled_text_are_dropped_independently_at_their_own_rates():
     np.testing.assert_array_equal(made["latent"], batch["latent"])
 
 
-def test_what_is_said_instead_of_a_text_may_be_an_encoding():
+def test_the_null_embedding_may_be_an_encoded_text():
     batch = {"tokens": jnp.ones((3, 4, 2)), "length": jnp.array([4, 2, 3], jnp.int32), "pooled": jnp.ones((3, 2))}
     null = {"tokens": np.array([[5.0, 6], [7, 8]], np.float16), "pooled": np.array([9.0, 10], np.float16)}
     keys = jax.random.split(jax.random.key(0), 3)

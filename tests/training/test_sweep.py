@@ -69,7 +69,7 @@ def test_by_default_learning_rates_around_the_configs_are_tried(micro):
         ("training.learning_rate=fast", r"training.learning_rate='fast': must be a float"),
     ],
 )
-def test_what_cannot_be_varied_is_refused(vary, sentence, micro, run):
+def test_fields_that_cannot_be_varied_are_refused(vary, sentence, micro, run):
     with pytest.raises(UserError, match=sentence):
         sweep(micro, run, EXPERT, [vary], steps=8)
     assert not run.sweep(EXPERT).exists()

@@ -114,7 +114,7 @@ def test_a_killed_process_resumes_exactly(micro, run):
     "number, code",
     [(signal.SIGTERM, 75), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 75, marks=pytest.mark.exhaustive)],
 )
-def test_a_job_asked_to_stop_saves_and_says_to_run_again(number, code, micro, run):
+def test_a_stopped_job_saves_and_prints_how_to_resume(number, code, micro, run):
     experiment = with_training(micro, steps=5000, checkpoint_every_steps=5000)
     reclaimed(run, experiment)
     arguments = command(run, experiment, "--role=expert", "--cluster=0")
@@ -140,8 +140,8 @@ def test_a_job_asked_to_stop_saves_and_says_to_run_again(number, code, micro, ru
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
 )
-def test_a_job_asked_to_stop_while_its_step_is_compiled_leaves_at_once(number, code, micro, run):
-    """The compiler is made to take minutes, in which Python hears of nothing that the main thread is told."""
+def test_a_job_stopped_while_compiling_ends_at_once(number, code, micro, run):
+    """The compiler is made to take minutes, in which Python handles no signal on the main thread."""
     # Where tests run behind a shell, Ctrl-C may be ignored, and would be by the command.
     slow = """
 import hashlib, signal, sys, jax
@@ -193,7 +193,7 @@ main()
     assert rest.endswith("interrupted again; ended at once\n")
 
 
-def test_a_job_asked_to_stop_while_it_restores_loses_no_checkpoint(micro, run, trained, monkeypatch):
+def test_a_job_stopped_while_restoring_loses_no_checkpoint(micro, run, trained, monkeypatch):
     """A request to stop is no reason to take a checkpoint for damaged, and to resume from an older one."""
     shutil.copytree(trained.checkpoints(EXPERT), run.checkpoints(EXPERT))
     steps = checkpoints.Checkpoints(run.checkpoints(EXPERT), keep=2).steps()
@@ -325,7 +325,7 @@ for name in ("2 x 4", "one, then eight"):
         np.testing.assert_allclose(losses(name), losses("one"), rtol=1e-5)
 
 
-def test_a_finished_role_says_so_and_does_nothing(micro, trained, caplog):
+def test_a_finished_role_is_not_trained_again(micro, trained, caplog):
     before = {p: p.stat().st_mtime_ns for p in Path(trained.role(EXPERT)).rglob("*")}
     with caplog.at_level("INFO"):
         stage.train(micro, trained, EXPERT)

@@ -88,8 +88,8 @@ class Torture:
 
 def learned(line: dict[str, float]) -> dict[str, float]:
     """What of a line depends on the training alone, not on the clock or the memory."""
-    told = ("loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
-    return {name: value for name, value in line.items() if name.startswith(told)}
+    names = ("loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
+    return {name: value for name, value in line.items() if name.startswith(names)}
 
 
 def torture(experiment: Experiment, run: RunFolder, kills: int, seed: int, say=print) -> int:

@@ -48,7 +48,7 @@ def test_every_block_is_that_of_diffusers(found, params):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs torch and diffusers")
-def test_the_fixture_is_what_the_oracle_says_today(found, params, tmp_path):
+def test_the_fixture_equals_the_oracle(found, params, tmp_path):
     made = flux.theirs()
     assert made.keys() == found.keys()
     for name, value in made.items():

@@ -45,7 +45,7 @@ def test_pickled_arrays_are_read_as_they_were(tmp_path, dtype, order):
         (getattr, "text", "upper"),
     ],
 )
-def test_what_a_pickle_would_run_is_named_and_not_run(tmp_path, monkeypatch, call):
+def test_code_in_a_pickle_is_named_and_not_run(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "w.ckpt", {"kernel": np.ones(3, np.float32), "more": Runs(*call)})
     with pytest.raises(UserError, match=r"names .* which reading it would run"):

@@ -73,15 +73,15 @@ def weights(tmp_path_factory):
     return folder / "w", of, params
 
 
-def test_what_is_imported_can_be_sampled_from_as_it_is(weights):
+def test_imported_weights_can_be_sampled_from(weights):
     folder, of, params = weights
     ensemble = Ensemble.load(folder, encoders=ENCODERS)
     assert ensemble.latent_shape == (3, 2, 2, 4) and ensemble.params.guidance_scale == 2.0
     samples = ensemble.sample(PROMPTS)
     assert samples.videos.shape == (2, 9, 16, 16, 3) and samples.routing.shape == (3, 2, 1)
-    x, t, told = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS)
-    expected = functional.apply(of, params, x, t, told.tokens, told.length, told.pooled)
-    np.testing.assert_allclose(ensemble.velocity(x, t, told), expected, rtol=1e-4, atol=1e-4)
+    x, t, encoded = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS)
+    expected = functional.apply(of, params, x, t, encoded.tokens, encoded.length, encoded.pooled)
+    np.testing.assert_allclose(ensemble.velocity(x, t, encoded), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_encoders_of_other_sizes_are_refused(weights, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_encoders_of_other_sizes_are_refused(weights, tmp_path, monkeypatch):
         Ensemble.load(folder, encoders=ENCODERS)
 
 
-def test_half_precision_of_the_other_kind_is_widened_and_weights_alone_say_what_to_do(weights, tmp_path):
+def test_float16_is_widened_and_weights_without_a_config_are_refused_with_a_remedy(weights, tmp_path):
     """Sixteen bits as NumPy has them are not a part's; without a config, nobody knows how the network is used."""
     source = weights[0].parent / "Open_Sora_v2.safetensors"
     halves = {name: values.astype(np.float16) for name, values in safetensors.numpy.load_file(source).items()}
@@ -116,14 +116,14 @@ def test_half_precision_of_the_other_kind_is_widened_and_weights_alone_say_what_
 
 
 def test_guidance_leads_away_from_an_empty_text_that_is_encoded(weights):
-    """Scale 0 is the other branch alone: the network told what T5 and CLIP make of ""."""
+    """Scale 0 is the other branch alone: the network with the encoding of ""."""
     folder, of, params = weights
     ensemble = Ensemble.load(folder, encoders=ENCODERS)
-    x, t, told, none = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS), ensemble.text.null()
+    x, t, encoded, none = ensemble.noise(2), jnp.array([0.3, 0.9]), ensemble.encode(PROMPTS), ensemble.text.null()
     assert none.tokens.shape == (TOKENS, 32) and np.abs(none.tokens).min(1).max() > 0 and np.abs(none.pooled).max() > 0
     tokens, pooled = (jnp.asarray(np.stack([a, a])) for a in (none.tokens, none.pooled))
     expected = functional.apply(of, params, x, t, tokens, jnp.full(2, TOKENS, jnp.int32), pooled)
-    np.testing.assert_allclose(ensemble.velocity(x, t, told, guidance_scale=0.0), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ensemble.velocity(x, t, encoded, guidance_scale=0.0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padded_texts_are_attended_to_as_a_whole():
@@ -153,8 +153,8 @@ def test_a_suffix_stands_after_every_text_as_a_sentence_of_its_own():
         encoder.encode([" "])
 
 
-def test_what_no_text_is_travels_with_the_clips_to_training(tmp_path, monkeypatch):
-    """An expert that always loses its text is told the encoding of "": from another one, it learns something else."""
+def test_the_null_embedding_travels_with_the_clips_to_training(tmp_path, monkeypatch):
+    """An expert that always loses its text gets the encoding of "": from another one, it learns something else."""
     made = config()
     made.training.update(drop_tokens=1.0, drop_pooled=1.0)
     experiment, run, role = Experiment.from_config(made), RunFolder(tmp_path / "run"), Role("expert", 0)

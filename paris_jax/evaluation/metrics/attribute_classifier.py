@@ -129,7 +129,7 @@ class AttributeClassifier:
         attributes = {name: tuple(values) for name, values in read_card()["attributes"].items()}
         return cls({name: jnp.asarray(value, jnp.float32) for name, value in stored.items()}, attributes)
 
-    def look(self, videos: np.ndarray, batch: int = 32) -> tuple[np.ndarray, list[dict[str, str]]]:
+    def predict(self, videos: np.ndarray, batch: int = 32) -> tuple[np.ndarray, list[dict[str, str]]]:
         """Computes features and predicted attributes of videos.
 
         Args:

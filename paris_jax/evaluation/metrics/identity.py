@@ -14,8 +14,8 @@ def identity_kept(classifier: AttributeClassifier, videos: np.ndarray) -> np.nda
       videos: (N, T, H, W, 3) float in [-1, 1] of the embedded shapes, T >= 2.
     """
     half = (videos.shape[1] + 1) // 2
-    _, first = classifier.look(videos[:, :half])
-    _, last = classifier.look(videos[:, -half:])
+    _, first = classifier.predict(videos[:, :half])
+    _, last = classifier.predict(videos[:, -half:])
     return np.array([all(a[name] == b[name] for name in LASTING) for a, b in zip(first, last, strict=True)])
 
 

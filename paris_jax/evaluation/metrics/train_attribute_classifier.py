@@ -146,7 +146,7 @@ def accuracy(trained: attribute_classifier.AttributeClassifier, seed: int, count
         seed, count, attribute_classifier.FRAMES, attribute_classifier.HEIGHT, attribute_classifier.WIDTH, fps=8.0
     )
     video, labels = stack(list(source))
-    _, predicted = trained.look(video.astype(np.float32) / 127.5 - 1)
+    _, predicted = trained.predict(video.astype(np.float32) / 127.5 - 1)
     correct = {
         name: np.array([p[name] == ATTRIBUTES[name][label] for p, label in zip(predicted, labels[name], strict=True)])
         for name in ATTRIBUTES

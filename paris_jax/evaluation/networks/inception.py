@@ -186,7 +186,7 @@ def _module(params: Params, name: str, x: jax.Array, branches: Sequence[Sequence
 def _convolve(
     unit: dict[str, jax.Array], x: jax.Array, stride: int = 1, padding: tuple[int, int] | None = None
 ) -> jax.Array:
-    """Convolution with bias and ReLU; padded by half a kernel unless told otherwise."""
+    """Convolution with bias and ReLU; padded by half a kernel unless given."""
     rows, columns = unit["kernel"].shape[:2]
     vertical, horizontal = (rows // 2, columns // 2) if padding is None else padding
     pads = [(vertical, vertical), (horizontal, horizontal)]

@@ -77,7 +77,7 @@ def test_another_network_is_refused_with_the_layouts_that_are_known(tmp_path):
         i3d_weights.load(tmp_path / "other.safetensors")
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
     def absent(name):
         raise i3d_weights.importlib.metadata.PackageNotFoundError(name)
 

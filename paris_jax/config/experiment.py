@@ -45,8 +45,10 @@ LATER_FIELDS = {
     "data": {
         "cond_images": False,
         "captions": "",
-        "file_column": "",
+        "video_column": "",
         "caption_column": "",
+        "caption_template": "",
+        "split": "train",
         "hdr": "drop",
         "alpha_background": (0, 0, 0),
         "validation_share": 0.0,

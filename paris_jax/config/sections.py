@@ -1,13 +1,14 @@
 """Config sections of the data and of the evaluation: clips, codec, text encoder, features, clustering, scores."""
 
 import dataclasses
+import typing
 from typing import Literal
 
 from paris_jax.config import checks, fields
 from paris_jax.config.checks import Problems
 from paris_jax.config.fields import setting
 
-SourceName = Literal["shapes", "folder"]
+SourceName = Literal["shapes", "folder", "tfds", "webdataset"]
 Hdr = Literal["drop", "tonemap"]
 CodecName = Literal["pixels", "hunyuan"]
 Posterior = Literal["mean", "sample"]
@@ -19,12 +20,24 @@ FeaturesName = Literal["statistics", "dinov2"]
 class DataSettings:
     """The clips."""
 
-    source: str = setting("shapes", "shapes: embedded, procedural; folder: videos and captions", choices=SourceName)
-    path: str = setting("", "folder: directory of mp4, webm, gif files or frame folders, with captions")
+    source: str = setting(
+        "shapes",
+        "shapes: embedded, procedural; folder: videos and captions; tfds: TensorFlow Datasets; webdataset: tar shards",
+        choices=SourceName,
+    )
+    path: str = setting(
+        "",
+        "folder: directory of videos; tfds: name or directory of a prepared builder; webdataset: directory or pattern "
+        "of tar shards, local or gs://",
+    )
+    split: str = setting("train", "tfds: the split")
     captions: str = setting("", "folder: caption table, relative to path; '' for captions.* and metadata.* in it")
-    file_column: str = setting("", "column of the files' names; '' for file, path, video, video_path or file_name")
-    caption_column: str = setting("", "column of the captions; '' for caption, text or prompt")
-    num_clips: int = setting(4096, "shapes: clips to draw; folder: maximum, 0 for all", at_least=0)
+    video_column: str = setting(
+        "", "column of the files' names, feature of the frames; '' for file, path, video, video_path or file_name"
+    )
+    caption_column: str = setting("", "column, field or feature of the captions; '' for caption, text or prompt")
+    caption_template: str = setting("", "tfds: caption with features in braces, such as 'a video of {label}'")
+    num_clips: int = setting(4096, "shapes: clips to draw; other sources: maximum, 0 for all", at_least=0)
     num_frames: int = setting(8, "frames per clip; 1 trains a network of images", at_least=1)
     height: int = setting(20, "pixels", at_least=1)
     width: int = setting(20, "pixels", at_least=1)
@@ -54,8 +67,8 @@ class DataSettings:
     decode_memory_mb: int = setting(4096, "memory limit of a decoding process, in MB", at_least=64)
 
     def problems(self) -> Problems:
-        if self.source == "folder" and not self.path:
-            yield "path is empty; source 'folder' needs the directory of the videos"
+        if self.source in typing.get_args(SourceName)[1:] and not self.path:
+            yield f"path is empty; source {self.source!r} needs the place of its videos"
         if self.source == "shapes" and self.num_clips == 0:
             yield from checks.at_least(1, num_clips=self.num_clips)
         yield from fields.problems_of(self)

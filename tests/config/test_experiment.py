@@ -75,7 +75,7 @@ def test_a_whole_number_stands_for_a_float():
 @pytest.mark.parametrize(
     "field, value, said",
     [
-        ("data__source", "shape", "config.data.source='shape': must be one of shapes, folder (did you mean 'shapes'?)"),
+        ("data__source", "shape", "config.data.source='shape': must be one of shapes, folder, tfds, webdataset (did"),
         ("data__source", "folder", "config.data.path is empty"),
         ("data__num_clips", 0, "config.data.num_clips=0: must be at least 1"),
         ("data__num_frames", 0, "config.data.num_frames=0: must be at least 1"),

@@ -20,14 +20,13 @@ class Hostile:
     at: int = 1
     count: int = 4
     repeated: int = 0
-    caption: str = "x"
 
     def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
         for number in range(first, self.count):
             if self.deed and self.at <= number <= self.at + self.repeated:
                 getattr(self, self.deed)()
             frames = np.full((2, 4, 4, 3), number, np.uint8)
-            yield number, Clip(f"{self.id}#{number:04d}", frames, 8.0, self.caption)
+            yield number, Clip(f"{self.id}#{number:04d}", frames, 8.0, "x")
 
     def crash(self) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -10,9 +10,9 @@ from paris_jax.data.sources.clip import Dropped
 from paris_jax.errors import UserError
 
 
-def read(path: Path, text: str | bytes, file_column: str = "", caption_column: str = "") -> list:
+def read(path: Path, text: str | bytes, video_column: str = "", caption_column: str = "") -> list:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    rows = captions.read_table(path, file_column, caption_column)
+    rows = captions.read_table(path, video_column, caption_column)
     return [(row.id, row.reason) if isinstance(row, Dropped) else row[:2] for row in rows]
 
 

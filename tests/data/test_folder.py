@@ -203,11 +203,11 @@ def test_lines_that_cannot_be_used_are_dropped_with_their_place(tmp_path):
 def test_a_table_may_be_named_and_so_may_its_columns(tmp_path):
     put(tmp_path / "a.mp4", 20, caption=None)
     (tmp_path / "mine.txt").write_text("id;said\na.mp4;hello\n")
-    source = open_folder(tmp_path, captions="mine.txt", file_column="id", caption_column="said")
+    source = open_folder(tmp_path, captions="mine.txt", video_column="id", caption_column="said")
     assert [clip.caption for clip in clips(source)] == ["hello"]
     with pytest.raises(UserError, match=r"data\.captions=other\.csv: .* is not a file"):
         open_folder(tmp_path, captions="other.csv")
-    with pytest.raises(UserError, match=r"has the columns 'id', 'said': none of file, path, .* data\.file_column"):
+    with pytest.raises(UserError, match=r"has the columns 'id', 'said': none of file, path, .* data\.video_column"):
         open_folder(tmp_path, captions="mine.txt")
 
 

@@ -38,12 +38,12 @@ def find_tables(root: Path, named: str) -> list[Path]:
     return [root / (stem + ending) for stem in STEMS for ending in ENDINGS if (root / (stem + ending)).is_file()]
 
 
-def read_table(path: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str, str] | Dropped]:
+def read_table(path: Path, video_column: str, caption_column: str) -> Iterator[tuple[str, str, str] | Dropped]:
     """Yields (file, caption, place) of each line of a table, and what is dropped.
 
     Args:
       path: csv, tsv, jsonl or parquet; any other ending is read as csv.
-      file_column, caption_column: names of columns; "" for the usual ones.
+      video_column, caption_column: names of columns; "" for the usual ones.
 
     Raises:
       UserError: the table cannot be read as text, or lacks a column.
@@ -57,7 +57,7 @@ def read_table(path: Path, file_column: str, caption_column: str) -> Iterator[tu
             yield Dropped(place, "list", "cannot be read", row)
             continue
         if columns is None:
-            columns = _columns(path, list(row), file_column, caption_column)
+            columns = _columns(path, list(row), video_column, caption_column)
         file, caption = _value(row.get(columns[0])), _value(row.get(columns[1]))
         if not file:
             yield Dropped(place, "list", "names no file")
@@ -71,10 +71,10 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _columns(path: Path, names: list[str], file_column: str, caption_column: str) -> tuple[str, str]:
+def _columns(path: Path, names: list[str], video_column: str, caption_column: str) -> tuple[str, str]:
     found = []
     for wanted, usual, field in (
-        (file_column, FILE_COLUMNS, "data.file_column"),
+        (video_column, FILE_COLUMNS, "data.video_column"),
         (caption_column, CAPTION_COLUMNS, "data.caption_column"),
     ):
         lower = {str(name).strip().lower(): name for name in reversed(names)}

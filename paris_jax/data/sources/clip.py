@@ -56,9 +56,6 @@ class Video(Protocol):
     @property
     def id(self) -> str: ...
 
-    @property
-    def caption(self) -> str: ...
-
     def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
         """Decodes the clips in order, each with its number in the video, from number `first` on."""
         ...

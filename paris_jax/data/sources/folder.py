@@ -216,7 +216,7 @@ def _read_captions(
     dropped: list[Dropped] = []
     tables = captions.find_tables(root, data.captions)
     rows: list[Iterator[tuple[str, str, str] | Dropped]] = [
-        captions.read_table(path, data.file_column, data.caption_column) for path in tables
+        captions.read_table(path, data.video_column, data.caption_column) for path in tables
     ]
     for row in (row for each in (*rows, captions.read_lists(root) if not data.captions else ()) for row in each):
         if isinstance(row, Dropped):
@@ -266,7 +266,7 @@ def read_captions(root: epath.PathLike) -> dict[str, str]:
     """Returns the caption of every video under a directory; raises UserError for a video without one."""
     listing = Listing(Path(root))
     names = listing.names()
-    settings = types.SimpleNamespace(captions="", file_column="", caption_column="")
+    settings = types.SimpleNamespace(captions="", video_column="", caption_column="")
     source = FolderSource(str(root), tuple(names), _read_captions(Path(root), names, listing.aliases, settings)[0])
     found = {name: source.caption(name) for name in names}
     if missing := [name for name in names if not found[name]]:

@@ -64,7 +64,6 @@ class Computed:
 
     source: ClipSource
     index: int
-    caption: str = ""
 
     @property
     def id(self) -> str:

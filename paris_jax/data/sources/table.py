@@ -19,7 +19,24 @@ def _folder(data: Any) -> Source:
     return FolderSource.open(data)
 
 
-SOURCES: dict[str, Callable[[Any], Source]] = {"shapes": _shapes, "folder": _folder}
+def _tfds(data: Any) -> Source:
+    from paris_jax.data.sources.tfds import TfdsSource
+
+    return TfdsSource.open(data)
+
+
+def _webdataset(data: Any) -> Source:
+    from paris_jax.data.sources.webdataset import WebDatasetSource
+
+    return WebDatasetSource.open(data)
+
+
+SOURCES: dict[str, Callable[[Any], Source]] = {
+    "shapes": _shapes,
+    "folder": _folder,
+    "tfds": _tfds,
+    "webdataset": _webdataset,
+}
 
 
 def source(data: Any) -> Source:

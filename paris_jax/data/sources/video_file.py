@@ -48,11 +48,12 @@ class Cutting:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some bytes of a file: a video inside of an archive."""
+    """Some bytes of a file: a video inside of an archive; `owner` keeps the file as long as this is needed."""
 
     path: str
     start: int
     size: int
+    owner: Any = None
 
 
 @contextlib.contextmanager

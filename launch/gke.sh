@@ -4,6 +4,7 @@
 #   ./launch/gke.sh [submit] --config=configs/shapes.py:small --workdir=gs://bucket/run --image=IMAGE
 #       --accelerator=v5e:4x4      a slice for each role; or h100:8 with --nodes=1: GPUs per node, and nodes
 #       [--namespace=default] [--queue=...] [--service_account=...] [--volume=CLAIM:/path] [--spot]
+#       [--prepare_workers=16]     a job array that prepares the clips
 #       [--role="expert 0"] [--config.a.b=value ...] [--dry_run]
 #   ./launch/gke.sh data|train|finish ...     the same in three steps, and with xpk for the roles:
 #       [--via=xpk --cluster_name=... --project=... --zone=...]

@@ -3,6 +3,7 @@
 #
 #   ./launch/skypilot.sh data|train|finish --config=configs/shapes.py:small --workdir=gs://bucket/run
 #       --accelerator=h100:8       GPUs of each node; or a slice: v5e:4x4
+#       [--prepare_workers=16]     a job array that prepares the clips
 #       [--nodes=1] [--infra=gcp] [--spot] [--image=IMAGE] [--role="expert 0"] [--config.a.b=value ...] [--dry_run]
 #   ./launch/skypilot.sh status|logs|stop ...
 #

@@ -4,6 +4,7 @@
 #   ./launch/slurm.sh [submit] --config=configs/shapes.py:h200 --workdir=/shared/runs/shapes
 #       [--nodes=1] [--gpus=1]     for each role: nodes, and GPUs (= processes) per node
 #       [--sbatch="--partition=gpu --time=24:00:00 --cpus-per-task=8"]     for every job
+#       [--prepare_workers=16]     a job array that prepares the clips
 #       [--role="expert 0"] [--config.a.b=value ...] [--dry_run]
 #   ./launch/slurm.sh status|logs|stop --config=... --workdir=...
 #

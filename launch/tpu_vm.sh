@@ -4,6 +4,7 @@
 #   ./launch/tpu_vm.sh ACTION --config=configs/shapes.py:small --workdir=gs://bucket/run --project=P
 #       --type=v5litepod-4[,v6e-8,...] --zones=us-central1-a[,europe-west4-b,...]     of each slice, going round
 #       [--slices=2]               fewer than roles: each slice trains its roles in turn (default: one slice for each role)
+#       [--prepare_workers=2]      data: slices whose first workers prepare the clips
 #       [--runtime=...] [--spot] [--slice=0] [--role="expert 0"] [--name=...] [--config.a.b=value ...] [--dry_run]
 #
 # ACTION, in this order; --slice=N or --role="expert 0" (or router, monolith) selects some slices:

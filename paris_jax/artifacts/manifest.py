@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -123,7 +123,20 @@ def _described(error: msgspec.ValidationError) -> str:
     return f"{field or 'its contents'}: {reason[0].lower()}{reason[1:]}"
 
 
-def write(folder: epath.PathLike, schema: type[M], files: Iterable[str], config_hash: str, **content: Any) -> M:
+def describe_file(path: epath.PathLike) -> FileEntry:
+    """Size and hash of a regular file."""
+    # Not by epath's stat, which fails for an owner without a name, as users of containers may be.
+    return FileEntry(safe_files.check_regular(epath.Path(path)), hash_file(path))
+
+
+def write(
+    folder: epath.PathLike,
+    schema: type[M],
+    files: Iterable[str],
+    config_hash: str,
+    known: Mapping[str, FileEntry] | None = None,
+    **content: Any,
+) -> M:
     """Writes `folder/manifest.json`, which marks the folder as complete.
 
     Args:
@@ -131,12 +144,13 @@ def write(folder: epath.PathLike, schema: type[M], files: Iterable[str], config_
       schema: what it holds, by kind (`artifacts.schemas`).
       files: names of its files, relative to the folder.
       config_hash: hash of the config that made them; "" where none did.
+      known: sizes and hashes of files that need not be read again.
       **content: the other entries of the schema.
     """
     folder = epath.Path(folder)
-    # Not by epath's stat, which fails for an owner without a name, as users of containers may be.
-    sizes = {name: safe_files.check_regular(folder / name) for name in sorted(files)}
-    entries = {name: {"bytes": size, "sha256": hash_file(folder / name)} for name, size in sizes.items()}
+    known = known or {}
+    found = {name: known[name] if name in known else describe_file(folder / name) for name in sorted(files)}
+    entries = {name: msgspec.to_builtins(entry) for name, entry in found.items()}
     value = {
         "schema": SCHEMA,
         "kind": kind(schema),

@@ -1,7 +1,7 @@
 """The run folder: all its paths, and the check that it belongs to a config.
 
 RUN/config.json                    the resolved config and its hash
-RUN/data/                          all clips as latents
+RUN/data/                          all clips as latents; or data.json, which names those of another run folder
 RUN/partition/                     centroids, clip id -> cluster, report; clusters/K/, validation/, test/
 RUN/experts/K/ monolith/ router/   checkpoints/, metrics.jsonl, train.log, lock, export/
 RUN/ensemble/ samples/ evaluation/
@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from paris_jax.artifacts import locks, manifest
-from paris_jax.artifacts.schemas import StoredConfig
+from paris_jax.artifacts import locks, manifest, safe_files
+from paris_jax.artifacts.schemas import SharedData, StoredConfig
 from paris_jax.errors import UserError
 
 ROLES = ("expert", "monolith", "router")  # of roles
@@ -49,7 +49,7 @@ class RunFolder:
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
         self.config = self.path / "config.json"
-        self.data = self.path / "data"
+        self.shared_data = self.path / "data.json"  # says where the data lie, if another run folder has them
         self.partition = self.path / "partition"
         self.validation = self.partition / "validation"  # held-out clips that settings are tuned on
         self.test = self.partition / "test"  # held-out clips that results are reported on
@@ -59,6 +59,40 @@ class RunFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def data(self) -> epath.Path:
+        """The prepared clips: this run folder's own, or those of another one."""
+        if self.shared_data.exists():
+            return epath.Path(self._read_shared().path)
+        return self.path / "data"
+
+    def _read_shared(self) -> SharedData:
+        return manifest.read_json(self.shared_data, SharedData)
+
+    def check_shared_data(self) -> None:
+        """Raises UserError if the data of another run folder are not those that this one shared."""
+        if not self.shared_data.exists():
+            return
+        shared = self._read_shared()
+        path = epath.Path(shared.path) / manifest.FILE_NAME
+        if not path.exists():
+            raise UserError(
+                f"{self.shared_data} names the data {shared.path}, which are not there; bring them back, or use a new "
+                "--workdir"
+            )
+        if manifest.hash_file(path) != shared.manifest_sha256:
+            raise UserError(
+                f"{shared.path} holds other data than when {self.path} shared them; use a new --workdir for the new "
+                "ones"
+            )
+
+    def share_data(self, folder: epath.PathLike) -> None:
+        """Takes the prepared clips of another run folder for this one."""
+        folder = epath.Path(folder)
+        path = folder if not safe_files.is_local(folder) else folder.resolve()
+        digest = manifest.hash_file(path / manifest.FILE_NAME)
+        manifest.write_json(self.shared_data, {"path": str(path), "manifest_sha256": digest})
 
     def cluster(self, k: int) -> epath.Path:
         return self.partition / "clusters" / str(k)

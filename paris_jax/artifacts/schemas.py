@@ -365,18 +365,27 @@ class ShardMarker(Struct, frozen=True):
 
     Attributes:
       limits: seconds and megabytes for each clip, where some clips were dropped because of them.
+      files: sizes and hashes of the shard's files, so that nobody has to read them again for the manifest.
     """
 
     origin: dict[str, Any]
     tally: ShardStatistics
     dropped: tuple[DroppedItem, ...] = ()
     limits: tuple[float, int] | None = None
+    files: dict[FileName, FileEntry] = field(default_factory=dict)
 
 
 class TensorsIndex(Struct, frozen=True):
     """The index of a network in several safetensors files: the file of each tensor."""
 
     weight_map: Annotated[dict[str, FileName], Meta(min_length=1)]
+
+
+class SharedData(Struct, frozen=True):
+    """RUN/data.json: prepared clips of another run folder, and the hash of their manifest."""
+
+    path: Text
+    manifest_sha256: Sha256
 
 
 class StoredConfig(Struct, frozen=True):

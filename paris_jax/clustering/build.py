@@ -81,10 +81,12 @@ def _cluster(experiment: Experiment, run: RunFolder, partition: epath.PathLike |
 
 def read_data(experiment: Experiment, run: RunFolder) -> DataManifest:
     """The manifest of RUN/data; refuses one that is missing, or of another config."""
+    run.check_shared_data()
     if not manifest.exists(run.data):
         raise UserError(f"{run.data} is not there yet; run 'paris-jax prepare --config=... --workdir={run}' first")
     data = manifest.read(run.data, DataManifest)
-    _check_config(run.data, data, experiment)
+    if data.config_hash != experiment.prepared_hash:
+        raise UserError(f"{run.data} was made with another config; use a new --workdir, or the config it was made with")
     return data
 
 

@@ -199,6 +199,12 @@ def workers(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_workers", 1, "shards encoded in parallel, each by a process", flag_values=values)
     text = "processes that decode video, for all workers; by default one for each CPU core"
     flags.DEFINE_integer("decode_workers", None, text, lower_bound=1, flag_values=values)
+    text = "I/N: the shards of worker I of N, on any machine; auto or auto/N: as the job array says"
+    flags.DEFINE_string("shard", None, text, flag_values=values)
+    text = "write the manifest of the shards that all workers prepared; the last worker does it, too"
+    flags.DEFINE_boolean("finish", False, text, flag_values=values)
+    text = "OTHER/data: take the prepared clips of another run folder, for other clusters or another training"
+    flags.DEFINE_string("data", None, text, flag_values=values)
     flags.DEFINE_boolean("strict", False, "refuse at the first clip or file that cannot be used", flag_values=values)
 
 

@@ -67,12 +67,20 @@ class Command:
 
 
 def _prepare(call: Call) -> None:
-    from paris_jax.data.preparation import prepare
+    from paris_jax.data.parts import Part
+    from paris_jax.data.preparation import prepare, share
 
     if call["num_workers"] < 1:
         raise UserError(f"--num_workers={call['num_workers']}: must be at least 1")
-    options = {"decoders": call["decode_workers"], "strict": call["strict"]}
-    prepare(call.experiment(call.run), call.run, call["num_workers"], **options)
+    if sum(map(bool, (call["shard"], call["finish"], call["data"]))) > 1:
+        raise UserError("--shard, --finish and --data exclude each other; give one of them")
+    experiment = call.experiment(call.run)
+    if call["data"]:
+        share(experiment, call.run, call["data"])
+        return
+    options = {"decoders": call["decode_workers"], "strict": call["strict"], "finish_only": call["finish"]}
+    options["part"] = Part.parse(call["shard"]) if call["shard"] else None
+    prepare(experiment, call.run, call["num_workers"], **options)
 
 
 def _cluster(call: Call) -> None:
@@ -258,7 +266,12 @@ COMMANDS = {
     ),
     "prepare": Command(
         "clips to latents, text and features",
-        (f"paris-jax prepare {_RUN}",),
+        (
+            f"paris-jax prepare {_RUN}",
+            f"paris-jax prepare {_RUN} --shard=0/8",
+            "paris-jax prepare --config=configs/shapes.py:tiny --workdir=runs/four --data=runs/shapes/data"
+            " --config.clustering.num_clusters=4",
+        ),
         (flag_groups.config, flag_groups.workdir, flag_groups.checking, flag_groups.workers),
         _prepare,
     ),

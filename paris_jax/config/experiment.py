@@ -59,8 +59,11 @@ LATER_FIELDS = {
     "router": {"attention": "joint"},
     "text": {"pad_to_max_tokens": False, "suffix": ""},
 }
-# The sections that decide the clips and their clusters.
-DATA_SECTIONS = ("data", "codec", "text", "features", "clustering")
+# The sections that decide the prepared clips; the fields of them that decide only what is held out; the sections that
+# decide the clusters, too.
+PREPARED_SECTIONS = ("data", "codec", "text", "features")
+SPLIT_FIELDS = {"data": ("heldout_fraction", "validation_share")}
+DATA_SECTIONS = (*PREPARED_SECTIONS, "clustering")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,12 @@ class Experiment:
         """Folders of the published encoders that sampling needs, as `Ensemble.load` takes them."""
         named = {"vae": self.codec.weights, "t5": self.text.t5, "clip": self.text.clip}
         return {name: folder for name, folder in named.items() if folder}
+
+    @property
+    def prepared_hash(self) -> str:
+        """Hash of what decides the prepared clips, which several partitions and trainings may share."""
+        without = {"data": (*LIMIT_FIELDS["data"], *SPLIT_FIELDS["data"])}
+        return self._hash(PREPARED_SECTIONS, LOCATION_FIELDS | without)
 
     @property
     def data_hash(self) -> str:

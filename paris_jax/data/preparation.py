@@ -22,11 +22,19 @@ from rich.text import Text
 
 from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.run_folder import RunFolder
-from paris_jax.artifacts.schemas import CodecDescription, DataManifest, ShardMarker, ShardStatistics, TextDescription
+from paris_jax.artifacts.schemas import (
+    CodecDescription,
+    DataManifest,
+    FileEntry,
+    ShardMarker,
+    ShardStatistics,
+    TextDescription,
+)
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import dropped, index, previews, records
 from paris_jax.data.decoders import LIMITED, Decoders, Limits
 from paris_jax.data.footage import DECODING_VERSION
+from paris_jax.data.parts import Part
 from paris_jax.data.records import Record
 from paris_jax.data.sources.clip import Clip, Dropped, Video
 from paris_jax.data.sources.source import Source
@@ -51,11 +59,13 @@ def prepare(
     clips: Source | None = None,
     decoders: int | None = None,
     strict: bool = False,
+    part: Part | None = None,
+    finish_only: bool = False,
 ) -> None:
     """Encodes every clip of the experiment into RUN/data; resumes at the first missing shard.
 
-    The files are identical, byte for byte, regardless of interruptions and of the number of processes. A clip or file
-    that cannot be used is dropped, and listed with its reason in dropped.jsonl.
+    The files are identical, byte for byte, regardless of interruptions and of the number of processes and workers. A
+    clip or file that cannot be used is dropped, and listed with its reason in dropped.jsonl.
 
     Args:
       experiment: config of the clips and encoders.
@@ -65,76 +75,181 @@ def prepare(
       clips: source of the clips, instead of the one that `data.source` names.
       decoders: number of decoding processes; by default one for each CPU core.
       strict: refuse at the first clip or file that cannot be used.
+      part: prepare the shards of one of several workers, which may run on any machines and in any order; the last one
+        writes the manifest.
+      finish_only: prepare nothing, and write the manifest of what all workers prepared.
 
     Raises:
       UserError: an encoder cannot run, too many clips cannot be used, the disk is full, or the run folder belongs to
         another config.
     """
     decoders = decoders or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    with locks.only_writer(run.data):
-        _prepare(experiment, run, processes, shard_size, clips, max(1, decoders // processes), strict)
+    decoders = max(1, decoders // processes)
+    run.check_shared_data()
+    # A worker of several leaves the partial files of the others alone.
+    lock = run.path / "data" if part is None else run.path / f"data-{part.index}-of-{part.count}"
+    with locks.only_writer(lock):
+        preparation = Preparation(experiment, run, shard_size, clips, strict)
+        if not preparation.is_finished():
+            if not finish_only:
+                preparation.write_shards(processes, decoders, part)
+            preparation.finish_all(wait_for=part is None)
 
 
-def _prepare(
-    experiment: Experiment,
-    run: RunFolder,
-    processes: int,
-    shard_size: int | None,
-    clips: Source | None,
-    decoders: int,
-    strict: bool,
-) -> None:
-    store = EncoderStore()
-    encoders = weights_of(**describe_encoders(experiment, (), store))
-    names = experiment.codec.name, experiment.text.name, experiment.features.name
-    if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
-        raise UserError(
-            f"--num_workers={processes}: these encoders run on the accelerators, which only one process can use; use 1"
-        )
-    if manifest.exists(run.data):
-        run.claim(experiment.to_dict(), experiment.hash)
-        existing = manifest.read(run.data, DataManifest)
-        if existing.config_hash != experiment.data_hash:
-            raise UserError(f"{run.data} was made with another config; use a new --workdir, or delete {run.data}")
-        if weights_of(existing.codec, existing.text, existing.features) != encoders:
+class Preparation:
+    """All shards of a data folder, those to write, and their manifest.
+
+    Attributes:
+      store: encoders that are loaded.
+      clips, jobs: the source and its shards; listed when they are first needed.
+    """
+
+    def __init__(
+        self, experiment: Experiment, run: RunFolder, shard_size: int | None, clips: Source | None, strict: bool
+    ):
+        self.experiment, self.run, self.strict = experiment, run, strict
+        self.store = EncoderStore()
+        self.encoders = weights_of(**describe_encoders(experiment, (), self.store))
+        self._given, self._shard_size = clips, shard_size
+
+    def is_finished(self) -> bool:
+        """Whether the data are complete; refuses those of another config or of other encoders."""
+        if not manifest.exists(self.run.data):
+            return False
+        self.run.claim(self.experiment.to_dict(), self.experiment.hash)
+        existing = check_prepared(self.experiment, self.run.data, self.encoders)
+        if not self.run.shared_data.exists():
+            for marker in self.run.data.glob(f"*{records.ENDING}.json"):  # left by a run that was killed
+                marker.unlink(missing_ok=True)
+        logger.info("%d clips are prepared already (%s)", existing.clips, self.run.data)
+        return True
+
+    @functools.cached_property
+    def clips(self) -> Source:
+        clips = self._given if self._given is not None else source(self.experiment.data)
+        if not len(clips):
+            if clips.dropped:
+                dropped.check_share(0, clips.dropped, self.experiment.data.max_dropped_share)
+            raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
+        if self.strict and (faults := [item for item in clips.dropped if item.stage != "curate"]):
+            raise _strictly(faults[0])
+        self.run.claim(self.experiment.to_dict(), self.experiment.hash)  # only after the source has listed its items
+        return clips
+
+    @functools.cached_property
+    def jobs(self) -> list["Shard"]:
+        size = self._shard_size or self.clips.items_per_shard
+        count, folder = -(-len(self.clips) // size), str(self.run.data)
+        rest = (count, size, self.encoders, self.strict)
+        return [Shard(self.experiment, self.clips, folder, number, *rest) for number in range(count)]
+
+    def write_shards(self, processes: int, decoders: int, part: Part | None) -> None:
+        """Writes the shards of one worker that are not there yet; by default all."""
+        names = self.experiment.codec.name, self.experiment.text.name, self.experiment.features.name
+        if processes > 1 and PUBLISHED.intersection(names) and jax.default_backend() != "cpu":
             raise UserError(
-                f"{run.data} was made with other weights of its encoders; use those weights, or a new --workdir"
+                f"--num_workers={processes}: these encoders run on the accelerators, which only one process can use; "
+                "use 1"
             )
-        for marker in run.data.glob(f"*{records.ENDING}.json"):  # left by a run that was killed while deleting them
-            marker.unlink(missing_ok=True)
-        logger.info("%d clips are prepared already (%s)", existing.clips, run.data)
-        return
-    clips = clips if clips is not None else source(experiment.data)
-    if not len(clips):
-        if clips.dropped:
-            dropped.check_share(0, clips.dropped, experiment.data.max_dropped_share)
-        raise UserError("The data source has no clips; raise data.num_clips or add videos to data.path")
-    if strict and (faults := [item for item in clips.dropped if item.stage != "curate"]):
-        raise _strictly(faults[0])
-    run.claim(experiment.to_dict(), experiment.hash)  # only after the source has listed its items
-    size = shard_size or clips.items_per_shard
-    count = -(-len(clips) // size)
-    jobs = [Shard(experiment, clips, str(run.data), k, count, size, encoders, strict) for k in range(count)]
-    missing = [job for job in jobs if not job.is_done()]
-    with Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), Speed(), TimeRemainingColumn()
-    ) as progress:
-        task = progress.add_task("items" if clips.isolated else "clips", total=len(clips))
-        progress.advance(task, len(clips) - sum(len(job.indices) for job in missing))
-        if processes == 1:
-            with _decoders(experiment, clips, decoders) as pool:
-                for job in missing:
-                    if job.is_beyond(jobs):
-                        break
-                    write(job, lambda: progress.advance(task), store, pool)
-        else:
-            # Spawned, because a forked process would inherit locks of JAX's threads.
-            context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-                for done in concurrent.futures.as_completed([pool.submit(_write, job, decoders) for job in missing]):
-                    progress.advance(task, done.result())
-    finish(experiment, run, clips, jobs, store)
-    store.drop()
+        own = self.jobs[part.index :: part.count] if part else self.jobs
+        missing = [job for job in own if not job.is_done()]
+        for job in missing if part else ():
+            for path in (*job.files, job.marker):
+                locks.delete_partial_files(path)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            total = sum(len(job.indices) for job in own)
+            task = progress.add_task("items" if self.clips.isolated else "clips", total=total)
+            progress.advance(task, total - sum(len(job.indices) for job in missing))
+            if processes == 1:
+                beyond = Beyond(self.jobs)
+                with _decoders(self.experiment, self.clips, decoders) as pool:
+                    for job in missing:
+                        if beyond(job):
+                            break
+                        write(job, lambda: progress.advance(task), self.store, pool)
+            else:
+                # Spawned, because a forked process would inherit locks of JAX's threads.
+                context = multiprocessing.get_context("spawn")
+                with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+                    started = [pool.submit(_write, job, decoders) for job in missing]
+                    for done in concurrent.futures.as_completed(started):
+                        progress.advance(task, done.result())
+
+    def finish_all(self, wait_for: bool) -> None:
+        """Writes the manifest once every shard is there.
+
+        Args:
+          wait_for: whether missing shards are an error; otherwise, other workers prepare them.
+        """
+        missing = self._missing()
+        if missing and not wait_for:
+            if not manifest.exists(self.run.data):
+                text = "%d of %d shards are not there yet; the worker that writes the last of them finishes the data"
+                logger.info(text, len(missing), len(self.jobs))
+            return
+        if missing:
+            numbers = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+            raise UserError(
+                f"{self.run.data}: {len(missing)} of {len(self.jobs)} shards are not there ({numbers}); run "
+                "'paris-jax prepare --shard=I/N' for the workers that did not end, with the same N"
+            )
+        with contextlib.nullcontext() if wait_for else locks.only_writer(self.run.data, wait=True):
+            if not manifest.exists(self.run.data):  # or another worker was the last, too
+                finish(self.experiment, self.run, self.clips, self.jobs, self.store)
+        self.store.drop()
+
+    def _missing(self) -> list[int]:
+        """Numbers of the shards that are not done, of those that the data set needs."""
+        if any(not job.marker.exists() for job in self.jobs if job.most is None):
+            return [job.number for job in self.jobs if not job.marker.exists()]
+        beyond = Beyond(self.jobs)
+        return [job.number for job in self.jobs if not beyond(job) and not job.is_done()]
+
+
+class Beyond:
+    """Tells whether the shards before one hold as many clips as the data set may have; reads each marker once."""
+
+    def __init__(self, jobs: Sequence["Shard"]):
+        self.jobs, self.read, self.clips = jobs, 0, 0
+
+    def __call__(self, job: "Shard") -> bool:
+        if job.most is None or not job.clips.isolated:
+            return False
+        while self.read < job.number and self.clips < job.most and self.jobs[self.read].marker.exists():
+            self.clips += self.jobs[self.read].read_marker().tally.clips
+            self.read += 1
+        return self.clips >= job.most
+
+
+def check_prepared(experiment: Experiment, folder: epath.Path, encoders: Mapping[str, Any]) -> DataManifest:
+    """The manifest of prepared clips; refuses those of another config, or of other weights of the encoders."""
+    found = manifest.read(folder, DataManifest)
+    if found.config_hash != experiment.prepared_hash:
+        raise UserError(f"{folder} was made with another config; use a new --workdir, or delete {folder}")
+    if weights_of(found.codec, found.text, found.features) != encoders:
+        raise UserError(f"{folder} was made with other weights of its encoders; use those weights, or a new --workdir")
+    return found
+
+
+def share(experiment: Experiment, run: RunFolder, folder: epath.PathLike) -> None:
+    """Takes the prepared clips of another run folder, FOLDER = OTHER/data, for this one.
+
+    Raises:
+      UserError: they are not complete, or of another config; this run folder has data of its own, or others.
+    """
+    folder = epath.Path(folder)
+    if (run.path / "data").exists():
+        raise UserError(f"--data={folder}: {run.path / 'data'} is there already; use a new --workdir")
+    encoders = weights_of(**describe_encoders(experiment, (), EncoderStore()))
+    found = check_prepared(experiment, folder, encoders)
+    if run.shared_data.exists():
+        hashes = [manifest.hash_file(path) for f in (run.data, folder) if (path := f / manifest.FILE_NAME).exists()]
+        if len(hashes) < 2 or hashes[0] != hashes[1]:
+            raise UserError(f"--data={folder}: {run.path} shares {run.data} already; use a new --workdir")
+    run.claim(experiment.to_dict(), experiment.hash)
+    run.share_data(folder)
+    logger.info("%d clips of %s are the data of %s", found.clips, folder, run.path)
 
 
 def _decoders(experiment: Experiment, clips: Source, count: int) -> Any:
@@ -215,7 +330,7 @@ class Shard:
         items = hashlib.sha256()
         for number in self.indices:
             items.update(hashlib.sha256(self.clips.stamp(number).encode(errors="surrogateescape")).digest())
-        config = {"config_hash": self.experiment.data_hash, "encoders": self.encoders}
+        config = {"config_hash": self.experiment.prepared_hash, "encoders": self.encoders}
         source = {"source": self.clips.describe(), "indices": [self.indices.start, self.indices.stop]}
         return {**config, **source, "items": items.hexdigest(), "decoding": DECODING_VERSION}
 
@@ -236,13 +351,6 @@ class Shard:
             return False
         found = self.read_marker()
         return found.origin == self.origin and found.limits in (None, self.limits)
-
-    def is_beyond(self, jobs: Sequence["Shard"]) -> bool:
-        """Whether the shards before hold as many clips as the data set may have."""
-        if self.most is None or not self.clips.isolated:
-            return False
-        before = [job.read_marker().tally.clips for job in jobs[: self.number] if job.marker.exists()]
-        return len(before) == self.number and sum(before) >= self.most
 
 
 class Tally:
@@ -336,11 +444,14 @@ def write(
     entries.write(job.index)
     previews.write(job.previews, shown, [entry.id for entry in entries.entries])
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
-    items = [vars(item) for item in lost]
-    manifest.write_json(
-        job.marker, {"origin": job.origin, "tally": tally.to_json(), "dropped": items, "limits": limits}
-    )
+    write_marker(job, {"tally": tally.to_json(), "dropped": [vars(item) for item in lost], "limits": limits})
     return len(job.indices)
+
+
+def write_marker(job: Shard, content: Mapping[str, Any]) -> None:
+    """Writes the marker of a finished shard, with the hashes of its files."""
+    files = {path.name: msgspec.to_builtins(manifest.describe_file(path)) for path in job.files}
+    manifest.write_json(job.marker, {"origin": job.origin, **content, "files": files})
 
 
 def decode(videos: Iterable[Video | Dropped]) -> Iterator[Clip | Dropped]:
@@ -447,7 +558,7 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: Encod
 
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
     """Writes the list of what was dropped and the manifest of all shards, then deletes their markers."""
-    total, lost, kept = Tally(), list(clips.dropped), list[Shard]()
+    total, lost, kept, known = Tally(), list(clips.dropped), list[Shard](), dict[str, FileEntry]()
     for job in jobs:
         if job.most is not None and total.clips >= job.most:
             break
@@ -456,6 +567,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         if job.most is not None and total.clips + marker.tally.clips > job.most:
             marker = shorten(job, job.most - total.clips)
         total.merge(marker.tally)
+        known |= marker.files
         kept.append(job)
     dropped.print_table(total.clips, lost, Console())
     dropped.check_share(total.clips, lost, experiment.data.max_dropped_share)
@@ -470,7 +582,8 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
             *records.write_null(run.data, *null),
             *([dropped.write(run.data, lost)] if lost else []),
         ],
-        experiment.data_hash,
+        experiment.prepared_hash,
+        known,
         **describe_encoders(experiment, sorted(total.words), store),
         latent=total.latent(shared=codec.one_scale) | (UNIT if codec.scaled else {}),
         text_length=total.text_length,
@@ -482,9 +595,9 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     )
     for job in jobs:
         job.marker.unlink(missing_ok=True)
-        if job not in kept:
-            for path in job.files:
-                path.unlink(missing_ok=True)
+    for job in jobs[len(kept) :]:
+        for path in job.files:
+            path.unlink(missing_ok=True)
     logger.info("%d clips are prepared: %s", total.clips, run.data)
 
 
@@ -502,5 +615,5 @@ def shorten(job: Shard, clips: int) -> ShardMarker:
     records.write_shard(job.path, first())
     entries.write(job.index)
     previews.shorten(job.previews, clips)
-    manifest.write_json(job.marker, {**msgspec.to_builtins(marker), "tally": tally.to_json()})
+    write_marker(job, msgspec.to_builtins(marker) | {"tally": tally.to_json()})
     return job.read_marker()

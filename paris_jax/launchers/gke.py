@@ -11,7 +11,7 @@ from paris_jax.interrupts import ERROR, PREEMPTED
 from paris_jax.launchers import accelerators, manifests
 from paris_jax.launchers.accelerators import Accelerator
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import Plan, Stage
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage
 
 ACTIONS = {
     "submit": "everything in one JobSet, whose stages wait for each other",
@@ -26,7 +26,7 @@ DEFAULT_ACTION = "submit"
 PORT = 8476  # of process 0 of a role on several GPU nodes
 RETRIES = 3  # of a pod that failed and was not preempted
 WAIT = 7 * 24 * 3600  # seconds that assemble waits for the roles
-GROUPS = {"data": ("prepare", "cluster"), "finish": ("assemble", "evaluate")}
+GROUPS = {"data": DATA_STAGES, "finish": FINISH_STAGES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Settings:
     """Flags of this launcher."""
 
     image: str = setting("", "container image, built from launch/Dockerfile.tpu or launch/Dockerfile.gpu")
+    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     accelerator: str = setting("", "devices of each role: v5e:4x4, or h100:8")
     nodes: int = setting(1, "nodes of each role", at_least=1)
     via: str = setting("jobset", "what starts the roles", choices=("jobset", "xpk"))
@@ -76,7 +77,7 @@ def launch(
     if not settings.image:
         raise UserError("--image is missing; build one with launch/Dockerfile.tpu or launch/Dockerfile.gpu and push it")
     accelerator = accelerators.parse(settings.accelerator, settings.nodes)
-    plan = plan.only(role)
+    plan = plan.with_prepare_workers(settings.prepare_workers).only(role)
     if settings.via == "xpk" and action == "submit":
         raise UserError("--via=xpk: workloads cannot wait for each other; start data, train and finish in turn")
     if settings.via == "xpk" and action == "train":
@@ -141,7 +142,7 @@ def _job(
     name: str, plan: Plan, stage: Stage, stages: list[Stage], settings: Settings, accelerator: Accelerator
 ) -> dict[str, Any]:
     """The job of one stage, one pod for each host."""
-    hosts = accelerator.hosts if stage.is_role else 1
+    hosts = accelerator.hosts if stage.is_role else stage.workers
     labels = {"paris-jax/run": plan.name, "paris-jax/stage": stage.slug}
     return {
         "metadata": {"labels": labels},

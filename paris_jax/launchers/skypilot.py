@@ -15,7 +15,7 @@ from paris_jax.interrupts import PREEMPTED
 from paris_jax.launchers import accelerators, manifests
 from paris_jax.launchers.accelerators import GPUS, TPUS, Accelerator
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import Plan, Stage
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage
 
 ACTIONS = {
     "data": "prepare and cluster, one after the other",
@@ -28,7 +28,7 @@ ACTIONS = {
 DEFAULT_ACTION = ""
 PORT = 8476
 RETRIES = 3
-GROUPS = {"data": ("prepare", "cluster"), "finish": ("assemble", "evaluate")}
+GROUPS = {"data": DATA_STAGES, "finish": FINISH_STAGES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Settings:
     infra: str = setting("", "where: gcp, aws/us-east-1, k8s ...; by default the cheapest that SkyPilot finds")
     image: str = setting("", "container image, built from launch/Dockerfile.tpu or launch/Dockerfile.gpu")
     spot: bool = setting(False, "slices (or nodes) that may be taken away, at a lower price")
+    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     problems = problems_of
 
 
@@ -71,7 +72,7 @@ def launch(
     accelerator = accelerators.parse(settings.accelerator, settings.nodes)
     if role and action != "train":
         raise UserError(f"--role={role}: names a role, and '{action}' starts none")
-    queued, plan = _queued_names(commands), plan.only(role)
+    queued, plan = _queued_names(commands), plan.with_prepare_workers(settings.prepare_workers).only(role)
     if action == "train":
         jobs = {plan.job_name(stage): [task(stage, plan, settings, accelerator)] for stage in plan.roles}
     else:
@@ -112,7 +113,7 @@ def _submit(name: str, documents: Sequence[dict[str, Any]], commands: Commands) 
 
 def task(stage: Stage, plan: Plan, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """The task of one stage. Stages beside the roles take one node, with one GPU where they use one."""
-    nodes, devices = 1, "cpu"
+    nodes, devices = stage.workers, "cpu"
     resources: dict[str, Any] = {"infra": settings.infra} if settings.infra else {}
     if settings.image:
         resources["image_id"] = f"docker:{settings.image}"
@@ -153,7 +154,7 @@ def _extras(devices: str, workdir: str) -> str:
 
 def _run(stage: Stage, devices: str, nodes: int, hosts: int, in_image: bool) -> str:
     lines = ["cd /paris_jax"] if in_image else []
-    if nodes > 1:
+    if nodes > 1 and stage.is_role:
         lines += [
             f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"',
             'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',

@@ -25,6 +25,7 @@ class Settings:
 
     nodes: int = setting(1, "nodes of each role", at_least=1)
     gpus: int = setting(1, "GPUs, and so processes, of each of these nodes", at_least=1)
+    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     sbatch: str = setting("", "further options of every sbatch, such as --partition=gpu --time=24:00:00")
     problems = problems_of
 
@@ -32,7 +33,8 @@ class Settings:
 def launch(
     action: str, plan: Plan, settings: Settings, commands: Commands, role: str = "", follow: bool = False
 ) -> None:
-    plan = plan.only(role)
+    # What is looked at or stopped may have been submitted as an array.
+    plan = plan.with_prepare_workers(settings.prepare_workers if action == "submit" else 2).only(role)
     if action == "submit":
         commands.require("sbatch", "run this on a login node of the SLURM cluster")
         if commands.dry_run:
@@ -97,6 +99,7 @@ def _submit(plan: Plan, stage: Stage, after: list[str], settings: Settings) -> s
     nodes, gpus = (settings.nodes, settings.gpus) if stage.is_role else (1, int(stage.needs_accelerator))
     options = [f"--nodes={nodes}", f"--ntasks-per-node={max(gpus, 1)}"]
     options += [f"--gpus-per-node={gpus}"] if gpus else []
+    options += [f"--array=0-{stage.workers - 1}"] if stage.workers > 1 else []
     # --signal: a job that nears its time limit saves. --requeue: SLURM brings preempted jobs back.
     options += ["--requeue", "--open-mode=append", "--signal=TERM@120", "--output=slurm-%x-%j.log"]
     words = [f"submit {_variable(stage.name)} {shlex.quote(plan.job_name(stage))}", *options]

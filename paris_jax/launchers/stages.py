@@ -8,6 +8,9 @@ from paris_jax.artifacts.run_folder import Role, roles
 from paris_jax.config.experiment import Experiment
 from paris_jax.errors import UserError
 
+FINISH_DATA = "finish data"
+DATA_STAGES = ("prepare", FINISH_DATA, "cluster")
+FINISH_STAGES = ("assemble", "evaluate")
 PUBLISHED = ("hunyuan", "t5+clip", "dinov2")  # encoders that prepare runs on an accelerator
 
 
@@ -20,6 +23,7 @@ class Stage:
     after: tuple[str, ...] = ()  # names of the stages that must be done
     needs_accelerator: bool = False
     work: float = 0.0  # clips that are trained on; compares roles
+    workers: int = 1  # of a job array, which share the stage's shards
 
     @property
     def slug(self) -> str:
@@ -48,6 +52,25 @@ class Plan:
 
     def job_name(self, stage: Stage) -> str:
         return f"{self.name}-{stage.slug}"
+
+    def with_prepare_workers(self, count: int) -> "Plan":
+        """The plan with a job array that prepares the clips, and a stage that writes the manifest of all workers.
+
+        The last worker writes it, too, unless it does not see yet what another machine wrote to a network disk.
+        """
+        if count == 1:
+            return self
+        stages: list[Stage] = []
+        for stage in self.stages:
+            if stage.name == "prepare":
+                array = (*stage.arguments, f"--shard=auto/{count}")
+                stages.append(dataclasses.replace(stage, arguments=array, workers=count))
+                stages.append(Stage(FINISH_DATA, (*stage.arguments, "--finish"), ("prepare",)))
+            elif stage.name == "cluster":
+                stages.append(dataclasses.replace(stage, after=(FINISH_DATA,)))
+            else:
+                stages.append(stage)
+        return dataclasses.replace(self, stages=tuple(stages))
 
     def only(self, role: str) -> "Plan":
         """The plan of one role alone, "expert 0" or "router"; the whole plan for ""."""

@@ -11,7 +11,7 @@ from paris_jax.config.fields import problems_of, setting
 from paris_jax.errors import UserError
 from paris_jax.launchers.accelerators import parse_type
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import Plan, Stage, spread
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage, spread
 
 ACTIONS = {
     "create": "requests the slices that are not there and waits until they are active",
@@ -38,6 +38,7 @@ class Settings:
     zones: str = setting("", "zone of each slice: us-central1-a,europe-west4-b")
     runtime: str = setting("", "software version of each slice; by default that of its type")
     spot: bool = setting(False, "slices (or nodes) that may be taken away, at a lower price")
+    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     slice: int = setting(-1, "one slice, from 0; -1: all", at_least=-1)
     problems = problems_of
 
@@ -104,9 +105,10 @@ def launch(
     if role:
         chosen = [each for each in chosen if each.queue]
     if action in ("data", "finish"):
-        stages = [stage for stage in plan.stages if not stage.is_role]
-        names = ("prepare", "cluster") if action == "data" else ("assemble", "evaluate")
-        commands.must_run(_on_cpu(chosen[0], [stage for stage in stages if stage.name in names]))
+        if action == "data" and settings.prepare_workers > 1:
+            _prepare_on_slices(plan, every, settings.prepare_workers, commands)
+        names = DATA_STAGES if action == "data" else FINISH_STAGES
+        commands.must_run(_on_cpu(chosen[0], [stage for stage in plan.stages if stage.name in names]))
         return
     if action == "install":
         archive = ["git", "archive", "--format=tar.gz", "--prefix=paris_jax/", f"--output={_archive(plan)}", "HEAD"]
@@ -199,6 +201,19 @@ def _train(each: Slice, commands: Commands) -> bool:
 def _on_cpu(each: Slice, stages: Sequence[Stage]) -> list[str]:
     """Data stages run in one process, on the CPU: on a slice of several workers, the TPU would wait for the others."""
     return _ssh(each, "0", " && ".join(f"launch/job.sh cpu exit {shlex.join(stage.arguments)}" for stage in stages))
+
+
+def _prepare_on_slices(plan: Plan, every: Sequence[Slice], count: int, commands: Commands) -> None:
+    """Prepares the shards of worker k on the first host of slice k, at once; `prepare` then finds them."""
+    if count > len(every):
+        raise UserError(f"--prepare_workers={count}: must be at most {len(every)}, the number of slices")
+    stage = plan.stage("prepare")
+
+    def prepare(each: Slice) -> bool:
+        arguments = (*stage.arguments, f"--shard={every.index(each)}/{count}")
+        return commands.run(_on_cpu(each, [dataclasses.replace(stage, arguments=arguments)]))
+
+    _each("data", every[:count], prepare, commands)
 
 
 def _say_state(each: Slice, commands: Commands) -> bool:

@@ -80,7 +80,7 @@ def prepared(path: Path, made_for: experiments.Experiment, num_clips: int = 120,
         "fps": 8.0,
         "source": {"name": "as prepared"},
     }
-    manifest.write(run.data, DataManifest, names, made_for.data_hash, clips=num_clips, **contract)
+    manifest.write(run.data, DataManifest, names, made_for.prepared_hash, clips=num_clips, **contract)
     return run
 
 

@@ -18,7 +18,10 @@ def in_the_checkout(monkeypatch, request):
     [
         (FLAGS, "--on is missing; it is slurm, tpu_vm, gke or skypilot"),
         (("--on=slurm",), "--workdir is missing"),
-        (("--on=slurm", *FLAGS, "--project=p"), "--project is not a flag of --on=slurm, which has gpus, nodes, sbatch"),
+        (
+            ("--on=slurm", *FLAGS, "--project=p"),
+            "--project is not a flag of --on=slurm, which has gpus, nodes, prepare_workers, sbatch",
+        ),
         (("--on=slurm", *FLAGS, "--gpus=0"), "--gpus=0: must be at least 1"),
         (("--on=gke", *FLAGS, "--via=helm"), "--via='helm': must be one of jobset, xpk"),
         (("--on=slurm", "sumbit", *FLAGS), "'sumbit' is not an action (did you mean 'submit'?); actions are: submit"),

@@ -34,6 +34,7 @@ def container(job):
 
 def test_jobsets_are_valid_and_a_misspelt_field_would_be_found(plan, faults):
     made = [manifest(plan, settings, action) for settings in (TPU, GPU) for action in ("submit", "data", "finish")]
+    made[1] = manifest(plan.with_prepare_workers(16), TPU, "data")
     wrong = copy.deepcopy(made[0])
     wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolice"] = {}
     *found, of_wrong = faults("jobset", [*made, wrong])
@@ -164,3 +165,13 @@ def test_missing_or_wrong_flags_are_refused(plan, settings, action, role, senten
 def test_hosts_of_slices(text, hosts, per_host):
     found = accelerators.parse(text)
     assert (found.hosts, found.per_host) == (hosts, per_host)
+
+
+def test_prepare_is_an_indexed_job(plan):
+    made = manifest(plan.with_prepare_workers(16), TPU)
+    prepare = jobs(made)["prepare"]
+    assert (prepare["parallelism"], prepare["completions"], prepare["completionMode"]) == (16, 16, "Indexed")
+    assert container(prepare)["command"][-1] == "--shard=auto/16"
+    before = {job["name"]: [d["name"] for d in job.get("dependsOn", [])] for job in made["spec"]["replicatedJobs"]}
+    assert before["finish-data"] == ["prepare"] and before["cluster"] == ["finish-data"]
+    assert list(jobs(manifest(plan.with_prepare_workers(16), TPU, "data"))) == ["prepare", "finish-data", "cluster"]

@@ -78,3 +78,9 @@ def test_logs_are_of_one_role(plan, stand_in):
     calls = stand_in("sky")
     skypilot.launch("logs", plan, GPU, Commands(), role="expert 2")
     assert calls() == ["sky jobs logs --name=shapes-expert-2 --no-follow"]
+
+
+def test_prepare_runs_on_several_nodes_that_do_not_join(plan):
+    prepare = made(plan.with_prepare_workers(16), "prepare", GPU)
+    assert prepare["num_nodes"] == 16 and "--shard=auto/16" in prepare["run"]
+    assert "JAX_COORDINATOR_ADDRESS" not in prepare["run"] and "accelerators" not in prepare["resources"]

@@ -117,3 +117,14 @@ def test_a_job_runs_its_stage_by_srun_and_goes_back_after_a_preemption(stage, co
     assert "with --xla_gpu_" in done.stdout
     assert f"paris_jax {stage} --workdir={tmp_path}/run --role=router --preflight=gpu:8" in calls()[0]
     assert ("scontrol requeue 42" in calls()) == requeued
+
+
+def test_prepare_is_an_array_whose_end_the_manifest_waits_for(plan, cluster):
+    slurm.launch("submit", plan, Settings(prepare_workers=16), Commands())
+    jobs = submitted(cluster)
+    assert "--array=0-15 " in jobs["shapes-prepare"] and jobs["shapes-prepare"].endswith("--shard=auto/16")
+    assert "--dependency=afterok:1 " in jobs["shapes-finish-data"] and jobs["shapes-finish-data"].endswith("--finish")
+    assert "--dependency=afterok:2 " in jobs["shapes-cluster"]
+    assert sum("--array" in call for call in jobs.values()) == 1
+    slurm.launch("status", plan, Settings(), Commands())
+    assert "shapes-finish-data" in cluster()[-1] or "shapes-finish-data" in "".join(cluster()[-2:])

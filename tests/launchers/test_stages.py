@@ -69,3 +69,14 @@ def test_a_faster_place_gets_the_longer_roles(plan):
 def test_more_places_than_roles_leave_some_empty(plan):
     one = dataclasses.replace(plan, stages=plan.roles[:2])
     assert sorted(len(queue) for queue in spread(one.roles, [1.0] * 4)) == [0, 0, 1, 1]
+
+
+def test_workers_of_an_array_share_the_shards_and_cluster_waits_for_the_manifest(plan):
+    array = plan.with_prepare_workers(16)
+    names = [stage.name for stage in array.stages]
+    assert names[:3] == ["prepare", "finish data", "cluster"] and names[3:] == [s.name for s in plan.stages[2:]]
+    assert array.stage("prepare").arguments == (*plan.stage("prepare").arguments, "--shard=auto/16")
+    assert array.stage("finish data").arguments == (*plan.stage("prepare").arguments, "--finish")
+    assert array.stage("cluster").after == ("finish data",) and array.stage("finish data").after == ("prepare",)
+    assert [stage.workers for stage in array.stages[:2]] == [16, 1]
+    assert plan.with_prepare_workers(1) == plan

@@ -156,3 +156,14 @@ def test_a_running_queue_is_not_started_twice_and_stops_after_saving(worker):
     assert "begin router" not in worker("logs")
     worker("start", "tpu:8", "train --role=router")  # a new start forgets the stop
     until(lambda: worker("status") == "ended: all done\n")
+
+
+def test_slices_prepare_the_clips_together(plan, stand_in):
+    calls = stand_in("gcloud")
+    tpu_vm.launch("data", plan, dataclasses.replace(TWO, prepare_workers=2), Commands())
+    ran = [call for call in calls() if "ssh" in call]
+    assert sorted(call.split("ssh ")[1].split()[0] for call in ran[:2]) == ["shapes-0", "shapes-1"]
+    assert all(f"--shard={call.split('ssh shapes-')[1][0]}/2" in call for call in ran[:2])
+    assert len(ran) == 3 and "shapes-0" in ran[2] and "--shard" not in ran[2]
+    with pytest.raises(UserError, match="--prepare_workers=3: must be at most 2, the number of slices"):
+        tpu_vm.launch("data", plan, dataclasses.replace(TWO, prepare_workers=3), Commands())

@@ -76,7 +76,9 @@ def with_training(experiment, **changes):
 def reclaimed(run, experiment):
     """Makes a clustered run folder belong to a changed training config, as if it had been made with it."""
     run.config.unlink()
-    for folder in [run.data, run.partition, run.validation, run.test, *(run.cluster(k) for k in range(3))]:
+    path = run.data / manifest.FILE_NAME
+    manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.prepared_hash})
+    for folder in [run.partition, run.validation, run.test, *(run.cluster(k) for k in range(3))]:
         path = folder / manifest.FILE_NAME
         manifest.write_json(path, manifest.read_json(path) | {"config_hash": experiment.data_hash})
 

@@ -151,7 +151,7 @@ def _write_folder(
 ) -> None:
     if folder.exists():
         folder.rmtree()
-    shards = records.copy_records(run.data, numbers.tolist(), labels[numbers].tolist(), folder)
+    shards = records.copy_records(run.data, numbers, labels[numbers], folder)
     if null := records.read_null(run.data):
         shards += records.write_null(folder, **null)
     content |= records.data_contract(data) | {"clips": len(numbers)}

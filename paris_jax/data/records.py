@@ -9,9 +9,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -26,9 +28,12 @@ from paris_jax.artifacts.tensors import loads
 from paris_jax.config import hashing
 from paris_jax.errors import UserError, first_line
 
+T = TypeVar("T")
 ENDING = ".array_record"
 NULL = "null.safetensors"  # the null text embedding, unless it is zeros
 SHARD_SIZE = 512  # records
+MOST_SHARDS = 128  # of a copy: a role reads all shards of all clusters, and each is an open file
+SPARE_FILES = 256  # that a process has open beside shards
 # Required entries of a manifest of records: with them a job runs from its folder alone.
 CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source", "cond_images")
 
@@ -80,11 +85,26 @@ def decode_record(data: bytes) -> Record:
     return Record(**fields, **arrays)
 
 
+# How `encode_record` writes a cluster that is not known yet; quotes inside captions and ids are escaped once more.
+_NO_CLUSTER = rb",\"cluster\":null,\"id\":\""
+
+
+def with_cluster(data: bytes, cluster: int) -> bytes:
+    """The encoded record with another cluster, as `encode_record` would write it; copies arrays as they are."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length]
+    if header.count(_NO_CLUSTER) != 1:  # it has a cluster already
+        return encode_record(dataclasses.replace(decode_record(data), cluster=cluster))
+    header = header.rstrip(b" ").replace(_NO_CLUSTER, _NO_CLUSTER.replace(b"null", str(cluster).encode()))
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
 def shard_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}{ENDING}"
 
 
-def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
+def write_shard(path: epath.PathLike, records: Iterable[Record | bytes]) -> None:
     """Writes a shard under a partial name, then renames it: a shard that exists is complete.
 
     Raises:
@@ -101,7 +121,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> None:
                 writer = ArrayRecordWriter(str(local), "group_size:1")
             with contextlib.closing(_Closing(writer, path)):
                 for record in records:
-                    data = encode_record(record)
+                    data = record if isinstance(record, bytes) else encode_record(record)
                     with _write_errors(path):
                         writer.write(data)
             with _write_errors(path):
@@ -171,11 +191,14 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = int(index) + (len(self) if index < 0 else 0)
+        return self.read(int(index) + (len(self) if index < 0 else 0), decode_record)
+
+    def read(self, position: int, decode: Callable[[bytes], T]) -> T:
+        """A record as `decode` makes it of its bytes."""
         if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+            raise IndexError(f"record {position} of {len(self)}")
         try:
-            return decode_record(self._source[position])
+            return decode(self._source[position])
         except Exception as error:  # ArrayRecord raises RuntimeError or ValueError, safetensors an error of its own
             path, number = self._shard_of(position)
             raise _damaged(f"{path}: record {number}", error) from error
@@ -195,6 +218,7 @@ class Records(Sequence[Record]):
 
 def _open(paths: Sequence[str]) -> Any:
     """Opens shards as one sequence of encoded records; reads only their index."""
+    _allow_open_files(len(paths))
     try:
         source = array_record_data_source.ArrayRecordDataSource(paths)
         len(source)
@@ -204,6 +228,19 @@ def _open(paths: Sequence[str]) -> Any:
                 _open([path])
         raise _damaged(paths[0] if paths else "No shard", error) from error
     return source
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises the limit of open files where readers of so many shards need it."""
+    needed, (soft, hard) = count + SPARE_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{count} shards are more than the {hard} files that a process may open here; raise the limit (ulimit -n "
+            f"{needed}, or LimitNOFILE of the service)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _damaged(what: str, error: Exception) -> UserError:
@@ -229,7 +266,7 @@ def copy_records(
     indices: Sequence[int],
     clusters: Sequence[int],
     out: epath.PathLike,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     stem: str = "clips",
 ) -> list[str]:
     """Copies the selected records into new shards and sets their clusters; writes no manifest.
@@ -239,7 +276,8 @@ def copy_records(
       indices: indices of the records to copy, in output order.
       clusters: cluster of each copied record.
       out: output folder; write its manifest (with `data_contract`) afterwards.
-      shard_size: maximum number of records per shard.
+      shard_size: maximum number of records per shard; by default SHARD_SIZE, or more where there would be more than
+        MOST_SHARDS shards.
       stem: prefix of the shards' names.
 
     Returns:
@@ -248,12 +286,13 @@ def copy_records(
     if len(indices) != len(clusters):
         raise ValueError(f"{len(indices)} indices and {len(clusters)} clusters: the numbers must be equal")
     records, out = Records(source), epath.Path(out)
+    shard_size = shard_size or max(SHARD_SIZE, -(-len(indices) // MOST_SHARDS))
     count = max(1, -(-len(indices) // shard_size))
     names = [shard_name(stem, number, count) for number in range(count)]
     for number, name in enumerate(names):
         chosen = slice(number * shard_size, (number + 1) * shard_size)
         pairs = zip(indices[chosen], clusters[chosen], strict=True)
-        write_shard(out / name, (dataclasses.replace(records[int(i)], cluster=int(k)) for i, k in pairs))
+        write_shard(out / name, (records.read(int(i), partial(with_cluster, cluster=int(k))) for i, k in pairs))
     return names
 
 

@@ -182,7 +182,7 @@ tests.cluster(tests.experiment(), tests.RunFolder({run!r}))
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("records", "encode_record", 40),  # within a cluster's shard
+        ("records", "with_cluster", 40),  # within a cluster's shard
         ("manifest", "write", 4),  # after a cluster's shards, before its manifest
         ("manifest", "write", 6),  # before the partition's manifest, the last file
     ],

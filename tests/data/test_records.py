@@ -169,3 +169,37 @@ def test_a_flipped_byte_in_a_shard_is_told_with_its_file(tmp_path):
             for number, record in enumerate(found):
                 assert_equal(record, make(number))
     assert refusals and all("data-00001-of-00002.array_record" in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize(
+    "text", ["a ball", '"cluster":null,"id":"x', 'a \\",\\"cluster\\":null,\\"id\\":\\" b', "日本\u2028 "]
+)
+@pytest.mark.parametrize("cluster", [None, 2])
+def test_a_record_gets_its_cluster_as_if_it_were_encoded_anew(text, cluster):
+    for change in ({"caption": text}, {"id": text}, {"attributes": {text: text}}):
+        made = dataclasses.replace(make(0), cluster=cluster, **change)
+        for k in (0, 7, 1023):
+            expected = records.encode_record(dataclasses.replace(made, cluster=k))
+            assert records.with_cluster(records.encode_record(made), k) == expected
+
+
+def test_large_copies_have_few_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "SHARD_SIZE", 2)
+    monkeypatch.setattr(records, "MOST_SHARDS", 3)
+    clips = [make(n) for n in range(13)]
+    records.write_shard(tmp_path / "in" / records.shard_name("data", 0, 1), clips)
+    manifest.write(tmp_path / "in", DataManifest, [records.shard_name("data", 0, 1)], "hash", clips=13, **CONTRACT)
+    names = records.copy_records(tmp_path / "in", np.arange(13)[::-1], np.zeros(13, int), tmp_path / "out")
+    assert len(names) == 3
+    copied = [r for name in names for r in records.read_shard(tmp_path / "out" / name)]
+    assert [r.id for r in copied] == [r.id for r in clips[::-1]]
+
+
+def test_more_shards_than_open_files_are_allowed_for_or_refused(monkeypatch):
+    limits, asked = (100, 5000), []
+    monkeypatch.setattr(records.resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(records.resource, "setrlimit", lambda which, pair: asked.append(pair))
+    records._allow_open_files(1000)
+    assert asked == [(1000 + records.SPARE_FILES, 5000)]
+    with pytest.raises(UserError, match=r"9000 shards are more than the 5000 files .* raise the limit"):
+        records._allow_open_files(9000)

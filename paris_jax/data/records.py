@@ -263,8 +263,8 @@ def read_records(folder: epath.PathLike | Sequence[epath.PathLike]) -> Records:
 
 def copy_records(
     source: epath.PathLike | Sequence[epath.PathLike],
-    indices: Sequence[int],
-    clusters: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
+    clusters: Sequence[int] | np.ndarray,
     out: epath.PathLike,
     shard_size: int | None = None,
     stem: str = "clips",

@@ -1,4 +1,4 @@
-"""What `python -m tests.benchmarks.large` shows for ten million clips, with thousands: all is there, memory is small."""
+"""The benchmark `tests.benchmarks.large` with thousands of clips instead of ten million: complete, in little memory."""
 
 import dataclasses
 import json

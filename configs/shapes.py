@@ -8,11 +8,6 @@ get_config("bundled")  2 CPU cores, about two hours: trained `bundled:shapes`. E
         paris-jax quickstart --config=configs/shapes.py:bundled --workdir=runs/bundled
 get_config("image")    2 CPU cores, about half an hour: experts for image-to-video and video continuation.
         paris-jax quickstart --config=configs/shapes.py:image --workdir=runs/image
-get_config("frames")   2 CPU cores, an hour and a half: trained `bundled:frames`, an image network of single frames from
-    which the other variants start, as Paris 2.0 starts from FLUX.1-dev.
-        paris-jax prepare --config=configs/shapes.py:frames --workdir=runs/frames
-        paris-jax cluster --workdir=runs/frames
-        paris-jax train --workdir=runs/frames --role=monolith
 get_config("small")    one accelerator, minutes: 40M parameters, 512 tokens a clip. By the FLOP formula, 5.3 TFLOP a
     step and 18,000 steps for experts and monolith: 5 minutes on one H200 at 35 % of its peak. Not measured yet.
         paris-jax quickstart --config=configs/shapes.py:small --workdir=runs/small
@@ -28,7 +23,7 @@ from paris_jax.errors import UserError, nearest
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
-    """Returns the variant `arg`: tiny, bundled, frames, image, small or h200."""
+    """Returns the variant `arg`: tiny, bundled, image, small or h200."""
     if arg not in VARIANTS:
         raise UserError(f"configs/shapes.py:{arg}: must be one of {', '.join(VARIANTS)}{nearest(arg, VARIANTS)}")
     config = default_config()
@@ -69,24 +64,6 @@ def _bundled(config: ConfigDict) -> None:
     config.sampling.guidance_scale = 3.0  # measured: with 2 and 4, videos follow the prompts a little less
 
 
-def _frames(config: ConfigDict) -> None:
-    config.data.update(num_clips=100_000, num_frames=1, heldout_fraction=0.01)
-    config.codec.time = 4
-    config.clustering.num_clusters = 1
-    config.network.update(hidden=64, heads=4)
-    config.diffusion.update(timestep_shift=4.0, timestep_std=1.4)
-    config.training.update(
-        steps=26_000,
-        global_batch_size=32,
-        prediction_type="x0",
-        learning_rate=4e-3,
-        warmup_steps=300,
-        ema_decay=0.9995,
-        log_every_steps=200,
-        checkpoint_every_steps=1000,
-    )
-
-
 def _image(config: ConfigDict) -> None:
     config.codec.time = 1  # one latent frame per conditioning frame: 8 x 5 x 5 = 200 tokens of 48 numbers
     config.data.cond_images = True
@@ -118,4 +95,4 @@ def _h200(config: ConfigDict) -> None:
     config.training.update(steps=1700, global_batch_size=128)
 
 
-VARIANTS = {"tiny": _tiny, "bundled": _bundled, "frames": _frames, "image": _image, "small": _small, "h200": _h200}
+VARIANTS = {"tiny": _tiny, "bundled": _bundled, "image": _image, "small": _small, "h200": _h200}

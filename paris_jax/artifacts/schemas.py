@@ -279,7 +279,6 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
       training: None for a network that was imported.
       partition: identity of the partition; "" where it is not known.
       source, report, origin: of imported weights.
-      provenance: of a network that ships with the package.
     """
 
     network: DiTDescription | RouterDescription
@@ -292,7 +291,6 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
     sampling: dict[str, Any] = field(default_factory=dict)
     training: TrainingDescription | None = None
     partition: OptionalSha256 = ""
-    provenance: dict[str, Any] | None = None
 
     def __post_init__(self):
         super().__post_init__()

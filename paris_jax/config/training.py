@@ -99,7 +99,7 @@ class TrainingSettings:
         at_most=0.25,
     )
     init_from: str = setting(
-        "", "initial weights: an export, a folder of `paris-jax import`, or bundled:frames; empty: random"
+        "", "initial weights: an export, a folder of `paris-jax import`, or bundled:shapes/monolith; empty: random"
     )
     prediction_type: str = setting(
         "velocity",

@@ -13,6 +13,7 @@ from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
+from paris_jax.config.network import NetworkSettings
 from paris_jax.errors import UserError
 from paris_jax.models import functional
 from paris_jax.training.job import make_job, read_cluster
@@ -21,6 +22,8 @@ from paris_jax.training.step import ShardedStep
 from paris_jax.weights import convert
 
 EXPERT = Role("expert", 0)
+# The network of configs/shapes.py:bundled.
+SHIPPED = functional.network_config(NetworkSettings(), channels=24, text_width=64, pooled_width=64)
 
 
 @pytest.fixture
@@ -92,6 +95,12 @@ def test_another_network_is_refused_by_its_fields(micro, run, start):
     without = dataclasses.replace(job_of(micro, run).config, cond_frames=False)
     with pytest.raises(UserError, match=r"has an input for conditioning frames; set config\.masks"):
         check_initial_weights(start, without)
+
+
+def test_training_can_start_from_a_network_that_ships_with_the_package():
+    folder = "bundled:shapes/monolith"
+    config = exported.network(check_initial_weights(folder, SHIPPED), folder)
+    assert config == dataclasses.replace(SHIPPED, dtype=config.dtype)
 
 
 def test_a_router_with_initial_weights_is_refused(micro):

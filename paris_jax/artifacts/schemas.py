@@ -358,12 +358,30 @@ class DroppedItem(Struct, frozen=True):
     detail: str = ""
 
 
+class SourceItem(Struct, frozen=True, omit_defaults=True):
+    """What an item of a source was when its clips were prepared.
+
+    Attributes:
+      id: of the item in its source.
+      state: size and time of change, which are compared first.
+      caption: hash of its caption; "" where it is part of the contents.
+      content: hash of its contents; "" where it was not read.
+    """
+
+    id: Text
+    state: Text = ""
+    caption: Annotated[str, Meta(max_length=64)] = ""
+    content: Annotated[str, Meta(max_length=64)] = ""
+
+
 class ShardMarker(Struct, frozen=True):
     """The marker of a finished shard: what it was made from, its statistics, and what was dropped.
 
     Attributes:
       limits: seconds and megabytes for each clip, where some clips were dropped because of them.
       files: sizes and hashes of the shard's files, so that nobody has to read them again for the manifest.
+      items: of the source, as they were; empty for clips that are computed.
+      hashes: perceptual hashes of the clips, where near duplicates are looked for.
     """
 
     origin: dict[str, Any]
@@ -371,6 +389,8 @@ class ShardMarker(Struct, frozen=True):
     dropped: tuple[DroppedItem, ...] = ()
     limits: tuple[float, int] | None = None
     files: dict[FileName, FileEntry] = field(default_factory=dict)
+    items: tuple[SourceItem, ...] = ()
+    hashes: tuple[Annotated[str, Meta(pattern="^[0-9a-f]{48}$")], ...] = ()
 
 
 class TensorsIndex(Struct, frozen=True):

@@ -19,6 +19,7 @@ from paris_jax.config.sampling import SamplingSettings
 from paris_jax.config.sections import (
     ClusteringSettings,
     CodecSettings,
+    CurationSettings,
     DataSettings,
     EvaluationSettings,
     FeatureSettings,
@@ -61,7 +62,7 @@ LATER_FIELDS = {
 }
 # The sections that decide the prepared clips; the fields of them that decide only what is held out; the sections that
 # decide the clusters, too.
-PREPARED_SECTIONS = ("data", "codec", "text", "features")
+PREPARED_SECTIONS = ("data", "curation", "codec", "text", "features")
 SPLIT_FIELDS = {"data": ("heldout_fraction", "validation_share")}
 DATA_SECTIONS = (*PREPARED_SECTIONS, "clustering")
 
@@ -73,6 +74,7 @@ class Experiment:
     name: str = "experiment"
     wandb_project: str = ""  # project on Weights & Biases that training tells its metrics to; "": none
     data: DataSettings = DataSettings()
+    curation: CurationSettings = CurationSettings()
     codec: CodecSettings = CodecSettings()
     text: TextSettings = TextSettings()
     features: FeatureSettings = FeatureSettings()
@@ -177,6 +179,8 @@ class Experiment:
             left_out, before = without.get(section, ()), LATER_FIELDS.get(section, {})
             same = [name for name, value in before.items() if fields[name] == value]
             kept[section] = {k: v for k, v in fields.items() if k not in (*left_out, *same)}
+        if kept.get("curation") == dataclasses.asdict(CurationSettings()):  # a section that came later
+            del kept["curation"]
         return hashing.hash_text(hashing.canonical_json(kept))
 
     def settings_of(self, kind: str) -> TrainingSettings:

@@ -10,6 +10,7 @@ from paris_jax.config.fields import setting
 
 SourceName = Literal["shapes", "folder", "tfds", "webdataset"]
 Hdr = Literal["drop", "tonemap"]
+Flip = Literal["off", "on", "forced"]
 CodecName = Literal["pixels", "hunyuan"]
 Posterior = Literal["mean", "sample"]
 TextEncoderName = Literal["words", "minilm", "t5+clip"]
@@ -72,6 +73,39 @@ class DataSettings:
         if self.source == "shapes" and self.num_clips == 0:
             yield from checks.at_least(1, num_clips=self.num_clips)
         yield from fields.problems_of(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurationSettings:
+    """Which clips are cut from videos and kept. What is left out is listed as curated, and is no fault."""
+
+    stride_frames: int = setting(0, "frames from the start of a clip to that of the next; 0: end to end", at_least=0)
+    scene_cuts: bool = setting(False, "no clip spans a cut between scenes (extra curation: PySceneDetect)")
+    scene_threshold: float = setting(27.0, "change of content between two frames that is a cut", above=0)
+    min_side: int = setting(0, "pixels of a video's shorter side, as displayed", at_least=0)
+    min_seconds: float = setting(0.0, "duration of a video", at_least=0)
+    min_motion: float = setting(0.0, "mean change of a pixel from frame to frame, in levels of 255", at_least=0)
+    min_brightness: float = setting(0.0, "mean level of a clip", at_least=0, at_most=255)
+    max_brightness: float = setting(255.0, "mean level of a clip", at_least=0, at_most=255)
+    min_caption_words: int = setting(0, "words of a caption", at_least=0)
+    max_caption_words: int = setting(0, "words of a caption; 0 for any number", at_least=0)
+    near_duplicate_bits: int = setting(
+        -1,
+        "clips whose perceptual hashes (192 bits) differ in at most so many are one; -1: all stay",
+        at_least=-1,
+        at_most=11,
+    )
+    horizontal_flip: str = setting(
+        "off", "on: also each clip mirrored, refused where a caption names left or right; forced: anyway", choices=Flip
+    )
+
+    def problems(self) -> Problems:
+        yield from fields.problems_of(self)
+        if self.min_brightness > self.max_brightness:
+            yield f"min_brightness={self.min_brightness}: must be at most max_brightness={self.max_brightness}"
+        if self.max_caption_words and self.min_caption_words > self.max_caption_words:
+            most = self.max_caption_words
+            yield f"min_caption_words={self.min_caption_words}: must be at most max_caption_words={most}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from paris_jax.data.sources.clip import Clip, Dropped, Video
+from paris_jax.config.sections import CurationSettings
+from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 
 AHEAD = 4  # clips of one video that wait for the encoder
 RECYCLED = 500  # videos after which a process is replaced: decoders leak
+STARTING = 300.0  # seconds that a process may take to import what it needs
+READY = b"ready"
 LARGEST = 1 << 32  # bytes of a message from a process
 LIMITED = "took more time than allowed", "needs more memory than allowed"  # reasons that other limits may lift
 
@@ -55,9 +58,9 @@ class Header(msgspec.Struct, frozen=True):
 class Decoders:
     """A pool of decoding processes; a context manager, which ends them."""
 
-    def __init__(self, count: int, limits: Limits):
-        self.count, self.limits = max(1, count), limits
-        self._workers = [_Worker(limits) for _ in range(self.count)]
+    def __init__(self, count: int, limits: Limits, curation: CurationSettings = OFF):
+        self.count = max(1, count)
+        self._workers = [_Worker(limits, curation) for _ in range(self.count)]
 
     def __enter__(self) -> "Decoders":
         return self
@@ -143,8 +146,8 @@ class _Job:
 class _Worker:
     """One decoding process, started when it is first needed and again after its death."""
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, curation: CurationSettings):
+        self.limits, self.curation = limits, curation
         self.process: subprocess.Popen | None = None
         self.connection: Any = None
         self.videos = 0
@@ -164,7 +167,7 @@ class _Worker:
             self._start()
             self.videos += 1
             try:
-                self.connection.send_bytes(pickle.dumps((video, first)))
+                self.connection.send_bytes(pickle.dumps((video, first, self.curation)))
                 while (received := self._receive()) is not None:
                     number, item = received
                     first, decoded = number + 1, True
@@ -229,6 +232,13 @@ class _Worker:
             )  # fmt: skip
         self.connection = Connection(ours.detach())
         self.videos = 0
+        try:
+            ready = self.connection.poll(STARTING) and self.connection.recv_bytes() == READY
+        except (EOFError, OSError):
+            ready = False
+        if not ready and not self.cancelled:
+            self.end()
+            raise RuntimeError("a decoding process does not start: see what it printed above")
 
     def end(self) -> None:
         if self.process is not None:

@@ -16,7 +16,9 @@ import av.logging
 import msgspec
 import numpy as np
 
-from paris_jax.data.decoders import LIMITED, Header
+from paris_jax.config.sections import CurationSettings
+from paris_jax.data import curation
+from paris_jax.data.decoders import LIMITED, READY, Header
 from paris_jax.data.sources.clip import Clip, Dropped
 from paris_jax.errors import first_line
 
@@ -27,10 +29,10 @@ def serve(connection: Any, seconds: float) -> None:
     """Decodes videos until the connection closes."""
     while True:
         try:
-            video, first = pickle.loads(connection.recv_bytes())
+            video, first, settings = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        items = _items(video, first)
+        items = _items(video, first, settings)
         while True:
             signal.alarm(0)
             if connection.recv_bytes() != b"next":
@@ -44,11 +46,11 @@ def serve(connection: Any, seconds: float) -> None:
         signal.alarm(0)
 
 
-def _items(video: Any, first: int) -> Iterator[tuple[int, Clip | Dropped]]:
+def _items(video: Any, first: int, settings: CurationSettings) -> Iterator[tuple[int, Clip | Dropped]]:
     """The clips of a video; whatever a file makes a decoder raise drops the rest of it."""
     number = first
     try:
-        for found, item in video.clips(first):
+        for found, item in curation.clips(video, first, settings):
             number = found + 1
             yield found, item
     except MemoryError:
@@ -84,4 +86,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     limit_memory(int(sys.argv[3]))
     av.logging.set_level(None)
-    serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
+    to_parent = Connection(int(sys.argv[1]))
+    to_parent.send_bytes(READY)
+    serve(to_parent, float(sys.argv[2]))

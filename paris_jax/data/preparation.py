@@ -25,18 +25,20 @@ from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import (
     CodecDescription,
     DataManifest,
+    DroppedItem,
     FileEntry,
     ShardMarker,
     ShardStatistics,
     TextDescription,
 )
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import dropped, index, previews, records
+from paris_jax.config.sections import CurationSettings
+from paris_jax.data import curation, dropped, index, previews, records, scenes
 from paris_jax.data.decoders import LIMITED, Decoders, Limits
 from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.parts import Part
 from paris_jax.data.records import Record
-from paris_jax.data.sources.clip import Clip, Dropped, Video
+from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 from paris_jax.data.sources.source import Source
 from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs, features, text
@@ -126,6 +128,8 @@ class Preparation:
 
     @functools.cached_property
     def clips(self) -> Source:
+        if self.experiment.curation.scene_cuts:
+            scenes.check_installed()
         clips = self._given if self._given is not None else source(self.experiment.data)
         if not len(clips):
             if clips.dropped:
@@ -256,7 +260,8 @@ def _decoders(experiment: Experiment, clips: Source, count: int) -> Any:
     """The decoding processes for a source; None for clips that are computed."""
     if not clips.isolated:
         return contextlib.nullcontext()
-    return Decoders(count, Limits(experiment.data.decode_seconds, experiment.data.decode_memory_mb))
+    limits = Limits(experiment.data.decode_seconds, experiment.data.decode_memory_mb)
+    return Decoders(count, limits, experiment.curation)
 
 
 def _strictly(item: Dropped) -> UserError:
@@ -329,7 +334,7 @@ class Shard:
         """Provenance of the shard; a marker with any other provenance is ignored."""
         items = hashlib.sha256()
         for number in self.indices:
-            items.update(hashlib.sha256(self.clips.stamp(number).encode(errors="surrogateescape")).digest())
+            items.update(hashlib.sha256(repr(self.clips.item(number)).encode(errors="surrogateescape")).digest())
         config = {"config_hash": self.experiment.prepared_hash, "encoders": self.encoders}
         source = {"source": self.clips.describe(), "indices": [self.indices.start, self.indices.stop]}
         return {**config, **source, "items": items.hexdigest(), "decoding": DECODING_VERSION}
@@ -413,7 +418,8 @@ def write(
 ) -> int:
     """Decodes, encodes and writes one shard, then its marker; returns its number of items."""
     tally, lost, entries = Tally(), list[Dropped](), index.Writer()
-    shown = previews.Previews()
+    shown, settings = previews.Previews(), job.experiment.curation
+    hashes: dict[str, str] = {}
 
     def drop(item: Dropped) -> None:
         if job.strict and item.stage != "curate":
@@ -426,11 +432,14 @@ def write(
             advance()
 
     def clips() -> Iterator[Clip]:
-        for item in pool.clips(videos()) if pool is not None else decode(videos()):
+        for item in pool.clips(videos()) if pool is not None else decode(videos(), settings):
             if isinstance(item, Dropped):
                 drop(item)
-            else:
-                yield item
+                continue
+            curation.check_flip(item, settings)
+            if settings.near_duplicate_bits >= 0:
+                hashes[item.id] = curation.perceptual_hash(item.video).hex()
+            yield item
 
     def counted() -> Iterator[Record]:
         for record in encode(job.experiment, shown.watch(clips()), store, drop):
@@ -444,7 +453,9 @@ def write(
     entries.write(job.index)
     previews.write(job.previews, shown, [entry.id for entry in entries.entries])
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
-    write_marker(job, {"tally": tally.to_json(), "dropped": [vars(item) for item in lost], "limits": limits})
+    content: dict[str, Any] = {"tally": tally.to_json(), "dropped": [vars(item) for item in lost], "limits": limits}
+    content["hashes"] = [hashes[entry.id] for entry in entries.entries] if hashes else []
+    write_marker(job, content)
     return len(job.indices)
 
 
@@ -454,13 +465,13 @@ def write_marker(job: Shard, content: Mapping[str, Any]) -> None:
     manifest.write_json(job.marker, {"origin": job.origin, **content, "files": files})
 
 
-def decode(videos: Iterable[Video | Dropped]) -> Iterator[Clip | Dropped]:
+def decode(videos: Iterable[Video | Dropped], settings: CurationSettings = OFF) -> Iterator[Clip | Dropped]:
     """Decodes videos in this process."""
     for video in videos:
         if isinstance(video, Dropped):
             yield video
         else:
-            yield from (item for _, item in video.clips())
+            yield from (item for _, item in curation.clips(video, 0, settings))
 
 
 def _refuse(item: Dropped) -> None:
@@ -559,13 +570,14 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: Encod
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
     """Writes the list of what was dropped and the manifest of all shards, then deletes their markers."""
     total, lost, kept, known = Tally(), list(clips.dropped), list[Shard](), dict[str, FileEntry]()
+    leave_out_near_duplicates(jobs, experiment.curation)
     for job in jobs:
         if job.most is not None and total.clips >= job.most:
             break
         marker = job.read_marker()
         lost += [Dropped(item.id, item.stage, item.reason, item.detail) for item in marker.dropped]
         if job.most is not None and total.clips + marker.tally.clips > job.most:
-            marker = shorten(job, job.most - total.clips)
+            marker = keep(job, range(job.most - total.clips))
         total.merge(marker.tally)
         known |= marker.files
         kept.append(job)
@@ -601,19 +613,48 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
     logger.info("%d clips are prepared: %s", total.clips, run.data)
 
 
-def shorten(job: Shard, clips: int) -> ShardMarker:
-    """Cuts a shard to its first clips; returns its new marker, which is written for them."""
-    tally, entries = Tally(), index.Writer()
+def leave_out_near_duplicates(jobs: Sequence[Shard], settings: CurationSettings) -> None:
+    """Rewrites the shards that hold clips nearly the same as an earlier one; does nothing where all stay."""
+    if settings.near_duplicate_bits < 0:
+        return
+    present = [job for job in jobs if job.marker.exists()]
+    sizes = [len(job.read_marker().hashes) for job in present]
+    hashes = (bytes.fromhex(found) for job in present for found in job.read_marker().hashes)
+    repeated = np.asarray(curation.near_duplicates(hashes, settings.near_duplicate_bits), np.int64)
+    for job, start, size in zip(present, np.cumsum([0, *sizes]), sizes):
+        rows = {int(row) for row in repeated[(repeated >= start) & (repeated < start + size)] - start}
+        if rows:
+            keep(job, [row for row in range(size) if row not in rows], "is nearly the same as an earlier clip")
 
-    def first() -> Iterator[Record]:
-        for record in itertools.islice(records.read_shard(job.path), clips):
+
+def keep(job: Shard, rows: Sequence[int], reason: str = "") -> ShardMarker:
+    """Rewrites a shard with some of its clips; returns its new marker, which is written for them.
+
+    Args:
+      job: the shard.
+      rows: numbers of the records that stay, ascending.
+      reason: lists the others as left out by the config.
+    """
+    tally, entries, lost = Tally(), index.Writer(), list[DroppedItem]()
+    chosen = set(rows)
+
+    def kept() -> Iterator[Record]:
+        for row, record in enumerate(records.read_shard(job.path)):
+            if row not in chosen:
+                lost.append(DroppedItem(record.id, "curate", reason))
+                continue
             tally.add(record)
             entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
             yield record
 
     marker = job.read_marker()
-    records.write_shard(job.path, first())
+    records.write_shard(job.path, kept())
     entries.write(job.index)
-    previews.shorten(job.previews, clips)
-    write_marker(job, msgspec.to_builtins(marker) | {"tally": tally.to_json()})
+    previews.keep(job.previews, rows)
+    changed = {
+        "tally": tally.to_json(),
+        "hashes": [marker.hashes[row] for row in rows] if marker.hashes else [],
+        "dropped": msgspec.to_builtins([*marker.dropped, *lost] if reason else marker.dropped),
+    }
+    write_marker(job, msgspec.to_builtins(marker) | changed)
     return job.read_marker()

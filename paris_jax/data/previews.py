@@ -1,7 +1,7 @@
 """Previews: a few small clips of each shard, so that pages show what was prepared without decoding latents."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -71,7 +71,8 @@ def read(path: epath.PathLike) -> dict[int, np.ndarray]:
     return {int(name): arrays[name] for name in sorted(arrays)}
 
 
-def shorten(path: epath.PathLike, clips: int) -> None:
-    """Leaves the previews of the first clips of a shard."""
-    arrays = {f"{row:05d}": frames for row, frames in read(path).items() if row < clips}
+def keep(path: epath.PathLike, rows: Sequence[int]) -> None:
+    """Leaves the previews of some records of a shard, which are numbered anew."""
+    found = read(path)
+    arrays = {f"{new:05d}": found[row] for new, row in enumerate(rows) if row in found}
     manifest.write_atomically(path, safetensors.numpy.save(arrays))

@@ -186,6 +186,7 @@ def test_the_hash_depends_on_the_training_alone():
         assert Experiment.from_config(changed(**{field: value})).hash == base, field
     other = {
         "data__seed": 1,
+        "curation__min_motion": 1.0,
         "text__width": 32,
         "clustering__seed": 1,
         "network__double_blocks": 2,
@@ -201,7 +202,7 @@ def test_the_hash_depends_on_the_training_alone():
 def test_every_group_of_fields_decides_the_hash_or_is_named_as_not():
     groups = {field.name for field in dataclasses.fields(Experiment)}
     assert groups - {"name", "wandb_project", "sampling", "evaluation"} == {
-        *("data", "codec", "text", "features", "clustering", "network", "router"),
+        *("data", "curation", "codec", "text", "features", "clustering", "network", "router"),
         *("diffusion", "masks", "training", "router_training"),
     }
 

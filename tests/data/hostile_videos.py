@@ -21,7 +21,7 @@ class Hostile:
     count: int = 4
     repeated: int = 0
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+    def clips(self, first: int = 0, curation: object = None) -> Iterator[tuple[int, Clip | Dropped]]:
         for number in range(first, self.count):
             if self.deed and self.at <= number <= self.at + self.repeated:
                 getattr(self, self.deed)()

@@ -52,7 +52,8 @@ def test_what_takes_a_process_down_costs_one_clip(deed, reason):
 
 
 def test_memory_is_bounded():
-    items = named(decode(Hostile("a", "eat", count=2), Hostile("b", count=1)))
+    with Decoders(2, Limits(seconds=60.0, megabytes=256)) as pool:
+        items = named(pool.clips([Hostile("a", "eat", count=2), Hostile("b", count=1)]))
     assert items == ["a#0000", "a needs more memory than allowed", "b#0000"]
 
 

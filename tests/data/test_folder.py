@@ -109,20 +109,27 @@ def test_a_source_travels_to_other_processes(tmp_path, elsewhere):
     np.testing.assert_array_equal(elsewhere(clips, source)[0].video, clips(source)[0].video)
 
 
-def test_a_stamp_changes_with_the_file_its_time_and_its_caption(tmp_path):
+def test_an_item_changes_with_its_file_and_its_caption(tmp_path):
     put(tmp_path / "a.mp4", 20)
     put(tmp_path / "b.mp4", 20)
-    before = [open_folder(tmp_path).stamp(index) for index in (0, 1)]
-    assert [open_folder(tmp_path).stamp(index) for index in (0, 1)] == before
+    video.write_png(tmp_path / "c" / "0.png", ramp(1)[0])
+    before = [open_folder(tmp_path).item(index) for index in range(3)]
+    contents = [open_folder(tmp_path).content(index) for index in range(3)]
+    assert [open_folder(tmp_path).item(index) for index in range(3)] == before
+    assert len(set(contents)) == 2 and all(len(content) == 64 for content in contents)
     (tmp_path / "a.txt").write_text("something else")
-    assert open_folder(tmp_path).stamp(0) != before[0]
-    (tmp_path / "captions.csv").write_text("file,caption\nb.mp4,another\n")
-    changed = open_folder(tmp_path).stamp(1)
-    assert changed != before[1]
-    os.utime(tmp_path / "b.mp4", ns=(1, 1))
-    assert open_folder(tmp_path).stamp(1) != changed
-    (tmp_path / "b.mp4").unlink()
-    assert "No such file" in FolderSource(str(tmp_path), ("b.mp4",), {}).stamp(0)
+    changed = open_folder(tmp_path).item(0)
+    assert changed.caption != before[0].caption and changed.state == before[0].state
+    assert open_folder(tmp_path).caption(0) == "something else"
+    for name in ("b.mp4", "c/0.png"):
+        os.utime(tmp_path / name, ns=(1, 1))
+    for index in (1, 2):
+        assert open_folder(tmp_path).item(index).state != before[index].state
+        assert open_folder(tmp_path).content(index) == contents[index]
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes() + b"0")
+    assert open_folder(tmp_path).content(1) != contents[1]
+    gone = FolderSource(str(tmp_path), ("d.mp4",), {})
+    assert "No such file" in gone.item(0).state and gone.content(0) == ""
 
 
 def test_an_empty_or_absent_folder_is_refused(tmp_path):

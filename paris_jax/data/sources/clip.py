@@ -7,8 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
+from paris_jax.config.sections import CurationSettings
+
+OFF = CurationSettings()  # clips end to end, all of them
 STAGES = ("list", "read", "decode", "caption", "encode", "curate")
-_NUMBER = re.compile(r"#\d+\Z")
+_NUMBER = re.compile(r"#[0-9]+(#flipped)?\Z")  # and of its mirror image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Video(Protocol):
     @property
     def id(self) -> str: ...
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
-        """Decodes the clips in order, each with its number in the video, from number `first` on."""
+    def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
+        """Decodes the clips in order, each with its number in the video, from number `first` on.
+
+        `curation` says how they are cut; `data.curation` applies the rest of it.
+        """
         ...
 
 

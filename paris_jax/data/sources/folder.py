@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from paris_jax.artifacts import safe_files
+from paris_jax.artifacts.schemas import SourceItem
 from paris_jax.data.sources import captions
 from paris_jax.data.sources.clip import Dropped, Video
 from paris_jax.data.sources.source import Source
@@ -73,7 +74,7 @@ class FolderSource(Source):
         name = self.names[index]
         path = Path(self.root, name)
         try:
-            caption = self.caption(name)
+            caption = self.caption_of(name)
         except UserError as error:
             yield Dropped(name, "list", "has a caption that cannot be read", str(error))
             return
@@ -84,7 +85,13 @@ class FolderSource(Source):
         else:
             yield VideoFile(name, str(path), caption, self.cutting)
 
-    def caption(self, name: str) -> str:
+    def caption(self, index: int) -> str | None:
+        try:
+            return self.caption_of(self.names[index])
+        except (UserError, OSError):
+            return None
+
+    def caption_of(self, name: str) -> str:
         """The caption of a video, "" for none; raises UserError for a text file that is not UTF-8."""
         text = self.captions.get(name)
         beside = _beside(Path(self.root, name))
@@ -92,18 +99,29 @@ class FolderSource(Source):
             text = captions.read_text(beside)
         return " ".join((text or "").split())
 
-    def stamp(self, index: int) -> str:
+    def item(self, index: int) -> SourceItem:
         name = self.names[index]
-        path = Path(self.root, name)
         try:
-            files = [path / each for each in pictures(path)] if path.is_dir() else [path]
-            states = [(p.name, s.st_size, s.st_mtime_ns) for p, s in ((p, p.stat()) for p in files)]
-            text = self.captions.get(name)
-            if text is None and _beside(path).is_file():
-                text = hashlib.sha256(_beside(path).read_bytes()).hexdigest()
+            states = [(path.name, found.st_size, found.st_mtime_ns) for path, found in self._files(name)]
         except OSError as error:
-            return f"{name}: {error.strerror}"
-        return repr((name, states, text))
+            return SourceItem(name, f"cannot be read: {error.strerror}")
+        state = states[0][1:] if len(states) == 1 else hashlib.sha256(repr(states).encode()).hexdigest()
+        return SourceItem(name, str(state), hashlib.sha256((self.caption(index) or "").encode()).hexdigest()[:32])
+
+    def content(self, index: int) -> str:
+        digest = hashlib.sha256()
+        try:
+            for path, _ in self._files(self.names[index]):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:
+            return ""
+        return digest.hexdigest()
+
+    def _files(self, name: str) -> list[tuple[Path, os.stat_result]]:
+        """The files of a video, or of a folder of frames, with their states."""
+        path = Path(self.root, name)
+        return [(each, each.stat()) for each in (map(path.joinpath, pictures(path)) if path.is_dir() else [path])]
 
     def describe(self) -> dict[str, Any]:
         return {"name": "folder", "videos": len(self.names)}
@@ -268,7 +286,7 @@ def read_captions(root: epath.PathLike) -> dict[str, str]:
     names = listing.names()
     settings = types.SimpleNamespace(captions="", video_column="", caption_column="")
     source = FolderSource(str(root), tuple(names), _read_captions(Path(root), names, listing.aliases, settings)[0])
-    found = {name: source.caption(name) for name in names}
+    found = {name: source.caption_of(name) for name in names}
     if missing := [name for name in names if not found[name]]:
         raise UserError(
             f"{Path(root, missing[0])} has no caption; add a line to {Path(root, 'captions.csv')} or write it in "

@@ -5,7 +5,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from paris_jax.data.sources.clip import Clip, Dropped, Video
+from paris_jax.artifacts.schemas import SourceItem
+from paris_jax.config.sections import CurationSettings
+from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 
 
 class Source(abc.ABC):
@@ -32,8 +34,16 @@ class Source(abc.ABC):
         """The videos of an item, not decoded yet, in order."""
 
     @abc.abstractmethod
-    def stamp(self, index: int) -> str:
-        """What an item is known by without reading it: name, size, time of change, captions."""
+    def item(self, index: int) -> SourceItem:
+        """What an item is known by without reading it: id, size, time of change, hash of its caption."""
+
+    def content(self, index: int) -> str:
+        """Hash of what an item holds; "" where that cannot be read cheaply: its state decides alone."""
+        return ""
+
+    def caption(self, index: int) -> str | None:
+        """The caption of an item's clips where it is known without reading them; None otherwise."""
+        return None
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -54,8 +64,8 @@ class ClipSource(Source):
     def videos(self, index: int) -> Iterator[Video | Dropped]:
         yield Computed(self, index)
 
-    def stamp(self, index: int) -> str:
-        return str(index)
+    def item(self, index: int) -> SourceItem:
+        return SourceItem(str(index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,5 +79,5 @@ class Computed:
     def id(self) -> str:
         return f"item {self.index}"
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+    def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
         yield 0, self.source[self.index]

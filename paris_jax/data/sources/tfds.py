@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from paris_jax.artifacts.schemas import SourceItem
+from paris_jax.config.sections import CurationSettings
 from paris_jax.data import video
+from paris_jax.data.footage import Frame
 from paris_jax.data.sources.captions import CAPTION_COLUMNS
-from paris_jax.data.sources.clip import Clip, Dropped, Video
+from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 from paris_jax.data.sources.source import Source
 from paris_jax.data.sources.video_file import Cutting, clip_id
 from paris_jax.errors import UserError, first_line
@@ -219,20 +222,21 @@ class TfdsSource(Source):
     def videos(self, index: int) -> Iterator[Video | Dropped]:
         yield Example(f"{self.name}-{self.builder.split}-{index:08d}", self, index)
 
-    def stamp(self, index: int) -> str:
-        return f"{self.name} {self.builder.split} {index} {self.files}"
+    def item(self, index: int) -> SourceItem:
+        return SourceItem(f"{self.name}-{self.builder.split}-{index:08d}", self.files)
 
     def describe(self) -> dict[str, Any]:
         return {"name": "tfds", "builder": self.name, "split": self.builder.split, "examples": self.count}
 
 
 def _files(folder: str, split: str) -> str:
-    """A hash of sizes and times of a data set's files; "" where they are not local."""
+    """A hash of the sizes of a data set's files and of their description; "" where they are not local."""
     root = Path(folder)
     if "://" in folder or not root.is_dir():
         return ""
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(root.iterdir())]
-    return hashlib.sha256(repr((split, states)).encode()).hexdigest()[:16]
+    sizes = [(path.name, path.stat().st_size) for path in sorted(root.iterdir()) if path.is_file()]
+    described = [path.read_bytes() for path in sorted(root.glob("*.json"))]  # with the checksums of the shards
+    return hashlib.sha256(repr((split, sizes, described)).encode()).hexdigest()[:32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +247,7 @@ class Example:
     source: TfdsSource
     index: int
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+    def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
         _, examples = _examples(self.source.builder)
         try:
             example = examples[self.index]
@@ -257,12 +261,19 @@ class Example:
             yield 0, Dropped(self.id, "read", "has no caption")
             return
         cutting = self.source.cutting
-        length = cutting.num_frames
-        if len(frames) < length:
-            detail = f"{len(frames)} frames of {length}"
+        cutter = cutting.cutter(first, curation)
+        if len(frames) < cutting.num_frames:
+            detail = f"{len(frames)} frames of {cutting.num_frames}"
             yield 0, Dropped(self.id, "decode", "is shorter than one clip", detail)
-        for number in range(first, len(frames) // length):
-            chosen = frames[number * length :][:length]
-            chosen = chosen.repeat(3, -1) if chosen.shape[-1] == 1 else chosen
-            fitted = np.stack([video.fit(frame, cutting.height, cutting.width) for frame in chosen])
-            yield number, Clip(clip_id(self.id, number), fitted, cutting.fps, caption, attributes)
+
+        def scaled() -> Iterator[Frame]:
+            for position in range(cutter.instant, len(frames)):
+                frame = frames[position]
+                frame = frame.repeat(3, -1) if frame.shape[-1] == 1 else frame
+                image = video.fit(frame, cutting.height, cutting.width)
+                yield Frame(position / cutting.fps, 1 / cutting.fps, image, False)
+
+        for window in cutter.cut(scaled(), cutting.height, cutting.width):
+            assert window.frames is not None  # none is damaged
+            name = clip_id(self.id, window.number)
+            yield window.number, Clip(name, window.frames, cutting.fps, caption, attributes)

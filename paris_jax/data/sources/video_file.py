@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from paris_jax.config.sections import CurationSettings
 from paris_jax.data import footage, video
-from paris_jax.data.cutting import cut
+from paris_jax.data.cutting import Cutter, Window
 from paris_jax.data.display import BadVideo, Rules
 from paris_jax.data.footage import Frame
-from paris_jax.data.sources.clip import Clip, Dropped
+from paris_jax.data.sources.clip import OFF, Clip, Dropped
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")  # fmt: skip  # noqa: E501
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -40,6 +41,15 @@ class Cutting:
     def seconds(self) -> float:
         """Length of a clip."""
         return self.num_frames / self.fps
+
+    def cutter(self, first: int, curation: CurationSettings) -> Cutter:
+        """Cuts a video's frames, from clip `first` on."""
+        is_cut = None
+        if curation.scene_cuts:
+            from paris_jax.data.scenes import SceneCuts
+
+            is_cut = SceneCuts(curation.scene_threshold)
+        return Cutter(self.num_frames, self.fps, curation.stride_frames, first, is_cut)
 
     def size(self, rows: float, columns: float) -> tuple[int, int]:
         """The size that a displayed frame is scaled to before it is cropped."""
@@ -97,21 +107,26 @@ class VideoFile:
     cutting: Cutting
     attributes: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
+    def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
         """Decodes the clips in one pass; what breaks ends the video with its reason."""
         cutting, number, end = self.cutting, first, 0.0
         with _opened(self.file) as file:
+            if left_out := _left_out(file, self.id, curation):
+                yield 0, left_out
+                return
+            file.seek(0)
+            cutter = cutting.cutter(first, curation)
 
             def frames() -> Iterator[Frame]:
                 nonlocal end
-                start = first * cutting.seconds
+                start = cutter.instant / cutting.fps
                 for frame in footage.decode(file, start, cutting.size, cutting.rules, self.id, threads=1):
                     end = frame.seconds + frame.duration
                     yield frame
 
             try:
-                for window in cut(frames(), cutting.num_frames, cutting.height, cutting.width, cutting.fps, first):
-                    yield window.number, self._clip(window.number, window.frames, window.fault)
+                for window in cutter.cut(frames(), cutting.height, cutting.width):
+                    yield window.number, _item(self, window)
                     number = window.number + 1
                 file.seek(0)
                 promised = footage.promised_seconds(file)
@@ -119,17 +134,36 @@ class VideoFile:
                 name = self.id if not number else clip_id(self.id, number)
                 yield number, Dropped(name, "decode", error.reason, error.detail)
                 return
-        if int((promised + 1e-3) / cutting.seconds) > number and promised - end > max(0.5, 0.02 * promised):
+        if promised - end > max(0.5, 0.02 * promised) and promised >= cutting.seconds:
             name = self.id if not number else clip_id(self.id, number)
             yield number, Dropped(name, "decode", "breaks off", f"at {end:.2f} of {promised:.2f} s")
-        elif not number:
+        elif not number and end < cutting.seconds:
             yield 0, Dropped(self.id, "decode", "is shorter than one clip", f"{end:.2f} s of {cutting.seconds:.2f} s")
+        elif not number:
+            yield 0, Dropped(self.id, "curate", "has no scene as long as a clip", f"{cutting.seconds:.2f} s")
 
-    def _clip(self, number: int, frames: np.ndarray | None, fault: str) -> Clip | Dropped:
-        name = clip_id(self.id, number)
-        if frames is None:
-            return Dropped(name, "decode", fault)
-        return Clip(name, frames, self.cutting.fps, self.caption, self.attributes)
+
+def _left_out(file: BinaryIO, name: str, curation: CurationSettings) -> Dropped | None:
+    """What the config says about videos, before they are decoded."""
+    if not (curation.min_side or curation.min_seconds):
+        return None
+    try:
+        found = footage.probe(file)
+    except BadVideo as error:
+        return Dropped(name, "decode", error.reason, error.detail)
+    if min(found.height, found.width) < curation.min_side:
+        return Dropped(name, "curate", "is too small", f"{found.width} x {found.height} of {curation.min_side}")
+    if found.duration < curation.min_seconds - 1e-3:
+        detail = f"{found.duration:.2f} s of {curation.min_seconds:g} s"
+        return Dropped(name, "curate", "is shorter than curation.min_seconds", detail)
+    return None
+
+
+def _item(source: "VideoFile | FrameFolder", window: Window) -> Clip | Dropped:
+    name = clip_id(source.id, window.number)
+    if window.frames is None:
+        return Dropped(name, "decode", window.fault)
+    return Clip(name, window.frames, source.cutting.fps, source.caption, source.attributes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,20 +174,30 @@ class FrameFolder:
     path: str
     caption: str
     cutting: Cutting
+    attributes: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def clips(self, first: int = 0) -> Iterator[tuple[int, Clip | Dropped]]:
-        length, cutting = self.cutting.num_frames, self.cutting
+    def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
         names = pictures(Path(self.path))
-        for number in range(first, len(names) // length):
-            name = clip_id(self.id, number)
-            try:
-                frames = [self._frame(each) for each in names[number * length :][:length]]
-            except BadVideo as error:
-                yield number, Dropped(name, "decode", "has a frame that " + error.reason, error.detail)
-                continue
-            yield number, Clip(name, np.stack(frames), cutting.fps, self.caption)
-        if len(names) < length:
-            yield 0, Dropped(self.id, "decode", "is shorter than one clip", f"{len(names)} frames of {length}")
+        cutter = self.cutting.cutter(first, curation)
+        broken: dict[int, BadVideo] = {}
+
+        def frames() -> Iterator[Frame]:
+            for position in range(cutter.instant, len(names)):
+                try:
+                    image = self._frame(names[position])
+                except BadVideo as error:
+                    broken[position], image = error, np.zeros((self.cutting.height, self.cutting.width, 3), np.uint8)
+                yield Frame(position / self.cutting.fps, 1 / self.cutting.fps, image, position in broken)
+
+        for window in cutter.cut(frames(), self.cutting.height, self.cutting.width):
+            item = _item(self, window)
+            if isinstance(item, Dropped) and broken:
+                error = broken[max(broken)]
+                item = Dropped(item.id, "decode", "has a frame that " + error.reason, error.detail)
+            yield window.number, item
+        if len(names) < self.cutting.num_frames:
+            detail = f"{len(names)} frames of {self.cutting.num_frames}"
+            yield 0, Dropped(self.id, "decode", "is shorter than one clip", detail)
 
     def _frame(self, name: str) -> np.ndarray:
         image = footage.read_image(Path(self.path) / name, self.cutting.rules, name)

@@ -8,6 +8,7 @@ are dropped, and the shard is read on behind them.
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ import msgspec
 from etils import epath
 
 from paris_jax.artifacts import safe_files
+from paris_jax.artifacts.schemas import SourceItem
 from paris_jax.data.sources.captions import CAPTION_COLUMNS
 from paris_jax.data.sources.clip import Dropped, Video
 from paris_jax.data.sources.source import Source
@@ -71,16 +73,26 @@ class WebDatasetSource(Source):
     def __len__(self) -> int:
         return len(self.names)
 
-    def stamp(self, index: int) -> str:
-        path = self.root + self.names[index]
+    def item(self, index: int) -> SourceItem:
+        path, name = self.root + self.names[index], self.names[index]
         try:
             if safe_files.is_local(path):
                 found = os.stat(path)
-                return repr((self.names[index], found.st_size, found.st_mtime_ns, self.caption_column))
+                return SourceItem(name, str((found.st_size, found.st_mtime_ns)))
             remote = epath.Path(path).stat()
-            return repr((self.names[index], remote.length, remote.mtime, self.caption_column))
+            return SourceItem(name, str((remote.length, remote.mtime)))
         except OSError as error:
-            return f"{self.names[index]}: {error.strerror or error}"
+            return SourceItem(name, f"cannot be read: {error.strerror or error}")
+
+    def content(self, index: int) -> str:
+        path = self.root + self.names[index]
+        if not safe_files.is_local(path):
+            return ""
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
 
     def describe(self) -> dict[str, Any]:
         return {"name": "webdataset", "shards": len(self.names)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from etils import epath
 
 from paris_jax.artifacts.schemas import ClusterManifest, RecordsManifest
@@ -43,9 +44,9 @@ class Collate:
             batch[name] = np.stack([getattr(record, name) for record in records])
         if "tokens" in self.fields:
             first = records[0].tokens
-            batch["tokens"] = np.zeros((len(records), self.text_length, first.shape[-1]), first.dtype)
+            batch["tokens"] = np.empty((len(records), self.text_length, first.shape[-1]), first.dtype)
             for row, record in zip(batch["tokens"], records, strict=True):
-                row[: len(record.tokens)] = record.tokens
+                row[: len(record.tokens)], row[len(record.tokens) :] = record.tokens, 0
         return {name: batch[name] for name in self.fields}
 
 
@@ -59,6 +60,7 @@ def training_batches(
     fields: Sequence[str] = FIELDS,
     threads: int = THREADS,
     read_ahead: int = READ_AHEAD,
+    workers: int = 0,
 ) -> Any:
     """Returns an endless iterator of batches, with `get_state()` and `set_state()` (JSON data).
 
@@ -76,6 +78,7 @@ def training_batches(
       fields: arrays that the role reads; the others are not moved.
       threads: number of reader threads.
       read_ahead: number of prefetched batches; they take the memory of about (read_ahead + 1) batches.
+      workers: processes that read, each with threads and prefetched batches of its own; 0: this process reads.
 
     Yields:
       A dict of arrays, b = batch / process_count:
@@ -101,7 +104,11 @@ def training_batches(
     batch_bytes = sum(array.nbytes for array in example.values()) * batch // process_count
     logger.info("the loader prefetches up to %d batches, about %.0f MB", read_ahead, read_ahead * batch_bytes / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
-    return iter(process_rows.to_iter_dataset(options))
+    batches = process_rows.to_iter_dataset(options)
+    if workers:
+        flags.FLAGS.mark_as_parsed()  # Grain passes absl's flags to its processes
+        batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers, read_ahead))
+    return iter(batches)
 
 
 def clip_ids(folders: epath.PathLike | Sequence[epath.PathLike], batch: int, seed: int, number: int) -> list[str]:

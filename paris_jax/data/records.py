@@ -32,6 +32,9 @@ T = TypeVar("T")
 ENDING = ".array_record"
 NULL = "null.safetensors"  # the null text embedding, unless it is zeros
 SHARD_SIZE = 512  # records
+# Groups of one record, because training reads them in random order. Latents hardly shrink, and Snappy is read in half
+# the time of the default compression (docs/benchmarks.md).
+WRITER_OPTIONS = "group_size:1,snappy"
 MOST_SHARDS = 128  # of a copy: a role reads all shards of all clusters, and each is an open file
 SPARE_FILES = 256  # that a process has open beside shards
 # Required entries of a manifest of records: with them a job runs from its folder alone.
@@ -117,8 +120,7 @@ def write_shard(path: epath.PathLike, records: Iterable[Record | bytes]) -> None
         try:
             with _write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # Groups of one record, because training reads them in random order.
-                writer = ArrayRecordWriter(str(local), "group_size:1")
+                writer = ArrayRecordWriter(str(local), WRITER_OPTIONS)
             with contextlib.closing(_Closing(writer, path)):
                 for record in records:
                     data = record if isinstance(record, bytes) else encode_record(record)

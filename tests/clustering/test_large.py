@@ -1,4 +1,4 @@
-"""The benchmark `tests.benchmarks.large` with thousands of clips instead of ten million: complete, in little memory."""
+"""What `python -m tests.benchmarks.large` shows for ten million clips, with thousands."""
 
 import dataclasses
 import json

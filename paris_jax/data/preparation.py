@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import multiprocessing
@@ -29,16 +28,17 @@ from paris_jax.artifacts.schemas import (
     FileEntry,
     ShardMarker,
     ShardStatistics,
+    SourceItem,
     TextDescription,
 )
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import CurationSettings
-from paris_jax.data import curation, dropped, index, previews, records, scenes
+from paris_jax.data import curation, dropped, index, previews, provenance, records, scenes
 from paris_jax.data.decoders import LIMITED, Decoders, Limits
 from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.parts import Part
 from paris_jax.data.records import Record
-from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
+from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video, video_of
 from paris_jax.data.sources.source import Source
 from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs, features, text
@@ -115,16 +115,68 @@ class Preparation:
         self._given, self._shard_size = clips, shard_size
 
     def is_finished(self) -> bool:
-        """Whether the data are complete; refuses those of another config or of other encoders."""
+        """Whether the data are complete, and of what the source and the encoders are now.
+
+        What has changed is said, and prepared again.
+
+        Raises:
+          UserError: they are of another config, or networks were trained on what has changed.
+        """
         if not manifest.exists(self.run.data):
             return False
         self.run.claim(self.experiment.to_dict(), self.experiment.hash)
-        existing = check_prepared(self.experiment, self.run.data, self.encoders)
-        if not self.run.shared_data.exists():
-            for marker in self.run.data.glob(f"*{records.ENDING}.json"):  # left by a run that was killed
-                marker.unlink(missing_ok=True)
+        existing = check_config(self.experiment, self.run.data)
+        changes = None if self.run.shared_data.exists() else self._changes()
+        if changes is None:
+            check_prepared(self.experiment, self.run.data, self.encoders)
+        if changes:
+            self._check_untrained(changes)
+            logger.warning("%s: %s; only this is prepared again", self.run.data, changes)
+            for level in ("", "*/", "clusters/*/"):  # of other clips: `cluster` makes them again
+                for path in self.run.partition.glob(level + manifest.FILE_NAME):
+                    path.unlink()
+            (self.run.data / manifest.FILE_NAME).unlink()
+            return False
         logger.info("%d clips are prepared already (%s)", existing.clips, self.run.data)
         return True
+
+    def _changes(self) -> provenance.Changes | None:
+        """What has changed since the shards were written; None where that cannot be known."""
+        if not any(self.run.data.glob(f"*{records.ENDING}.json")):  # an earlier version kept no provenance
+            return None
+        try:
+            jobs = self.jobs
+        except UserError as error:
+            logger.warning("what %s was made of is not here, so changes are not noticed: %s", self.run.data, error)
+            return None
+        paths = sorted(self.run.data.glob(f"*{records.ENDING}.json"))
+        changes, known = provenance.Changes(), 0
+        if {path.name for path in paths} <= {job.marker.name for job in jobs}:
+            for job in jobs[: len(paths)]:
+                known += len(job.read_marker().items)
+                changes.merge(job.renew_items())
+        else:  # another number of shards
+            markers = [manifest.read_json(path, ShardMarker) for path in paths]
+            items = tuple(item for marker in markers for item in marker.items)
+            ends = [marker.origin.get("indices", (0, 0))[-1] for marker in markers]
+            then = {**markers[0].origin, "indices": [0, max(ends)]}
+            whole, known = msgspec.structs.replace(markers[0], origin=then, items=items), len(items)
+            now = {**jobs[0].origin, "indices": [0, len(self.clips)]}
+            changes, _ = provenance.compare(whole, now, self.clips, range(len(self.clips)))
+        if known and len(changes.gone) > known / 2:
+            raise UserError(
+                f"{self.run.data}: {changes}; more than half of the source is gone, as if its disk was not there; "
+                "bring it back, or prepare what is left with a new --workdir"
+            )
+        return changes
+
+    def _check_untrained(self, changes: provenance.Changes) -> None:
+        trained = provenance.trained_networks(self.run)
+        if trained:
+            raise UserError(
+                f"{self.run.data} is not what its source is now: {changes}; {', '.join(trained)} learned from the old "
+                f"clips; use a new --workdir, or delete {', '.join(trained)} and run the same command again"
+            )
 
     @functools.cached_property
     def clips(self) -> Source:
@@ -171,7 +223,7 @@ class Preparation:
                     for job in missing:
                         if beyond(job):
                             break
-                        write(job, lambda: progress.advance(task), self.store, pool)
+                        renew(job, lambda: progress.advance(task), self.store, pool)
             else:
                 # Spawned, because a forked process would inherit locks of JAX's threads.
                 context = multiprocessing.get_context("spawn")
@@ -226,11 +278,17 @@ class Beyond:
         return self.clips >= job.most
 
 
-def check_prepared(experiment: Experiment, folder: epath.Path, encoders: Mapping[str, Any]) -> DataManifest:
-    """The manifest of prepared clips; refuses those of another config, or of other weights of the encoders."""
+def check_config(experiment: Experiment, folder: epath.Path) -> DataManifest:
+    """The manifest of prepared clips; refuses those of another config."""
     found = manifest.read(folder, DataManifest)
     if found.config_hash != experiment.prepared_hash:
         raise UserError(f"{folder} was made with another config; use a new --workdir, or delete {folder}")
+    return found
+
+
+def check_prepared(experiment: Experiment, folder: epath.Path, encoders: Mapping[str, Any]) -> DataManifest:
+    """The manifest of prepared clips; refuses those of another config, or of other weights of the encoders."""
+    found = check_config(experiment, folder)
     if weights_of(found.codec, found.text, found.features) != encoders:
         raise UserError(f"{folder} was made with other weights of its encoders; use those weights, or a new --workdir")
     return found
@@ -331,13 +389,10 @@ class Shard:
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """Provenance of the shard; a marker with any other provenance is ignored."""
-        items = hashlib.sha256()
-        for number in self.indices:
-            items.update(hashlib.sha256(repr(self.clips.item(number)).encode(errors="surrogateescape")).digest())
+        """Provenance of the shard, beside that of its items."""
         config = {"config_hash": self.experiment.prepared_hash, "encoders": self.encoders}
-        source = {"source": self.clips.describe(), "indices": [self.indices.start, self.indices.stop]}
-        return {**config, **source, "items": items.hexdigest(), "decoding": DECODING_VERSION}
+        source = {"source": self.clips.identity(), "indices": [self.indices.start, self.indices.stop]}
+        return {**config, **source, "decoding": DECODING_VERSION if self.clips.isolated else 0}
 
     @property
     def limits(self) -> tuple[float, int]:
@@ -352,10 +407,17 @@ class Shard:
         return manifest.read_json(self.marker, ShardMarker)
 
     def is_done(self) -> bool:
-        if not all(path.exists() for path in (*self.files, self.marker)):
+        if not (self.path.exists() and self.marker.exists()):
             return False
-        found = self.read_marker()
-        return found.origin == self.origin and found.limits in (None, self.limits)
+        return not self.renew_items() and self.read_marker().limits in (None, self.limits)
+
+    def renew_items(self) -> provenance.Changes:
+        """What has changed since the shard was written; notes new times of files whose contents are the same."""
+        marker = self.read_marker()
+        changes, items = provenance.compare(marker, self.origin, self.clips, self.indices)
+        if changes.touched and not changes:
+            manifest.write_json(self.marker, msgspec.to_builtins(msgspec.structs.replace(marker, items=items)))
+        return changes
 
 
 class Tally:
@@ -407,7 +469,59 @@ class Tally:
 
 def _write(job: Shard, decoders: int) -> int:
     with _decoders(job.experiment, job.clips, decoders) as pool:
-        return write(job, pool=pool)
+        return renew(job, pool=pool)
+
+
+def renew(
+    job: Shard,
+    advance: Callable[[], object] = lambda: None,
+    store: EncoderStore | None = None,
+    pool: Decoders | None = None,
+) -> int:
+    """Writes a shard: with its old latents where only captions or the text encoder changed; returns its items."""
+    is_text_only = job.path.exists() and job.marker.exists() and job.renew_items().is_text_only
+    if is_text_only and write_texts(job, store):
+        for _ in job.indices:
+            advance()
+        return len(job.indices)
+    return write(job, advance, store, pool)
+
+
+def write_texts(job: Shard, store: EncoderStore | None = None) -> bool:
+    """Writes a shard anew with its old latents and the captions of now; False where that takes decoding, too."""
+    marker, experiment = job.read_marker(), job.experiment
+    items = provenance.read_items(job.clips, job.indices)
+    then = {item.id: item.caption for item in marker.items}
+    changed = {item.id: number for item, number in zip(items, job.indices) if item.caption != then[item.id]}
+    captions = {name: job.clips.caption(number) for name, number in changed.items()}
+    lost = {video_of(item.id) for item in marker.dropped}
+    if not all(captions.values()) or lost & changed.keys() or (changed and experiment.curation != OFF):
+        return False
+    if any(item.stage == "caption" for item in marker.dropped):
+        return False
+    nothing = np.zeros((0, 1, 1, 3), np.uint8)
+    clips = [
+        Clip(old.id, nothing, 1.0, captions.get(video_of(old.id)) or old.caption, old.attributes)
+        for old in records.read_shard(job.path)
+    ]
+    refused = list[Dropped]()
+    found = list(_captioned(experiment, clips, store or EncoderStore(), refused.append))
+    if refused:
+        return False
+    tally, entries = Tally(), index.Writer()
+
+    def renewed() -> Iterator[Record]:
+        for record, (clip, (tokens, pooled)) in zip(records.read_shard(job.path), found, strict=True):
+            record = dataclasses.replace(record, caption=clip.caption, tokens=tokens, pooled=pooled)
+            tally.add(record)
+            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
+            yield record
+
+    records.write_shard(job.path, renewed())
+    entries.write(job.index)
+    content = {"tally": tally.to_json(), "items": msgspec.to_builtins(items)}
+    write_marker(job, {**msgspec.to_builtins(marker), "origin": job.origin, **content})
+    return True
 
 
 def write(
@@ -420,6 +534,7 @@ def write(
     tally, lost, entries = Tally(), list[Dropped](), index.Writer()
     shown, settings = previews.Previews(), job.experiment.curation
     hashes: dict[str, str] = {}
+    items = list[SourceItem]()
 
     def drop(item: Dropped) -> None:
         if job.strict and item.stage != "curate":
@@ -428,6 +543,7 @@ def write(
 
     def videos() -> Iterator[Video | Dropped]:
         for number in job.indices:
+            items.extend(provenance.read_items(job.clips, [number]))
             yield from job.clips.videos(number)
             advance()
 
@@ -454,6 +570,9 @@ def write(
     previews.write(job.previews, shown, [entry.id for entry in entries.entries])
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
     content: dict[str, Any] = {"tally": tally.to_json(), "dropped": [vars(item) for item in lost], "limits": limits}
+    items += provenance.read_items(job.clips, job.indices[len(items) :])  # behind the last clip that is wanted
+    provenance.check_unchanged(items, job.clips, job.indices)
+    content["items"] = msgspec.to_builtins(items)
     content["hashes"] = [hashes[entry.id] for entry in entries.entries] if hashes else []
     write_marker(job, content)
     return len(job.indices)
@@ -462,7 +581,8 @@ def write(
 def write_marker(job: Shard, content: Mapping[str, Any]) -> None:
     """Writes the marker of a finished shard, with the hashes of its files."""
     files = {path.name: msgspec.to_builtins(manifest.describe_file(path)) for path in job.files}
-    manifest.write_json(job.marker, {"origin": job.origin, **content, "files": files})
+    marker = msgspec.convert({**content, "origin": job.origin, "files": files}, ShardMarker)
+    manifest.write_json(job.marker, msgspec.to_builtins(marker))
 
 
 def decode(videos: Iterable[Video | Dropped], settings: CurationSettings = OFF) -> Iterator[Clip | Dropped]:
@@ -568,7 +688,7 @@ def text_encoder(experiment: Experiment, vocabulary: Iterable[str], store: Encod
 
 
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
-    """Writes the list of what was dropped and the manifest of all shards, then deletes their markers."""
+    """Writes the list of what was dropped and the manifest of all shards; their markers say what they were made of."""
     total, lost, kept, known = Tally(), list(clips.dropped), list[Shard](), dict[str, FileEntry]()
     leave_out_near_duplicates(jobs, experiment.curation)
     for job in jobs:
@@ -605,10 +725,11 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         cond_images=experiment.data.cond_images,
         dropped=dropped.counts(lost),
     )
-    for job in jobs:
-        job.marker.unlink(missing_ok=True)
-    for job in jobs[len(kept) :]:
-        for path in job.files:
+    if not lost:
+        (run.data / dropped.FILE_NAME).unlink(missing_ok=True)
+    names = {name for job in kept for name in (*(path.name for path in job.files), job.marker.name)}
+    for path in run.data.glob(f"{STEM}-*-of-*"):  # of another number of shards, or behind the last that is wanted
+        if path.name not in names:
             path.unlink(missing_ok=True)
     logger.info("%d clips are prepared: %s", total.clips, run.data)
 

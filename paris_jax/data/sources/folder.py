@@ -123,6 +123,9 @@ class FolderSource(Source):
         path = Path(self.root, name)
         return [(each, each.stat()) for each in (map(path.joinpath, pictures(path)) if path.is_dir() else [path])]
 
+    def identity(self) -> dict[str, Any]:
+        return {"name": "folder"}
+
     def describe(self) -> dict[str, Any]:
         return {"name": "folder", "videos": len(self.names)}
 

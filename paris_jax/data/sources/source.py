@@ -37,6 +37,10 @@ class Source(abc.ABC):
     def item(self, index: int) -> SourceItem:
         """What an item is known by without reading it: id, size, time of change, hash of its caption."""
 
+    def identity(self) -> dict[str, Any]:
+        """What tells one source from another, whatever its items are; by default its description."""
+        return self.describe()
+
     def content(self, index: int) -> str:
         """Hash of what an item holds; "" where that cannot be read cheaply: its state decides alone."""
         return ""

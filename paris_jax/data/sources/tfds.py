@@ -225,6 +225,9 @@ class TfdsSource(Source):
     def item(self, index: int) -> SourceItem:
         return SourceItem(f"{self.name}-{self.builder.split}-{index:08d}", self.files)
 
+    def identity(self) -> dict[str, Any]:
+        return {"name": "tfds", "builder": self.name, "split": self.builder.split}
+
     def describe(self) -> dict[str, Any]:
         return {"name": "tfds", "builder": self.name, "split": self.builder.split, "examples": self.count}
 

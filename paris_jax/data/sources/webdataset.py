@@ -94,6 +94,9 @@ class WebDatasetSource(Source):
         except OSError:
             return ""
 
+    def identity(self) -> dict[str, Any]:
+        return {"name": "webdataset"}
+
     def describe(self) -> dict[str, Any]:
         return {"name": "webdataset", "shards": len(self.names)}
 

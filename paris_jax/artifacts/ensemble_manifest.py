@@ -162,6 +162,13 @@ def _sampling(values: dict[str, Any], folder: epath.Path) -> SamplingSettings:
         raise UserError(f"{folder / manifest.FILE_NAME}: sampling: {error}; {manifest.REMEDY}") from None
 
 
+def folders(folder: epath.Path) -> dict[str, epath.Path]:
+    """The folder of each network that an ensemble names: "expert 0", ..., "router"."""
+    found, root = manifest.read(folder, EnsembleManifest), _root(folder)
+    named = {f"expert {k}": entry for k, entry in sorted(found.experts.items())} | {"router": found.router}
+    return {name: safe_files.inside(folder, entry.path, root) for name, entry in named.items()}
+
+
 def expert_manifests(folder: epath.Path) -> dict[int, NetworkManifest]:
     """The manifest of each expert that an ensemble names, by its cluster."""
     entries, root = manifest.read(folder, EnsembleManifest).experts, _root(folder)

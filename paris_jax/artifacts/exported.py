@@ -9,6 +9,7 @@ a part can still be badly or maliciously trained.
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from paris_jax.models.router import RouterConfig
 WEIGHTS = "model.safetensors"
 DTYPES = ("float32", "bfloat16")
 HEADER_BYTES = 16 << 20  # of a safetensors file, at most
+CHECKS = ("manifest", "files", "network", "hash", "tensors")  # of `read`, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,32 +72,41 @@ def write(
     )
 
 
-def read(folder: epath.PathLike) -> ExportedNetwork:
+def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda name, detail: None) -> ExportedNetwork:
     """Reads an exported network, validating every file and every array.
+
+    Args:
+      passed: called after each of `CHECKS` with its name and what was found.
 
     Raises:
       UserError: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another
-      dtype
-        or not finite, by name.
+        dtype or not finite, by name.
     """
     folder = epath.Path(folder)
     found = manifest.read(folder, NetworkManifest)
+    role = found.role if found.cluster is None else f"{found.role} {found.cluster}"
+    passed("manifest", f"{role}, config {found.config_hash[:12]}, partition {found.partition[:12] or 'not known'}")
     if found.files.keys() != {WEIGHTS}:
         raise UserError(f"{folder}: its manifest must name {WEIGHTS} and no other file; copy it again")
     extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, WEIGHTS})
     if extra:
         raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove what is extra")
+    passed("files", f"{WEIGHTS}, {found.files[WEIGHTS].bytes:,} bytes, nothing else")
     config = network(found, folder)
     largest = functional.count(config) * 4 + HEADER_BYTES
     if found.files[WEIGHTS].bytes > largest:
         raise UserError(f"{folder / WEIGHTS} is larger than its network, {largest:,} bytes at most; copy it again")
+    passed("network", f"{functional.count(config):,} parameters, {getattr(config, 'prediction_type', 'router')}")
     data = safe_files.read_bytes(folder / WEIGHTS, largest)
-    manifest.check_hash(folder / WEIGHTS, hashlib.sha256(data).hexdigest(), found.files[WEIGHTS])
+    sha256 = hashlib.sha256(data).hexdigest()
+    manifest.check_hash(folder / WEIGHTS, sha256, found.files[WEIGHTS])
+    passed("hash", f"sha256 {sha256[:12]}")
     try:
         arrays = loads(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
     _check_arrays(arrays, config, folder / WEIGHTS)
+    passed("tensors", f"{len(arrays)} arrays, {'/'.join(sorted({a.dtype.name for a in arrays.values()}))}, all finite")
     # Matrices keep their stored dtype: they are nearly all of a large network.
     params = functional.from_names({n: a if n.endswith("kernel") else a.astype(np.float32) for n, a in arrays.items()})
     return ExportedNetwork(folder, config, params, found)

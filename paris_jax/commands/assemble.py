@@ -8,6 +8,7 @@ from etils import epath
 
 from paris_jax.artifacts import ensemble_manifest, exported, locks, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
+from paris_jax.artifacts.validation import Validation
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.errors import UserError
@@ -59,6 +60,7 @@ def _assemble(
     for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
         if part.manifest.config_hash != experiment.hash:
             raise UserError(f"{part.folder} was trained with another config than {run.config}; train it again here")
+    Validation().peers(experts)
     _check_kinds(experiment, experts, {k: part for k, part in experts.items() if k not in elsewhere})
     before = _text(run)
     experts = {k: _own_copy(part, run, k) if k in elsewhere else part for k, part in experts.items()}

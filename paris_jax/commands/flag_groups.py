@@ -230,6 +230,10 @@ def exporting(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "safetensors file, or folder of the ensemble, to write", flag_values=values)
 
 
+def validating(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("probe", True, "also run every network once; --noprobe for the files alone", flag_values=values)
+
+
 def evaluating(values: flags.FlagValues) -> None:
     flags.DEFINE_string("generated", None, "folder of videos to score, instead of a run", flag_values=values)
     flags.DEFINE_string("reference", None, "folder of real videos to score them against", flag_values=values)

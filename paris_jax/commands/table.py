@@ -208,6 +208,14 @@ def _plan(call: Call) -> None:
     plan(experiment, target, roles, call["mfu"], call["price"], call["search"], call["json"])
 
 
+def _validate(call: Call) -> None:
+    from paris_jax.commands.validate import validate
+
+    if len(call.files) != 1:
+        raise UserError("Name one network or ensemble: paris-jax validate RUN/experts/0/export, or RUN/ensemble")
+    validate(call.files[0], call["probe"])
+
+
 def _status(call: Call) -> None:
     from paris_jax.commands.status import status
 
@@ -311,6 +319,13 @@ COMMANDS = {
         ),
         (flag_groups.config, flag_groups.workdir, flag_groups.checking, flag_groups.assembling),
         _assemble,
+    ),
+    "validate": Command(
+        "every check of an exported network or an ensemble, as a table",
+        ("paris-jax validate runs/shapes/experts/0/export", "paris-jax validate runs/shapes/ensemble"),
+        (flag_groups.validating,),
+        _validate,
+        takes_files=True,
     ),
     "sample": Command(
         "prompts to videos",

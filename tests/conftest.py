@@ -51,7 +51,7 @@ SLOW = (
     *("test_factorised", "test_diffusion", "test_estimate", "test_step", "test_sampling", "test_progress"),
     *("test_mixture", "test_bundled", "test_quantized_and_offloaded", "test_distributed", "test_sample", "test_parity"),
     *("test_optimizers", "test_docs", "test_checkpoints_of_several", "test_launcher", "test_build", "test_publish"),
-    *("test_i3d", "test_i3d_parity"),
+    *("test_i3d", "test_i3d_parity", "test_parts", "test_text_buckets"),
 )
 
 

@@ -65,7 +65,7 @@ class MaskSettings:
 # Fields of `TrainingSettings` that do not change what is learned, only how and where it is computed: a job may be
 # resumed with other values.
 EXECUTION_FIELDS = (
-    *("grad_accum_steps", "fsdp", "tensor", "sequence"),
+    *("grad_accum_steps", "fsdp", "tensor", "sequence", "text_buckets"),
     *("log_every_steps", "checkpoint_every_steps", "max_to_keep", "keep_period"),
 )
 
@@ -121,6 +121,12 @@ class TrainingSettings:
     fsdp: int = setting(1, "devices that share the batch and shard the parameters", at_least=1)
     tensor: int = setting(1, "devices that share heads and hidden features", at_least=1)
     sequence: int = setting(1, "devices that share the tokens of each clip", at_least=1)
+    text_buckets: int = setting(
+        1,
+        "static lengths that a batch's texts are padded to, evenly spaced up to the longest; each is compiled once",
+        at_least=1,
+        at_most=16,
+    )
     log_every_steps: int = setting(20, "steps per line of metrics", at_least=1)
     checkpoint_every_steps: int = setting(500, "steps between checkpoints", at_least=1)
     max_to_keep: int = setting(2, "newest checkpoints to keep", at_least=1)

@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 
 from paris_jax.artifacts.schemas import ClusterManifest, RecordsManifest
-from paris_jax.data.records import Record, Records, read_manifest, read_records
+from paris_jax.data.records import Record, Records, read_manifest, read_records, read_text_lengths
 from paris_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,13 @@ class Collate:
 
     Attributes:
       text_length: length to which tokens are padded with zeros.
+      buckets: chooses a smaller one for some batches; None pads all to `text_length`.
       fields: arrays of the batch, some of `FIELDS` and cond_images.
     """
 
     text_length: int
     fields: tuple[str, ...] = FIELDS
+    buckets: "TextBuckets | None" = None
 
     def __call__(self, samples: Sequence[tuple[int, Record]]) -> dict[str, np.ndarray]:
         records = [record for _, record in samples]
@@ -44,10 +46,43 @@ class Collate:
             batch[name] = np.stack([getattr(record, name) for record in records])
         if "tokens" in self.fields:
             first = records[0].tokens
-            batch["tokens"] = np.empty((len(records), self.text_length, first.shape[-1]), first.dtype)
+            length = self.buckets.length(samples[0][0]) if self.buckets else self.text_length
+            batch["tokens"] = np.empty((len(records), length, first.shape[-1]), first.dtype)
             for row, record in zip(batch["tokens"], records, strict=True):
                 row[: len(record.tokens)], row[len(record.tokens) :] = record.tokens, 0
         return {name: batch[name] for name in self.fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBuckets:
+    """The static lengths that texts are padded to: each batch gets the shortest that holds its longest text.
+
+    A process knows the texts of the whole batch, not only of its own rows, so that all processes choose alike.
+
+    Attributes:
+      lengths: allowed lengths, ascending; the last holds every text.
+      texts: stream of the texts' lengths, in the order of the clips.
+      batch: global batch size.
+    """
+
+    lengths: tuple[int, ...]
+    texts: Any
+    batch: int
+
+    def length(self, position: int) -> int:
+        """The length for the batch that holds the sample at this position of the stream."""
+        begin = position - position % self.batch
+        longest = max(int(self.texts[sample]) for sample in range(begin, begin + self.batch))
+        return next(length for length in self.lengths if length >= longest)
+
+
+def bucket_lengths(longest: int, count: int, multiple: int = 1, shortest: int = 1) -> tuple[int, ...]:
+    """`count` lengths, evenly spaced up to `longest`, each rounded up to a multiple.
+
+    There are fewer where some coincide, or are below `shortest`.
+    """
+    made = (-(-longest * i // count) for i in range(1, count + 1))
+    return tuple(sorted({length + -length % multiple for length in made if length >= shortest}))
 
 
 def training_batches(
@@ -61,6 +96,7 @@ def training_batches(
     threads: int = THREADS,
     read_ahead: int = READ_AHEAD,
     workers: int = 0,
+    text_lengths: Sequence[int] = (),
 ) -> Any:
     """Returns an endless iterator of batches, with `get_state()` and `set_state()` (JSON data).
 
@@ -75,6 +111,8 @@ def training_batches(
       process_index: index of the part of each batch to return, out of `process_count` equal parts.
       process_count: number of parts: one per process, or one per group of processes that need the same samples.
       text_length: length to which tokens are padded; by default that of the longest caption.
+      text_lengths: static lengths of which each batch gets the shortest that holds its texts, the last being
+        `text_length`; by default every batch has that.
       fields: arrays that the role reads; the others are not moved.
       threads: number of reader threads.
       read_ahead: number of prefetched batches; they take the memory of about (read_ahead + 1) batches.
@@ -94,13 +132,17 @@ def training_batches(
     check_batches(sources, batch, process_count)
     shared = sources[0][0]
     collate = Collate(text_length or shared.text_length, tuple(fields))
+    if len(text_lengths) > 1 and "tokens" in fields:
+        texts = np.concatenate([read_text_lengths(path) for _, path in sources])
+        buckets = TextBuckets(tuple(text_lengths), _in_stream_order(texts, seed), batch)
+        collate = dataclasses.replace(collate, buckets=buckets)
     rows = (
         _stream(sources, seed)
         .map_with_index(_with_position)
         .batch(batch // process_count, drop_remainder=True, batch_fn=collate)
     )
     process_rows = rows[process_index::process_count]
-    example = collate([(0, read_records(sources[0][1])[0])])
+    example = dataclasses.replace(collate, buckets=None)([(0, read_records(sources[0][1])[0])])
     batch_bytes = sum(array.nbytes for array in example.values()) * batch // process_count
     logger.info("the loader prefetches up to %d batches, about %.0f MB", read_ahead, read_ahead * batch_bytes / 1e6)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
@@ -125,7 +167,12 @@ def _read_sources(folders: epath.PathLike | Sequence[epath.PathLike]) -> list[tu
 
 
 def _stream(sources: Sequence[tuple[RecordsManifest, epath.PathLike]], seed: int) -> Any:
-    return grain.MapDataset.source(Records([path for _, path in sources])).seed(seed).shuffle().repeat()
+    return _in_stream_order(Records([path for _, path in sources]), seed)
+
+
+def _in_stream_order(source: Any, seed: int) -> Any:
+    """An endless stream of items, each epoch in its own order, which depends on their number and on `seed` only."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
 def _with_position(position: int, record: Record) -> tuple[int, Record]:

@@ -6,7 +6,6 @@ shards (see `read_manifest`); records are numbered across the shards, in order o
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import resource
@@ -26,10 +25,12 @@ from paris_jax.artifacts.safe_files import is_local
 from paris_jax.artifacts.schemas import ClusterManifest, DataManifest, HeldoutManifest, RecordsManifest
 from paris_jax.artifacts.tensors import loads
 from paris_jax.config import hashing
+from paris_jax.data import staging
 from paris_jax.errors import UserError, first_line
 
 T = TypeVar("T")
 ENDING = ".array_record"
+TEXT_LENGTHS = "text_lengths.safetensors"  # of a copy: tokens of each record, in order
 NULL = "null.safetensors"  # the null text embedding, unless it is zeros
 SHARD_SIZE = 512  # records
 # Groups of one record, because training reads them in random order. Latents hardly shrink, and Snappy is read in half
@@ -101,6 +102,12 @@ def with_cluster(data: bytes, cluster: int) -> bytes:
     header = header.rstrip(b" ").replace(_NO_CLUSTER, _NO_CLUSTER.replace(b"null", str(cluster).encode()))
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def text_length_of(data: bytes) -> int:
+    """The number of text tokens of an encoded record, from its header alone."""
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return json.loads(header)["tokens"]["shape"][0]
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
@@ -273,6 +280,8 @@ def copy_records(
 ) -> list[str]:
     """Copies the selected records into new shards and sets their clusters; writes no manifest.
 
+    The lengths of their texts are written beside them (`read_text_lengths`).
+
     Args:
       source: folder or folders of records.
       indices: indices of the records to copy, in output order.
@@ -283,7 +292,7 @@ def copy_records(
       stem: prefix of the shards' names.
 
     Returns:
-      The names of the shards.
+      The names of the files.
     """
     if len(indices) != len(clusters):
         raise ValueError(f"{len(indices)} indices and {len(clusters)} clusters: the numbers must be equal")
@@ -291,11 +300,35 @@ def copy_records(
     shard_size = shard_size or max(SHARD_SIZE, -(-len(indices) // MOST_SHARDS))
     count = max(1, -(-len(indices) // shard_size))
     names = [shard_name(stem, number, count) for number in range(count)]
+    lengths: list[int] = []
+
+    def copied(index: int, cluster: int) -> bytes:
+        data = records.read(index, partial(with_cluster, cluster=cluster))
+        lengths.append(text_length_of(data))
+        return data
+
     for number, name in enumerate(names):
         chosen = slice(number * shard_size, (number + 1) * shard_size)
         pairs = zip(indices[chosen], clusters[chosen], strict=True)
-        write_shard(out / name, (records.read(int(i), partial(with_cluster, cluster=int(k))) for i, k in pairs))
-    return names
+        write_shard(out / name, (copied(int(i), int(k)) for i, k in pairs))
+    lengths_file = safetensors.numpy.save({"lengths": np.asarray(lengths, np.uint16)})
+    manifest.write_atomically(out / TEXT_LENGTHS, lengths_file)
+    return [*names, TEXT_LENGTHS]
+
+
+def read_text_lengths(folder: epath.PathLike) -> np.ndarray:
+    """The number of text tokens (N,) uint16 of each record of a folder that `copy_records` wrote, in order.
+
+    Raises:
+      UserError: an earlier version wrote the folder.
+    """
+    folder = epath.Path(folder)
+    if TEXT_LENGTHS not in read_manifest(folder).files:
+        raise UserError(
+            f"{folder} does not say how long its texts are, because an earlier version wrote it; cluster again in a "
+            "new --workdir, or set config.training.text_buckets=1"
+        )
+    return safetensors.numpy.load((folder / TEXT_LENGTHS).read_bytes())["lengths"]
 
 
 def write_null(folder: epath.PathLike, tokens: np.ndarray, pooled: np.ndarray) -> list[str]:
@@ -318,16 +351,9 @@ def read_null(folder: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _shards(folder: epath.Path) -> list[str]:
-    """Returns local paths of a folder's shards; shards in a bucket are first copied to a local cache."""
-    names = sorted(name for name in read_manifest(folder).files if name.endswith(ENDING))
+    """Returns local paths of a folder's shards; shards in a bucket are first copied to this machine."""
+    files = read_manifest(folder).files
+    names = sorted(name for name in files if name.endswith(ENDING))
     if is_local(folder):
         return [str(folder / name) for name in names]
-    digest = hashlib.sha256(str(folder).encode() + (folder / manifest.FILE_NAME).read_bytes()).hexdigest()
-    cache = epath.Path(tempfile.gettempdir()) / "paris_jax" / digest[:16]
-    cache.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if not (cache / name).exists():
-            partial = cache / f".{name}.{os.getpid()}.partial"  # other jobs on this machine may copy it, too
-            (folder / name).copy(partial, overwrite=True)
-            partial.replace(cache / name)
-    return [str(cache / name) for name in names]
+    return staging.stage(folder, {name: files[name].bytes for name in names})

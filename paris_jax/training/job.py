@@ -13,7 +13,7 @@ from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.training import MaskSettings, TrainingSettings
-from paris_jax.data.loader import training_batches
+from paris_jax.data.loader import bucket_lengths, training_batches
 from paris_jax.diffusion import timesteps
 from paris_jax.encoders import text as texts
 from paris_jax.encoders.codecs import UNIT_SCALE, LatentScale
@@ -97,10 +97,12 @@ def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, in
     """A function of (index, number of parts) that makes the iterator of that part of each batch (`train.train`)."""
     settings = job.settings
 
+    null = len(job.null["tokens"]) if job.null else 1  # takes the place of texts that are dropped
+    lengths = bucket_lengths(job.padded_text_length, settings.text_buckets, settings.sequence, null)
+
     def batches(part: int, parts: int) -> Any:
-        return training_batches(
-            folders, settings.global_batch_size, settings.seed, part, parts, job.padded_text_length, job.fields
-        )
+        shared = (settings.global_batch_size, settings.seed, part, parts, job.padded_text_length, job.fields)
+        return training_batches(folders, *shared, text_lengths=lengths)
 
     return batches
 

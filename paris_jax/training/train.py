@@ -87,7 +87,7 @@ class Run:
     stop: StopRequest
     profiler: "Profiler"
     last_saved: int
-    _take_step: Callable[..., Any] | None = None
+    _steps: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # by the shapes of a batch
 
     def is_due(self, step: int, start: int, stopping: bool) -> bool:
         """Whether to save before making update `step`."""
@@ -102,12 +102,17 @@ class Run:
         self.last_saved = step
 
     def compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Callable[..., Any]:
-        """The compiled step; the first call compiles it, and can be interrupted."""
-        if self._take_step is None:
+        """The compiled step for batches of these shapes; the first call compiles it, and can be interrupted."""
+        shapes = tuple(array.shape for array in batch.values())
+        if shapes not in self._steps:
+            began = time.perf_counter()
             compiled, learning_rate = self.stop.compiled(self.program.lower(state, batch)), self.program.learning_rate
-            self._take_step = lambda state, batch: compiled(state, batch, learning_rate)
-            self.clocks.lined, self.clocks.waited = time.perf_counter(), 0.0
-        return self._take_step
+            if self._steps:  # another length of texts: the time of the other steps counts
+                self.clocks.lined += time.perf_counter() - began
+            else:
+                self.clocks.lined, self.clocks.waited = time.perf_counter(), 0.0
+            self._steps[shapes] = lambda state, batch: compiled(state, batch, learning_rate)
+        return self._steps[shapes]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.data import records
-from paris_jax.data.loader import training_batches
+from paris_jax.data.loader import bucket_lengths, training_batches
 from paris_jax.data.records import Record
 from paris_jax.errors import UserError
 
@@ -173,3 +173,90 @@ def test_a_batch_holds_the_arrays_that_the_role_reads_and_no_others(folders):
     assert list(part) == list(fields)
     for name in fields:
         np.testing.assert_array_equal(part[name], whole[name])
+
+
+def copied(tmp_path, lengths) -> str:
+    """A cluster folder, as `cluster` writes it, of clips with texts of these lengths; clip n has the latent n."""
+    made = [
+        Record(f"c-{n}", np.full((1, 2, 2, 3), n, np.float16), np.full((length, 4), n + 1, np.float16),
+               np.full(4, n, np.float16), np.zeros(2, np.float32), "", {})
+        for n, length in enumerate(lengths)
+    ]  # fmt: skip
+    write_cluster(tmp_path / "data", 0, 1)
+    records.write_shard(tmp_path / "data" / records.shard_name("clips", 0, 1), made)
+    described = manifest.read(tmp_path / "data", ClusterManifest)
+    content = records.data_contract(described) | {"text_length": max(lengths), "clips": len(made), "cluster": 0}
+    manifest.write(tmp_path / "data", ClusterManifest, [records.shard_name("clips", 0, 1)], "hash", **content)
+    names = records.copy_records(
+        tmp_path / "data", np.arange(len(made)), np.zeros(len(made), int), tmp_path / "copy", 7
+    )
+    manifest.write(tmp_path / "copy", ClusterManifest, names, "hash", **content)
+    return tmp_path / "copy"
+
+
+LENGTHS = [{4: 5, 11: 8, 19: 7}.get(n, 1 + n % 2) for n in range(23)]
+
+
+def test_texts_are_padded_to_the_shortest_bucket_that_holds_the_batch(tmp_path):
+    folder = copied(tmp_path, LENGTHS)
+    whole = take(training_batches(folder, batch=3, seed=1), 40)
+    batches = take(training_batches(folder, batch=3, seed=1, text_lengths=(2, 5, 8)), 40)
+    assert {batch["tokens"].shape[1] for batch in batches} == {2, 5, 8}
+    for batch, full in zip(batches, whole):
+        width, longest = batch["tokens"].shape[1], batch["length"].max()
+        assert width == min(bucket for bucket in (2, 5, 8) if bucket >= longest)
+        np.testing.assert_array_equal(batch["tokens"], full["tokens"][:, :width])
+        assert not full["tokens"][:, width:].any()
+        assert_same(
+            [{k: v for k, v in batch.items() if k != "tokens"}], [{k: v for k, v in full.items() if k != "tokens"}]
+        )
+
+
+def test_processes_choose_the_same_bucket_without_talking_and_after_a_restart(tmp_path):
+    folder = copied(tmp_path, LENGTHS)
+    whole = take(training_batches(folder, batch=4, seed=1, text_lengths=(2, 5, 8)), 30)
+    shares = [
+        take(training_batches(folder, 4, 1, process_index=p, process_count=2, text_lengths=(2, 5, 8)), 30)
+        for p in range(2)
+    ]
+    for step, batch in enumerate(whole):
+        assert_same([{k: np.concatenate([share[step][k] for share in shares]) for k in batch}], [batch])
+    iterator = training_batches(folder, batch=4, seed=1, text_lengths=(2, 5, 8))
+    take(iterator, 7)
+    resumed = training_batches(folder, batch=4, seed=1, text_lengths=(2, 5, 8))
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    assert_same(take(resumed, 23), whole[7:])
+
+
+def test_bucket_lengths_are_few_and_hold_every_text():
+    assert bucket_lengths(512, 4) == (128, 256, 384, 512)
+    assert bucket_lengths(77, 1) == (77,)
+    assert bucket_lengths(10, 3, multiple=4) == (4, 8, 12)
+    assert bucket_lengths(2, 8) == (1, 2)
+    assert bucket_lengths(512, 4, shortest=200) == (256, 384, 512)  # the null text has to fit, too
+
+
+def test_folders_that_do_not_say_how_long_their_texts_are_go_without_buckets(folders):
+    assert next(training_batches(folders[0], batch=4, seed=0, text_lengths=(3,)))["tokens"].shape[1] == 3
+    with pytest.raises(UserError, match=r"an earlier version wrote it; .*config\.training\.text_buckets=1"):
+        training_batches(folders[0], batch=4, seed=0, text_lengths=(2, 3))
+
+
+def test_worker_processes_give_the_same_batches(folders):
+    expected = take(training_batches(folders, batch=4, seed=3), 4)
+    iterator = training_batches(folders, batch=4, seed=3, workers=2)
+    assert_same(take(iterator, 4), expected)
+    iterator.close()
+
+
+def test_batches_keep_the_sixteen_bits_of_the_records_until_they_are_on_the_device(folders):
+    import jax
+
+    from paris_jax.config.training import TrainingSettings
+    from paris_jax.training import sharding
+
+    batch = next(training_batches(folders[0], batch=4, seed=0))
+    placed = sharding.place_batch(batch, sharding.make_mesh(TrainingSettings(), jax.devices()[:1]))
+    assert {name: placed[name].dtype.itemsize for name in ("latent", "tokens", "pooled")} == dict.fromkeys(
+        ("latent", "tokens", "pooled"), 2
+    )

@@ -94,13 +94,14 @@ def test_folders_are_read_by_number_in_any_order(tmp_path, elsewhere):
 def test_copies_are_the_chosen_records_with_their_cluster(tmp_path):
     written = write_folder(tmp_path / "data", range(12))
     names = records.copy_records(tmp_path / "data", [7, 1, 10, 4, 2], [1, 0, 1, 0, 0], tmp_path / "out", shard_size=2)
-    assert names == [f"clips-0000{i}-of-00003.array_record" for i in range(3)]
+    assert names == [*(f"clips-0000{i}-of-00003.array_record" for i in range(3)), records.TEXT_LENGTHS]
     content = records.data_contract(written)
     assert json.loads(msgspec.json.encode(content)) == CONTRACT
     manifest.write(tmp_path / "out", HeldoutManifest, names, "hash", clips=5, sizes=[3, 2], **content)
     copied = records.read_records(tmp_path / "out")
     for record, number, cluster in zip(copied, (7, 1, 10, 4, 2), (1, 0, 1, 0, 0), strict=True):
         assert_equal(record, make(number, cluster))
+    assert records.read_text_lengths(tmp_path / "out").tolist() == [len(record.tokens) for record in copied]
     with pytest.raises(ValueError, match="the numbers must be equal"):
         records.copy_records(tmp_path / "data", [1, 2], [0], tmp_path / "out")
 
@@ -189,7 +190,7 @@ def test_large_copies_have_few_shards(tmp_path, monkeypatch):
     clips = [make(n) for n in range(13)]
     records.write_shard(tmp_path / "in" / records.shard_name("data", 0, 1), clips)
     manifest.write(tmp_path / "in", DataManifest, [records.shard_name("data", 0, 1)], "hash", clips=13, **CONTRACT)
-    names = records.copy_records(tmp_path / "in", np.arange(13)[::-1], np.zeros(13, int), tmp_path / "out")
+    *names, _ = records.copy_records(tmp_path / "in", np.arange(13)[::-1], np.zeros(13, int), tmp_path / "out")
     assert len(names) == 3
     copied = [r for name in names for r in records.read_shard(tmp_path / "out" / name)]
     assert [r.id for r in copied] == [r.id for r in clips[::-1]]

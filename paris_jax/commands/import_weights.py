@@ -15,7 +15,7 @@ from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import network
 from paris_jax.config.experiment import Experiment
-from paris_jax.data.preparation import UNIT, text_encoder
+from paris_jax.data.encoding import UNIT, text_encoder
 from paris_jax.encoders import codecs
 from paris_jax.encoders import text as text_encoders
 from paris_jax.errors import UserError, nearest

@@ -10,7 +10,7 @@ import pytest
 
 from paris_jax.config.sections import DataSettings
 from paris_jax.data import video
-from paris_jax.data.preparation import decode
+from paris_jax.data.shards import decode
 from paris_jax.data.sources.clip import Clip, Dropped
 from paris_jax.data.sources.folder import FolderSource, read_captions
 from paris_jax.errors import UserError

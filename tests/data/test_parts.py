@@ -17,7 +17,7 @@ from paris_jax.artifacts.schemas import PartitionManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.commands.table import COMMANDS
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import preparation
+from paris_jax.data import shards
 from paris_jax.data.parts import Part
 from paris_jax.data.preparation import prepare, share
 from paris_jax.errors import UserError
@@ -208,7 +208,7 @@ def test_markers_are_read_once_each(tmp_path, monkeypatch):
     """Not each by every later shard: at a million clips, that would be the work of a day."""
     run = RunFolder(tmp_path)
     reads = []
-    original = preparation.Shard.read_marker
-    monkeypatch.setattr(preparation.Shard, "read_marker", lambda job: reads.append(job.number) or original(job))
+    original = shards.Shard.read_marker
+    monkeypatch.setattr(shards.Shard, "read_marker", lambda job: reads.append(job.number) or original(job))
     prepare(experiment(), run, shard_size=2)
     assert len(reads) <= 3 * 45

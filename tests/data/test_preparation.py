@@ -18,8 +18,8 @@ from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config.experiment import Experiment
+from paris_jax.data import encoding, records, shards, video
 from paris_jax.data import preparation as stage
-from paris_jax.data import records, video
 from paris_jax.data.preparation import prepare
 from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.encoders import codecs, text
@@ -78,10 +78,10 @@ def test_clips_are_encoded_in_batches_and_alike_in_any(monkeypatch):
     """Captions and clips of a batch go to the encoders together; what comes out does not depend on who is beside."""
     clips, seen, of = list(ShapesSource(5, 20, 8, 20, 20, 8.0)), [], Words.encode
     monkeypatch.setattr(Words, "encode", lambda self, texts: seen.append(len(texts)) or of(self, texts))
-    together = list(stage.encode(experiment(), clips))
+    together = list(encoding.encode(experiment(), clips))
     assert len(seen) == 2 and sum(seen) == len({clip.caption for clip in clips})  # 16 clips, then 4
     for record, clip in zip(together, clips, strict=True):
-        (alone,) = stage.encode(experiment(), [clip])
+        (alone,) = encoding.encode(experiment(), [clip])
         for name in records.ARRAYS:
             np.testing.assert_array_equal(getattr(record, name), getattr(alone, name))
 
@@ -151,7 +151,7 @@ def test_shards_of_another_source_are_made_again(whole, tmp_path):
     run = RunFolder(tmp_path)
     other = experiment(data={"num_clips": 20, "seed": 6})
     source = ShapesSource(6, 20, 8, 20, 20, 8.0)
-    stage.write(stage.Shard(other, source, str(run.data), 1, 4, 6, {}))
+    shards.write(shards.Shard(other, source, str(run.data), 1, 4, 6, {}))
     assert (Path(run.data) / "data-00001-of-00004.array_record").exists()
     prepare(experiment(), run, shard_size=6)
     assert contents(run) == contents(whole)
@@ -242,7 +242,7 @@ def test_too_many_losses_are_refused_and_may_be_allowed_without_decoding_again(t
     with pytest.raises(UserError, match=share + reasons):
         prepare(experiment(data=data), run)
     assert not manifest.exists(run.data)
-    monkeypatch.setattr(stage, "write", lambda *_: pytest.fail("the shards are there"))
+    monkeypatch.setattr(shards, "write", lambda *_: pytest.fail("the shards are there"))
     prepare(experiment(data=data | {"max_dropped_share": 0.4}), run)
     assert manifest.read(run.data, DataManifest).clips == 2
 

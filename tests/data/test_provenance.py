@@ -13,7 +13,7 @@ from paris_jax.artifacts.schemas import DataManifest, ShardMarker, SourceItem
 from paris_jax.clustering.build import cluster
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import preparation as stage
-from paris_jax.data import provenance, records, video
+from paris_jax.data import provenance, records, shards, video
 from paris_jax.data.preparation import prepare
 from paris_jax.data.sources.folder import FolderSource
 from paris_jax.data.sources.shapes import ShapesSource
@@ -76,7 +76,7 @@ def check_fresh(place: Path) -> None:
 
 
 def no_decoding(monkeypatch) -> None:
-    monkeypatch.setattr(stage, "write", lambda *_: pytest.fail("decodes again"))
+    monkeypatch.setattr(shards, "write", lambda *_: pytest.fail("decodes again"))
 
 
 def test_nothing_happens_where_nothing_changed(place, monkeypatch):
@@ -169,8 +169,8 @@ def test_a_caption_that_is_gone_or_comes_back_takes_decoding(place):
 def test_other_weights_of_an_encoder_are_noticed(place, monkeypatch, caplog, encoder, decodes, said):
     of = stage.weights_of
     monkeypatch.setattr(stage, "weights_of", lambda *a, **k: of(*a, **k) | {encoder: "f" * 64})
-    written, write = [], stage.write
-    monkeypatch.setattr(stage, "write", lambda job, *rest: written.append(job.number) or write(job, *rest))
+    written, write = [], shards.write
+    monkeypatch.setattr(shards, "write", lambda job, *rest: written.append(job.number) or write(job, *rest))
     before = times(place)
     again(place)
     assert said in caplog.text
@@ -182,7 +182,7 @@ def test_other_weights_of_an_encoder_are_noticed(place, monkeypatch, caplog, enc
 
 def test_other_rules_of_decoding_are_noticed(place, monkeypatch, caplog):
     before = times(place)
-    monkeypatch.setattr(stage, "DECODING_VERSION", 99)
+    monkeypatch.setattr(shards, "DECODING_VERSION", 99)
     again(place)
     assert "the rules of decoding changed" in caplog.text and rewritten(place, before) == [0, 1, 2]
 

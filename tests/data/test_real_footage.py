@@ -15,8 +15,9 @@ from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output, sample
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
-from paris_jax.data.preparation import decode, prepare
+from paris_jax.data.preparation import prepare
 from paris_jax.data.records import read_records
+from paris_jax.data.shards import decode
 from paris_jax.data.sources.clip import Clip, video_of
 from paris_jax.data.sources.table import source
 from paris_jax.encoders import codecs

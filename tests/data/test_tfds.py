@@ -12,7 +12,8 @@ from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import DataSettings
 from paris_jax.data import records
-from paris_jax.data.preparation import decode, prepare
+from paris_jax.data.preparation import prepare
+from paris_jax.data.shards import decode
 from paris_jax.data.sources import tfds as module
 from paris_jax.data.sources.clip import Clip, Dropped
 from paris_jax.data.sources.tfds import TfdsSource

@@ -20,7 +20,8 @@ from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import DataSettings
 from paris_jax.data import records, video
-from paris_jax.data.preparation import decode, prepare
+from paris_jax.data.preparation import prepare
+from paris_jax.data.shards import decode
 from paris_jax.data.sources.clip import Clip, Dropped
 from paris_jax.data.sources.folder import FolderSource
 from paris_jax.data.sources.webdataset import Staged, WebDatasetSource, expand

@@ -332,6 +332,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         total.merge(marker.tally)
         known |= marker.files
         kept.append(job)
+    listed = [dropped.write(run.data, lost)] if lost else []  # first: a refusal sends people to it
     dropped.print_table(total.clips, lost, Console())
     dropped.check_share(total.clips, lost, experiment.data.max_dropped_share)
     codec = codecs.codec(**dataclasses.asdict(experiment.codec), store=store)
@@ -343,7 +344,7 @@ def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence
         [
             *(path.name for job in kept for path in job.files),
             *records.write_null(run.data, *null),
-            *([dropped.write(run.data, lost)] if lost else []),
+            *listed,
         ],
         experiment.prepared_hash,
         known,

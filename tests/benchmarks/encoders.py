@@ -22,7 +22,7 @@ from paris_jax.encoders.transformer import Blocks
 from paris_jax.planning.topologies import Topology
 
 GIB = 2**30
-BATCH = 16  # clips that `prepare` encodes in one batch (data/preparation.py)
+BATCH = 16  # clips that `prepare` encodes in one batch (data/encoding.py)
 STAGES = (128, 256, 512, 512)  # channels of the VAE's stages; two blocks per stage encode, three decode
 DINOV2 = {"dinov2-l": (24, 1024, 4096, 16, False), "dinov2-g": (40, 1536, 4096, 24, True)}
 

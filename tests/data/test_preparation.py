@@ -242,6 +242,7 @@ def test_too_many_losses_are_refused_and_may_be_allowed_without_decoding_again(t
     with pytest.raises(UserError, match=share + reasons):
         prepare(experiment(data=data), run)
     assert not manifest.exists(run.data)
+    assert [line["id"] for line in lines_of(run)] == ["b.mp4"]
     monkeypatch.setattr(shards, "write", lambda *_: pytest.fail("the shards are there"))
     prepare(experiment(data=data | {"max_dropped_share": 0.4}), run)
     assert manifest.read(run.data, DataManifest).clips == 2

@@ -11,7 +11,6 @@ import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +36,7 @@ SHARD_SIZE = 512  # records
 # the time of the default compression (docs/benchmarks.md).
 WRITER_OPTIONS = "group_size:1,snappy"
 MOST_SHARDS = 128  # of a copy: a role reads all shards of all clusters, and each is an open file
+READ_AT_ONCE = 64 << 20  # bytes that are copied, of 16 to 1024 records
 SPARE_FILES = 256  # that a process has open beside shards
 # Required entries of a manifest of records: with them a job runs from its folder alone.
 CONTRACT = ("codec", "text", "features", "latent", "text_length", "fps", "source", "cond_images")
@@ -212,6 +212,13 @@ class Records(Sequence[Record]):
             path, number = self._shard_of(position)
             raise _damaged(f"{path}: record {number}", error) from error
 
+    def read_many(self, positions: Sequence[int]) -> list[bytes]:
+        """Encoded records, read by several threads: alone, each would wait for the disk or the network."""
+        try:
+            return list(self._source.__getitems__(positions))
+        except Exception:  # found again one by one, so that the error names the damaged record
+            return [self.read(position, bytes) for position in positions]
+
     def _shard_of(self, position: int) -> tuple[str, int]:
         """Returns the shard that holds a record, and the record's index in that shard."""
         for path in self._paths:
@@ -302,15 +309,17 @@ def copy_records(
     names = [shard_name(stem, number, count) for number in range(count)]
     lengths: list[int] = []
 
-    def copied(index: int, cluster: int) -> bytes:
-        data = records.read(index, partial(with_cluster, cluster=cluster))
-        lengths.append(text_length_of(data))
-        return data
+    def copied(chosen: slice) -> Iterator[bytes]:
+        numbers, labels = np.asarray(indices[chosen]).tolist(), np.asarray(clusters[chosen]).tolist()
+        step = min(max(READ_AT_ONCE // len(records.read(numbers[0], bytes)), 16), 1024) if numbers else 1
+        for begin in range(0, len(numbers), step):
+            some = slice(begin, begin + step)
+            for data, cluster in zip(records.read_many(numbers[some]), labels[some], strict=True):
+                lengths.append(text_length_of(data))
+                yield with_cluster(data, cluster)
 
     for number, name in enumerate(names):
-        chosen = slice(number * shard_size, (number + 1) * shard_size)
-        pairs = zip(indices[chosen], clusters[chosen], strict=True)
-        write_shard(out / name, (copied(int(i), int(k)) for i, k in pairs))
+        write_shard(out / name, copied(slice(number * shard_size, (number + 1) * shard_size)))
     lengths_file = safetensors.numpy.save({"lengths": np.asarray(lengths, np.uint16)})
     manifest.write_atomically(out / TEXT_LENGTHS, lengths_file)
     return [*names, TEXT_LENGTHS]

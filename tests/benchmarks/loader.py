@@ -5,7 +5,7 @@ python -m tests.benchmarks.loader [--records=256] [--workers=0,1,2,4] [--text=51
 The records are those of HunyuanVideo's VAE (9 x 32 x 32 x 16, float16) and of T5-XXL (bfloat16). They are written to a
 temporary folder, so they are read from the page cache: what is measured is decoding, collating and moving, not the
 disk. Workers are Grain's processes; 0 reads with the threads of the training process, as training does by default.
-Beside it stands what one H100 needs: the preset's FLOPs per sample, at the utilization that is asked of it.
+Beside it stands what one H100 needs for the preset `large`: its FLOPs per sample, at the utilization asked of it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from paris_jax.data.loader import training_batches
 from paris_jax.models import flops, functional
 
 LATENT = (9, 32, 32, 16)
-H100, MFU = 989e12, 0.45  # dense bfloat16, and DESIGN's budget for 0.6B parameters
+H100, MFU = 989e12, 0.45  # dense bfloat16, and the utilization that is aimed at
 
 
 def write(folder: Path, count: int, tokens: int, width: int) -> None:
@@ -54,25 +54,28 @@ def write(folder: Path, count: int, tokens: int, width: int) -> None:
 
 
 def needed(tokens: int, width: int) -> float:
-    """Samples per second that one H100 trains of the 0.6B preset (`large`)."""
+    """Samples per second that one H100 trains of the preset `large`."""
     made = Experiment.from_config({"network": {"preset": "large"}})
     sizes = {"channels": LATENT[-1], "pooled_width": 768, "dtype": "bfloat16", "cond_frames": False}
     config = functional.network_config(made.network, **sizes, text_width=width, prediction_type="velocity")
-    print(f"0.6B preset: {functional.count(config) / 1e9:.2f}B parameters")
+    print(f"preset large: {functional.count(config) / 1e9:.2f}B parameters")
     return MFU * H100 / flops.training_flops(config, LATENT, tokens)
 
 
-def measure(folder: Path, batch: int, workers: int, batches: int) -> tuple[float, int]:
-    """Records per second after a warm-up of two batches, and the bytes of a record."""
+def measure(folder: Path, batch: int, workers: int, batches: int) -> tuple[float, int, float]:
+    """Records per second after a warm-up of two batches, bytes of a record, and CPU seconds of this process for one."""
     with_workers = {"workers": workers} if workers else {}
     iterator = training_batches(folder, batch, seed=0, **with_workers)
     for _ in range(2):
         first = next(iterator)
     size = sum(array.nbytes for array in first.values()) // batch
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for _ in range(batches):
         next(iterator)
-    return batch * batches / (time.perf_counter() - began), size
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    if workers:
+        iterator.close()
+    return batch * batches / seconds, size, cpu / (batch * batches)
 
 
 if __name__ == "__main__":
@@ -88,12 +91,13 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         write(Path(place), arguments.records, tokens, width)
         for workers in map(int, arguments.workers.split(",")):
-            rate, size = measure(Path(place), arguments.batch, workers, arguments.batches)
+            rate, size, cpu = measure(Path(place), arguments.batch, workers, arguments.batches)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
             print(
                 f"{workers} workers: {rate:.0f} records/s, {rate * size / 1e6:.0f} MB/s of {size / 1e6:.2f} MB; "
-                f"{rate / asked:.0f} times the {asked:.1f} samples/s of one H100; peak {peak:.1f} GiB here, "
+                f"{rate / asked:.2f} times the {asked:.1f} samples/s of one H100; {cpu * 1e3:.1f} ms of CPU a record "
+                f"here; peak {peak:.1f} GiB here, "
                 f"{children:.1f} GiB in a worker",
                 flush=True,
             )

@@ -25,7 +25,8 @@ from paris_jax.artifacts.schemas import (
     ShardMarker,
 )
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import dropped, provenance, records, scenes
+from paris_jax.data import dropped, provenance, records
+from paris_jax.data.decoding import scenes
 from paris_jax.data.encoding import UNIT, describe_encoders, stored, text_encoder, weights_of
 from paris_jax.data.parts import Part
 from paris_jax.data.shards import (

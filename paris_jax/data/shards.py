@@ -20,9 +20,9 @@ from paris_jax.artifacts.schemas import (
 from paris_jax.config.experiment import Experiment
 from paris_jax.config.sections import CurationSettings
 from paris_jax.data import curation, index, previews, provenance, records
-from paris_jax.data.decoders import LIMITED, Decoders, Limits
+from paris_jax.data.decoding.decoders import LIMITED, Decoders, Limits
+from paris_jax.data.decoding.footage import DECODING_VERSION
 from paris_jax.data.encoding import captioned, encode
-from paris_jax.data.footage import DECODING_VERSION
 from paris_jax.data.records import Record
 from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video, video_of
 from paris_jax.data.sources.source import Source

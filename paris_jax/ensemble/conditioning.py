@@ -12,8 +12,8 @@ import numpy as np
 
 from paris_jax.config import checks
 from paris_jax.config.sampling import Fit
-from paris_jax.data import footage
 from paris_jax.data import video as video_io
+from paris_jax.data.decoding import footage
 from paris_jax.diffusion import cond_masks, guidance
 from paris_jax.encoders import codecs
 from paris_jax.encoders.words import TextEncoding

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
-from paris_jax.data import footage, video
+from paris_jax.data import video
+from paris_jax.data.decoding import footage
 from paris_jax.data.sources import folder, video_file
 from paris_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from paris_jax import Ensemble, cli
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.commands import sample as stage
 from paris_jax.commands.sample import Output
-from paris_jax.data import footage
+from paris_jax.data.decoding import footage
 from paris_jax.ensemble import sampling_params
 
 ENSEMBLE = ["--ensemble=bundled:shapes"]

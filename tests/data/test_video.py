@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from paris_jax.data import footage, lettering, video
+from paris_jax.data import lettering, video
+from paris_jax.data.decoding import footage
 from paris_jax.data.sources.shapes import ShapesSource
 from paris_jax.errors import UserError
 

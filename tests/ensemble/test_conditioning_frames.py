@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from paris_jax import Ensemble
-from paris_jax.data import footage
 from paris_jax.data import video as video_io
+from paris_jax.data.decoding import footage
 from paris_jax.diffusion import cond_masks
 from paris_jax.diffusion.guidance import STEADY, Strength
 from paris_jax.encoders import codecs

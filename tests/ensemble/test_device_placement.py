@@ -20,7 +20,7 @@ import pytest
 from paris_jax import Ensemble
 from paris_jax.cli import run
 from paris_jax.commands.sample import sample
-from paris_jax.data import footage
+from paris_jax.data.decoding import footage
 from paris_jax.ensemble import device_placement, sampling_params, sparse_velocity
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sparse_velocity import experts_by_group

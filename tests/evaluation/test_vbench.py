@@ -5,7 +5,7 @@ import json
 import pytest
 
 from paris_jax import Ensemble
-from paris_jax.data import footage
+from paris_jax.data.decoding import footage
 from paris_jax.errors import UserError
 from paris_jax.evaluation import vbench
 

@@ -18,7 +18,7 @@ import numpy as np
 from paris_jax.artifacts.schemas import SourceItem
 from paris_jax.config.sections import CurationSettings
 from paris_jax.data import video
-from paris_jax.data.footage import Frame
+from paris_jax.data.decoding.footage import Frame
 from paris_jax.data.sources.captions import CAPTION_COLUMNS
 from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 from paris_jax.data.sources.source import Source

@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from paris_jax.config.sections import CurationSettings
-from paris_jax.data import footage, video
-from paris_jax.data.cutting import Cutter, Window
-from paris_jax.data.display import BadVideo, Rules
-from paris_jax.data.footage import Frame
+from paris_jax.data import video
+from paris_jax.data.decoding import footage
+from paris_jax.data.decoding.cutting import Cutter, Window
+from paris_jax.data.decoding.display import BadVideo, Rules
+from paris_jax.data.decoding.footage import Frame
 from paris_jax.data.sources.clip import OFF, Clip, Dropped
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")  # fmt: skip  # noqa: E501
@@ -46,7 +47,7 @@ class Cutting:
         """Cuts a video's frames, from clip `first` on."""
         is_cut = None
         if curation.scene_cuts:
-            from paris_jax.data.scenes import SceneCuts
+            from paris_jax.data.decoding.scenes import SceneCuts
 
             is_cut = SceneCuts(curation.scene_threshold)
         return Cutter(self.num_frames, self.fps, curation.stride_frames, first, is_cut)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paris_jax.data import footage
+from paris_jax.data.decoding import footage
 from paris_jax.errors import UserError
 from paris_jax.evaluation.networks import i3d, i3d_weights
 

@@ -224,7 +224,7 @@ class _Worker:
         with theirs:
             limits = [str(self.limits.seconds), str(self.limits.megabytes)]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "paris_jax.data.decoding_worker", str(theirs.fileno()), *limits],
+                [sys.executable, "-m", "paris_jax.data.decoding.worker", str(theirs.fileno()), *limits],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
                                   "OPENBLAS_NUM_THREADS": "1"},

@@ -11,10 +11,11 @@ from paris_jax.artifacts import manifest
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.schemas import DataManifest
 from paris_jax.config.experiment import Experiment
-from paris_jax.data import footage, hdr, records
-from paris_jax.data.display import BadVideo, Rules
+from paris_jax.data import records
+from paris_jax.data.decoding import footage, hdr
+from paris_jax.data.decoding.display import BadVideo, Rules
 from paris_jax.data.preparation import prepare
-from tests.data import dirty_videos as dirty
+from tests.data.decoding import dirty_videos as dirty
 
 UPRIGHT = np.array([dirty.RED, dirty.GREEN, dirty.BLUE, dirty.WHITE])
 

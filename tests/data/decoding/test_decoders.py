@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_jax.data.decoders import Decoders, Limits
+from paris_jax.data.decoding.decoders import Decoders, Limits
 from paris_jax.data.sources.clip import Clip, Dropped
-from tests.data.hostile_videos import Hostile
+from tests.data.decoding.hostile_videos import Hostile
 
 LIMITS = Limits(seconds=1.5, megabytes=256)
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,8 @@ def test_who_stops_early_leaves_no_process_behind():
 
 def test_workers_end_with_the_process_that_started_them():
     code = (
-        "import os, sys; from paris_jax.data.decoders import *; from tests.data.hostile_videos import Hostile\n"
+        "import os, sys; from paris_jax.data.decoding.decoders import *\n"
+        "from tests.data.decoding.hostile_videos import Hostile\n"
         "pool = Decoders(1, Limits(60.0, 256)); clips = pool.clips([Hostile('a', 'slow', count=9**9, repeated=9**9)])\n"
         "next(clips); print(pool._workers[0].process.pid, flush=True); next(clips); os.kill(os.getpid(), 9)"
     )

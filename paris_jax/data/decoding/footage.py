@@ -19,8 +19,8 @@ import av.error
 import numpy as np
 from av.stream import Disposition
 
-from paris_jax.data import cropping, exif
-from paris_jax.data.display import BadVideo, Display, Header, Rules, Scale
+from paris_jax.data.decoding import cropping, exif
+from paris_jax.data.decoding.display import BadVideo, Display, Header, Rules, Scale
 from paris_jax.errors import first_line
 
 # Demuxers that read one file. Playlists and scripts of concatenation would open whatever they name.

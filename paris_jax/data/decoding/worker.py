@@ -1,4 +1,4 @@
-"""A decoding process: `python -m paris_jax.data.decoding_worker DESCRIPTOR SECONDS MEGABYTES`.
+"""A decoding process: `python -m paris_jax.data.decoding.worker DESCRIPTOR SECONDS MEGABYTES`.
 
 It receives pickled videos from the process that started it, which trusts no pickle in return: clips travel as a header
 in MessagePack and the bytes of their frames.
@@ -18,7 +18,7 @@ import numpy as np
 
 from paris_jax.config.sections import CurationSettings
 from paris_jax.data import curation
-from paris_jax.data.decoders import LIMITED, READY, Header
+from paris_jax.data.decoding.decoders import LIMITED, READY, Header
 from paris_jax.data.sources.clip import Clip, Dropped
 from paris_jax.errors import first_line
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from paris_jax.data import video
-from paris_jax.data.footage import Frame
+from paris_jax.data.decoding.footage import Frame
 
 STILL = 10.0  # seconds that a frame may stay; what a longer gap covers is no video
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.data.footage import Frame
+from paris_jax.data.decoding.footage import Frame
 from paris_jax.errors import UserError
 
 

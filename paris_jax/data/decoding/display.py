@@ -11,7 +11,8 @@ import av.video.reformatter
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 
-from paris_jax.data import cropping, hdr, video
+from paris_jax.data import video
+from paris_jax.data.decoding import cropping, hdr
 from paris_jax.errors import UserError
 
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # of a frame's colours -> PyAV's Colorspace

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from paris_jax.data.cutting import Cutter, Window
-from paris_jax.data.footage import Frame
+from paris_jax.data.decoding.cutting import Cutter, Window
+from paris_jax.data.decoding.footage import Frame
 
 FPS = 10.0
 

@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import os
 import typing
 from typing import Any
 
@@ -156,6 +157,10 @@ def target(values: flags.FlagValues) -> None:
     flags.DEFINE_float("price", None, "of one chip for one hour, in your currency", flag_values=values)
     flags.DEFINE_bool("search", True, "find the largest batch and the smallest topology, too", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object instead of text", flag_values=values)
+    text = "instead of a target: the time of prepare, from clips that are decoded and encoded here"
+    flags.DEFINE_bool("data", False, text, flag_values=values)
+    flags.DEFINE_integer("prepare_workers", 1, "with --data: machines like this one", flag_values=values)
+    flags.DEFINE_integer("decode_workers", os.cpu_count() or 1, "with --data: cores of each", flag_values=values)
 
 
 def placing(values: flags.FlagValues) -> None:

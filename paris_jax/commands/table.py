@@ -196,9 +196,14 @@ def _evaluate(call: Call) -> None:
 
 
 def _plan(call: Call) -> None:
+    from paris_jax.planning.data import plan_data
     from paris_jax.planning.estimate import check_arguments, plan
     from paris_jax.planning.topologies import Topology
 
+    if call["data"]:
+        experiment = call.experiment(call.run if call["workdir"] else None)
+        plan_data(experiment, call["prepare_workers"], call["decode_workers"], call["json"])
+        return
     if not call["target"]:
         raise UserError("--target is missing; name a topology, such as v5p:2x2x4, v6e:4x4, h100:8, or cpu:8")
     roles = (call["role"],) if call["role"] else ROLES
@@ -352,6 +357,7 @@ COMMANDS = {
         (
             "paris-jax plan --config=configs/paris2.py --target=v5p:2x2x4 --role=expert",
             "paris-jax plan --config=configs/shapes.py:small --target=v6e:2x2 --price=2.70",
+            "paris-jax plan --config=configs/shapes.py:small --data --prepare_workers=16",
             "paris-jax plan --config=configs/paris2.py --target=h200:8 --config.training.global_batch_size=96",
         ),
         (flag_groups.config, flag_groups.workdir, flag_groups.target),

@@ -120,14 +120,14 @@ def jobset(name: str, plan: Plan, stages: list[Stage], settings: Settings, accel
     labels = {"paris-jax/run": plan.name}
     if settings.queue:
         labels["kueue.x-k8s.io/queue-name"] = settings.queue
-    names = [stage.name for stage in stages]
+    slugs = {stage.name: stage.slug for stage in stages}
     jobs = []
     for stage in stages:
         job = {"name": stage.slug, "replicas": 1, "template": _job(name, plan, stage, stages, settings, accelerator)}
         # Older JobSets take one dependency only, so assemble starts with the roles and waits for their exports itself.
         before = "cluster" if stage.name == "assemble" else next(iter(stage.after), None)
-        if before in names:
-            job["dependsOn"] = [{"name": before, "status": "Complete"}]
+        if before in slugs:
+            job["dependsOn"] = [{"name": slugs[before], "status": "Complete"}]
         jobs.append(job)
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

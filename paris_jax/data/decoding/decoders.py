@@ -7,7 +7,6 @@ after it. Clips arrive in the order of the videos, whatever the number of proces
 import contextlib
 import dataclasses
 import os
-import pickle
 import queue
 import signal
 import socket
@@ -167,7 +166,7 @@ class _Worker:
             self._start()
             self.videos += 1
             try:
-                self.connection.send_bytes(pickle.dumps((video, first, self.curation)))
+                self.connection.send((video, first, self.curation))
                 while (received := self._receive()) is not None:
                     number, item = received
                     first, decoded = number + 1, True

@@ -1,11 +1,10 @@
 """A decoding process: `python -m paris_jax.data.decoding.worker DESCRIPTOR SECONDS MEGABYTES`.
 
-It receives pickled videos from the process that started it, which trusts no pickle in return: clips travel as a header
-in MessagePack and the bytes of their frames.
+It receives videos from the process that started it as multiprocessing sends objects. That process decodes no object in
+return: clips travel as a header in MessagePack and the bytes of their frames.
 """
 
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ def serve(connection: Any, seconds: float) -> None:
     """Decodes videos until the connection closes."""
     while True:
         try:
-            video, first, settings = pickle.loads(connection.recv_bytes())
+            video, first, settings = connection.recv()
         except EOFError:
             return
         items = _items(video, first, settings)

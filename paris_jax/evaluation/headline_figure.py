@@ -32,7 +32,7 @@ def render(results: Mapping[str, Any]) -> dict[str, bytes]:
         _draw(axes, comparison)
     protocol = results["protocol"]
     source = f"{results['experiment']}, {protocol['prompts']} held-out prompts, bars: 95 % intervals"
-    figure.text(0.01, 0.002, source, fontsize=7, color="#5d626d")
+    figure.supxlabel(source, x=0.01, ha="left", fontsize=7, color="#5d626d")
     found = {}
     for ending in ("png", "pdf"):
         data = io.BytesIO()
@@ -51,6 +51,7 @@ def _draw(axes: Any, c: Comparison) -> None:
         axes.axhline(c["reference"]["value"] * scale, color="#858b98", linestyle="--", linewidth=1)
         axes.annotate("real clips", (1.42, c["reference"]["value"] * scale), fontsize=7, color="#5d626d", ha="right",
                       va="bottom")  # fmt: skip
+    axes.set_xlim(-0.5, len(MODELS) - 0.5)
     axes.set_xticks(range(len(MODELS)), MODELS, fontsize=9)
     label = "\n".join(textwrap.wrap(c["label"] + (", %" if scale == 100 else ""), 26))
     axes.set_title(f"{label}\n{c['better']} is better", fontsize=8.5, loc="left")

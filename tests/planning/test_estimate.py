@@ -52,7 +52,7 @@ def test_the_real_step_is_compiled_for_devices_that_are_not_here():
     assert done.returncode == 0, done.stderr[-3000:]
     found = blocks(done.stdout)
     assert "batch 8, fsdp 2, float32, remat none" in found["expert"][""]
-    assert found["expert"]["run"] == "3 x 1,300 steps" and found["monolith"]["run"] == "1 x 3,900 steps"
+    assert found["expert"]["run"] == "3 x 4,000 steps" and found["monolith"]["run"] == "1 x 12,000 steps"
     assert found["expert"]["memory"] == found["monolith"]["memory"] and "temporary = " in found["router"]["memory"]
     assert "all-gather" in found["expert"]["network"] and "all-gather" not in found["router"]["network"]
     assert "data 2 x fsdp 2" in " ".join(done.stderr.split())

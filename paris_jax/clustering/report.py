@@ -88,9 +88,9 @@ class Report:
         return {
             "clips": clips,
             **{name: int(self.sizes[n].sum()) for n, name in enumerate(SPLITS) if n != TRAIN},
-            "inertia": self.inertia,
-            "explained": 1 - self.inertia / self.total if self.total else 0.0,
-            "margin": None if num_clusters == 1 else float(self.margins_K.sum() / clips),
+            "inertia": rounded(self.inertia),
+            "explained": rounded(1 - self.inertia / self.total) if self.total else 0.0,
+            "margin": None if num_clusters == 1 else rounded(self.margins_K.sum() / clips),
             "balance": [float(size * num_clusters / clips) for size in (sizes.min(), sizes.max())],
             "centroid_distances": apart.astype(float).round(4).tolist(),
             "purity": purity(counts, [name for name in sorted(self.having) if self.having[name] == clips], clips),
@@ -100,8 +100,8 @@ class Report:
                     "clips": int(sizes[k]),
                     **{name: int(self.sizes[n, k]) for n, name in enumerate(SPLITS) if n != TRAIN},
                     "share": float(sizes[k] / clips),
-                    "margin": None if num_clusters == 1 else float(self.margins_K[k] / max(sizes[k], 1)),
-                    "distance": float(self.distances_K[k] / max(sizes[k], 1)),
+                    "margin": None if num_clusters == 1 else rounded(self.margins_K[k] / max(sizes[k], 1)),
+                    "distance": rounded(self.distances_K[k] / max(sizes[k], 1)),
                     "examples": list(self.nearest[k]),
                     "words": words[k],
                     "attributes": counts[k],
@@ -109,6 +109,11 @@ class Report:
                 for k in range(num_clusters)
             ],
         }
+
+
+def rounded(value: float) -> float:
+    """To nine digits, so that the order in which clips are summed does not show."""
+    return float(f"{value:.9g}")
 
 
 def _margins(distances: np.ndarray, own: np.ndarray, clusters: np.ndarray) -> np.ndarray:

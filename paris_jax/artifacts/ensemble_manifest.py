@@ -127,20 +127,34 @@ def read(path: epath.PathLike) -> ExportedEnsemble:
             f"{folder} holds a network's weights and not how it is used; train with it (training.init_from), or import "
             "Open-Sora's again with --config=configs/paris2.py:opensora2"
         )
-    found = manifest.read(folder, EnsembleManifest)
-    sampling, root = _sampling(found.sampling, folder), _root(folder)
+    return join(folder, {name: exported.read(where) for name, where in folders(folder).items()})
 
-    def part(entry: NetworkEntry) -> ExportedNetwork:
-        where = safe_files.inside(folder, entry.path, root)
-        network = exported.read(where)
+
+def folders(folder: epath.Path) -> dict[str, epath.Path]:
+    """The folder of each network that an ensemble names: "expert 0", ..., "router"; checks the ensemble's manifest."""
+    found, root = manifest.read(folder, EnsembleManifest), _root(folder)
+    _sampling(found.sampling, folder)
+    return {name: safe_files.inside(folder, entry.path, root) for name, entry in _entries(found).items()}
+
+
+def join(folder: epath.Path, networks: dict[str, ExportedNetwork]) -> ExportedEnsemble:
+    """The ensemble of networks that were read from its `folders`.
+
+    Raises:
+      UserError: a network that is not the one that the ensemble's manifest names, or networks that do not fit together.
+    """
+    found = manifest.read(folder, EnsembleManifest)
+    for name, entry in _entries(found).items():
+        where = networks[name].folder
         if manifest.hash_file(where / manifest.FILE_NAME) != entry.manifest_sha256:
             raise UserError(f"{where} is not the network that {folder} names; run 'paris-jax assemble' again")
-        return network
-
-    experts = {int(k): part(entry) for k, entry in found.experts.items()}
-    router = part(found.router)
+    experts, router = {int(k): networks[f"expert {k}"] for k in found.experts}, networks["router"]
     check_together(experts, router)
-    return ExportedEnsemble(experts, router, sampling)
+    return ExportedEnsemble(experts, router, _sampling(found.sampling, folder))
+
+
+def _entries(found: EnsembleManifest) -> dict[str, NetworkEntry]:
+    return {f"expert {k}": entry for k, entry in found.experts.items()} | {"router": found.router}
 
 
 def _root(folder: epath.Path) -> epath.Path | None:
@@ -160,13 +174,6 @@ def _sampling(values: dict[str, Any], folder: epath.Path) -> SamplingSettings:
         return SamplingSettings.from_dict(values)
     except ValueError as error:
         raise UserError(f"{folder / manifest.FILE_NAME}: sampling: {error}; {manifest.REMEDY}") from None
-
-
-def folders(folder: epath.Path) -> dict[str, epath.Path]:
-    """The folder of each network that an ensemble names: "expert 0", ..., "router"."""
-    found, root = manifest.read(folder, EnsembleManifest), _root(folder)
-    named = {f"expert {k}": entry for k, entry in sorted(found.experts.items())} | {"router": found.router}
-    return {name: safe_files.inside(folder, entry.path, root) for name, entry in named.items()}
 
 
 def expert_manifests(folder: epath.Path) -> dict[int, NetworkManifest]:

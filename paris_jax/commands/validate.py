@@ -47,7 +47,7 @@ def _validate_ensemble(folder: epath.Path, validation: Validation, probe: bool) 
         detail.append(f"{len(folders) - 1} experts and the router")
     parts = {name: validation.network(where, name) for name, where in folders.items()}
     with validation.check("ensemble", "together") as detail:
-        found = ensemble_manifest.read(folder)
+        found = ensemble_manifest.join(folder, parts)
         detail.append(f"{', '.join(ensemble_manifest.SHARED)} are the same")
     validation.peers(found.experts)
     if probe:

@@ -196,14 +196,15 @@ def _evaluate(call: Call) -> None:
 
 
 def _plan(call: Call) -> None:
-    from paris_jax.planning.data import plan_data
-    from paris_jax.planning.estimate import check_arguments, plan
-    from paris_jax.planning.topologies import Topology
-
     if call["data"]:
+        from paris_jax.planning.data import plan_data
+
         experiment = call.experiment(call.run if call["workdir"] else None)
         plan_data(experiment, call["prepare_workers"], call["decode_workers"], call["json"])
         return
+    from paris_jax.planning.estimate import check_arguments, plan
+    from paris_jax.planning.topologies import Topology
+
     if not call["target"]:
         raise UserError("--target is missing; name a topology, such as v5p:2x2x4, v6e:4x4, h100:8, or cpu:8")
     roles = (call["role"],) if call["role"] else ROLES

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -191,17 +192,13 @@ def write_texts(job: Shard, store: EncoderStore | None = None) -> bool:
     found = list(captioned(experiment, clips, store or EncoderStore(), refused.append))
     if refused:
         return False
-    tally, entries = Tally(), index.Writer()
-
-    def renewed() -> Iterator[Record]:
-        for record, (clip, (tokens, pooled)) in zip(records.read_shard(job.path), found, strict=True):
-            record = dataclasses.replace(record, caption=clip.caption, tokens=tokens, pooled=pooled)
-            tally.add(record)
-            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
-            yield record
-
-    records.write_shard(job.path, renewed())
-    entries.write(job.index)
+    tally, _ = write_records(
+        job,
+        (
+            dataclasses.replace(record, caption=clip.caption, tokens=tokens, pooled=pooled)
+            for record, (clip, (tokens, pooled)) in zip(records.read_shard(job.path), found, strict=True)
+        ),
+    )
     content = {"tally": tally.to_json(), "items": msgspec.to_builtins(items)}
     write_marker(job, {**msgspec.to_builtins(marker), "origin": job.origin, **content})
     return True
@@ -214,8 +211,7 @@ def write(
     pool: Decoders | None = None,
 ) -> int:
     """Decodes, encodes and writes one shard, then its marker; returns its number of items."""
-    tally, lost, entries = Tally(), list[Dropped](), index.Writer()
-    shown, settings = previews.Previews(), job.experiment.curation
+    lost, shown, settings = list[Dropped](), previews.Previews(), job.experiment.curation
     hashes: dict[str, str] = {}
     items = list[SourceItem]()
 
@@ -240,25 +236,32 @@ def write(
                 hashes[item.id] = curation.perceptual_hash(item.video).hex()
             yield item
 
-    def counted() -> Iterator[Record]:
-        for record in encode(job.experiment, shown.watch(clips()), store, drop):
-            tally.add(record)
-            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
-            yield record
-            if tally.clips == job.most:
-                return
-
-    records.write_shard(job.path, counted())
-    entries.write(job.index)
-    previews.write(job.previews, shown, [entry.id for entry in entries.entries])
+    encoded = itertools.islice(encode(job.experiment, shown.watch(clips()), store, drop), job.most)
+    tally, ids = write_records(job, encoded)
+    previews.write(job.previews, shown, ids)
     limits = job.limits if any(item.reason in LIMITED for item in lost) else None
     content: dict[str, Any] = {"tally": tally.to_json(), "dropped": [vars(item) for item in lost], "limits": limits}
     items += provenance.read_items(job.clips, job.indices[len(items) :])  # behind the last clip that is wanted
     provenance.check_unchanged(items, job.clips, job.indices)
     content["items"] = msgspec.to_builtins(items)
-    content["hashes"] = [hashes[entry.id] for entry in entries.entries] if hashes else []
+    content["hashes"] = [hashes[name] for name in ids] if hashes else []
     write_marker(job, content)
     return len(job.indices)
+
+
+def write_records(job: Shard, found: Iterable[Record]) -> tuple[Tally, list[str]]:
+    """Writes the records of a shard and their index; returns their statistics and ids."""
+    tally, entries = Tally(), index.Writer()
+
+    def counted() -> Iterator[Record]:
+        for record in found:
+            tally.add(record)
+            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
+            yield record
+
+    records.write_shard(job.path, counted())
+    entries.write(job.index)
+    return tally, [entry.id for entry in entries.entries]
 
 
 def write_marker(job: Shard, content: Mapping[str, Any]) -> None:
@@ -311,21 +314,17 @@ def keep(job: Shard, rows: Sequence[int], reason: str = "") -> ShardMarker:
       rows: numbers of the records that stay, ascending.
       reason: lists the others as left out by the config.
     """
-    tally, entries, lost = Tally(), index.Writer(), list[DroppedItem]()
-    chosen = set(rows)
+    lost, chosen = list[DroppedItem](), set(rows)
 
     def kept() -> Iterator[Record]:
         for row, record in enumerate(records.read_shard(job.path)):
             if row not in chosen:
                 lost.append(DroppedItem(record.id, "curate", reason))
-                continue
-            tally.add(record)
-            entries.add(record.feature, index.Entry(record.id, record.caption, record.attributes))
-            yield record
+            else:
+                yield record
 
     marker = job.read_marker()
-    records.write_shard(job.path, kept())
-    entries.write(job.index)
+    tally, _ = write_records(job, kept())
     previews.keep(job.previews, rows)
     changed = {
         "tally": tally.to_json(),

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -62,21 +62,32 @@ def partial_path(path: epath.Path) -> epath.Path:
     return path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
 
 
-def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes the whole file under another name and renames it, so that a killed process leaves no half file."""
+@contextlib.contextmanager
+def partial_file(path: epath.PathLike, place: str = "place") -> Iterator[epath.Path]:
+    """The name to write a file under, which then gets its own: a killed process leaves no half file.
+
+    Args:
+      place: what to choose another of where it cannot be written, for the error.
+    """
     path = epath.Path(path)
     partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data if isinstance(data, bytes) else data.encode())
+        yield partial
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise UserError(
-            f"Cannot write {path} ({error.strerror or error}); free some space or choose another place, "
+            f"Cannot write {path} ({error.strerror or error}); free some space or choose another {place}, "
             "then run the same command again"
         ) from error
+
+
+def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
+    """Writes a whole file; see `partial_file`."""
+    with partial_file(path) as partial:
+        partial.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def json_text(value: Any) -> str:

@@ -1,10 +1,9 @@
 """Writes RUN/partition: the assignment, a folder for each held-out split and each cluster, and the manifest."""
 
-import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +17,6 @@ from paris_jax.clustering.clips import Clips
 from paris_jax.clustering.heldout import SPLITS, TRAIN
 from paris_jax.config.experiment import Experiment
 from paris_jax.data import records
-from paris_jax.errors import UserError
 
 CENTROIDS, ASSIGNMENT, REPORT, PAGE = "centroids.safetensors", "assignment.jsonl", "report.json", "report.html"
 SORTED = 200_000  # lines of the assignment that are sorted in memory at once
@@ -36,7 +34,11 @@ def write_assignment(path: epath.Path, clips: Clips, labels: np.ndarray) -> None
     """Writes a JSON line for each clip, in canonical order, without holding all of them in memory."""
     encoder = msgspec.json.Encoder()
     starts = np.zeros(len(labels) + 1, np.int64)
-    with _written(path) as out, _scratch(path.parent) as unsorted:
+    with (
+        manifest.partial_file(path, "--workdir") as partial,
+        partial.open("wb") as out,
+        _scratch(path.parent) as unsorted,
+    ):
         for block in clips.index.blocks():
             for number, entry in enumerate(block.entries(), block.start):
                 line = encoder.encode(Assigned(entry.id, int(labels[number]), SPLITS[clips.splits[number]])) + b"\n"
@@ -56,24 +58,6 @@ def _scratch(folder: epath.Path) -> Any:
     if is_local(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryFile(dir=str(folder) if is_local(folder) else None)
-
-
-@contextlib.contextmanager
-def _written(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when all of it is written."""
-    partial = manifest.partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(
-            f"Cannot write {path} ({error.strerror or error}); free some space or choose another --workdir, then run "
-            "the same command again"
-        ) from error
 
 
 def identity(clips: Clips, labels: np.ndarray) -> str:

@@ -44,6 +44,15 @@ SCHEMA, RESULTS, PARTIAL = "paris_jax/systems/2", "results.json", ".partial"
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingSettings)}
 EXPERTS = ("fixed_expert", "drop_experts")  # varied by cluster: 0, 0+1 or none
 BY_CLUSTER = ("correct", "clip")  # scores that are also given for the prompts of each cluster
+# Scores with a value for each video.
+OF_VIDEOS = {
+    "correct": estimates.proportion,
+    "identity": estimates.proportion,
+    "motion": estimates.mean,
+    "flicker": estimates.mean,
+    "clip": estimates.mean,
+    "aesthetic": estimates.mean,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,20 +279,14 @@ class _SystemsRun:
             each, missing = distances.distances(found[f"features {network.name}"], others[f"features {network.name}"])
             scores |= {f"{network.name}_{kind}": estimate for kind, estimate in each.items()}
             left_out += [f"{network.label}: {sentence}" for sentence in missing]
-        for name in ("correct", "identity"):
-            if name in found:
-                scores[name] = estimates.proportion(found[name])
-        for name in ("motion", "flicker", "clip", "aesthetic"):
-            if name in found:
-                scores[name] = estimates.mean(found[name])
+        scores |= {name: estimate(found[name]) for name, estimate in OF_VIDEOS.items() if name in found}
         return scores, left_out
 
     def _by_cluster(self, found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Scores of the prompts of each cluster."""
-        estimate = {"correct": estimates.proportion, "clip": estimates.mean}
         clusters = self.prompts.clusters
         return {
-            str(k): {name: estimate[name](found[name][clusters == k]) for name in BY_CLUSTER if name in found}
+            str(k): {name: OF_VIDEOS[name](found[name][clusters == k]) for name in BY_CLUSTER if name in found}
             for k in np.unique(clusters)
         }
 

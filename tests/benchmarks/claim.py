@@ -30,7 +30,7 @@ from paris_jax.artifacts.run_folder import Role
 from paris_jax.config import files
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import text_encoder
-from paris_jax.data.sources.shapes import ATTRIBUTES, WORLDS, ShapesSource
+from paris_jax.data.sources.shapes import WORLDS, ShapesSource
 from paris_jax.diffusion import path, predictions, timesteps
 from paris_jax.encoders import codecs, text
 from paris_jax.encoders.codecs import LatentScale
@@ -211,7 +211,6 @@ def main() -> None:
     data = read(experiment, 2 * flags.num_prompts)
     members, count = data.members(flags.split), len(data.attributes) - data.heldout
     K, widths = int(members.max()) + 1, text.widths_of(experiment)
-    assert list(ATTRIBUTES) == list(data.attributes[0])
     shape, length = codecs.latent_shape(experiment), data.arrays["tokens"].shape[1]
     dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
     expert = job_of(experiment, epath.Path("."), Role("expert", 0), shape, widths, length, dtype)

@@ -178,7 +178,7 @@ def test_a_slice_that_cannot_be_is_refused(target):
         (("--target=cpu:2", "--mfu=0"), "error: --mfu=0.0: must be above 0"),
         (("--target=cpu:2", "--price=-1"), "error: --price=-1.0: must be at least 0"),
         (("--target=cpu:4", "--config.training.fsdp=3"), "error: training.fsdp=3 x "),
-        (("--target=cpu:4", "--config.training.tensor=4"), "does not divide the network's 7 heads"),
+        (("--target=cpu:4", "--config.training.tensor=4"), "does not divide the network's 3 heads"),
     ],
 )
 def test_wrong_input_is_one_sentence(flags, said):

@@ -106,21 +106,32 @@ def clean_aperture(path: Path, rows: int, columns: int) -> None:
 
 
 def pixel_crop(path: Path, top: int, bottom: int, left: int, right: int) -> None:
-    """Replaces the void that leads a Matroska file's header by nothing, and adds crops to its video track."""
+    """Adds crops to the video track of a Matroska file."""
     data = bytearray(path.read_bytes())
     crops = b"".join(
         struct.pack(">HBB", element, 0x81, value)
         for element, value in ((0x54BB, top), (0x54AA, bottom), (0x54CC, left), (0x54DD, right))
     )
-    tracks = data.rindex(b"\x16\x54\xae\x6b")  # the first is an entry of the index
-    video = data.index(b"\xe0", data.index(b"\x83\x81\x01", tracks))
-    for place in (video + 1, data.index(b"\xae", tracks + 5) + 1, tracks + 4):
-        _grow(data, place, len(crops))
-    start, length, size = _vint(data, video + 1)
-    data[start + length + size - len(crops) : start + length + size - len(crops)] = crops
-    segment = data.index(b"\x18\x53\x80\x67") + 4
-    _grow(data, segment, len(crops))
+    segment, inside, _ = _element(data, "18538067", 0, len(data))
+    tracks, inside, end = _element(data, "1654AE6B", inside, len(data))
+    track, inside, end = _element(data, "AE", inside, end)
+    video, _, end = _element(data, "E0", inside, end)
+    for size in (video, track, tracks, segment):
+        _grow(data, size, len(crops))
+    data[end:end] = crops
     path.write_bytes(data)
+
+
+def _element(data: bytearray, identifier: str, start: int, end: int) -> tuple[int, int, int]:
+    """The first element of EBML with this identifier between two places: where its size, content and end are."""
+    while start < end:
+        size = start + 9 - data[start].bit_length()
+        _, length, value = _vint(data, size)
+        content = size + length
+        if data[start:size].hex().upper() == identifier:
+            return size, content, content + value
+        start = content + value
+    raise ValueError(f"no element {identifier}")
 
 
 def _vint(data: bytearray, place: int) -> tuple[int, int, int]:

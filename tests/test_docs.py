@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # Lines with a command, in the text or in a table, with what is continued on the next line.
-COMMAND = re.compile(r"paris-jax ((?:[a-z]+) (?:--|RUN)[^`\n\\]*(?:\\\n[^`\n\\]*)*)")
+COMMAND = re.compile(r"paris-jax ((?:[a-z]+) (?:--|RUN|configs/)[^`\n\\]*(?:\\\n[^`\n\\]*)*)")
 LINES = [(page.name, line) for page in PAGES for line in COMMAND.findall(page.read_text())]
 
 

@@ -11,6 +11,7 @@ ORDER = (
         "__main__",
         "cli",
         "commands",
+        "sweeps",
         "launchers",
         "local_jobs",
         "evaluation",

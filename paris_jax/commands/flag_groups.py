@@ -39,9 +39,14 @@ def role(values: flags.FlagValues) -> None:
 
 
 def sweeping(values: flags.FlagValues) -> None:
-    text = "a field and its values, as training.learning_rate=1e-4,1e-3; repeatable"
+    text = "with --role: a field and its values, as training.learning_rate=1e-4,1e-3; repeatable"
     flags.DEFINE_multi_string("vary", [], text, flag_values=values)
-    flags.DEFINE_integer("steps", 200, "steps of each short training", flag_values=values)
+    flags.DEFINE_integer("steps", 200, "with --role: steps of each short training", flag_values=values)
+    text = (
+        "a column of the table, the first one judges: loss, frechet.monolith, experts.routed, ... of results.json; "
+        "repeatable"
+    )
+    flags.DEFINE_multi_string("metric", [], text, flag_values=values)
 
 
 def training(values: flags.FlagValues) -> None:
@@ -169,19 +174,23 @@ def placing(values: flags.FlagValues) -> None:
 
 
 def launching(values: flags.FlagValues) -> None:
-    """Flags of `launch`; those of the launchers come from their `Settings`."""
-    from paris_jax.launchers.table import LAUNCHERS, settings_fields
-
-    flags.DEFINE_enum("on", None, list(LAUNCHERS), "what starts the jobs", flag_values=values)
+    """Flags of `launch` besides those of `launchers`."""
     flags.DEFINE_string(
         "name", "", "prefix of the jobs' names; by default the last part of --workdir", flag_values=values
     )
     flags.DEFINE_string("role", "", "one role, 'expert 0', router or monolith, instead of all", flag_values=values)
     flags.DEFINE_bool("follow", False, "with logs: go on until interrupted", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print every command and manifest, run nothing", flag_values=values)
-    for name, (field, launchers) in settings_fields().items():
+
+
+def launchers(values: flags.FlagValues) -> None:
+    """Which launcher starts the jobs, and its settings, from the `Settings` of all launchers."""
+    from paris_jax.launchers.table import LAUNCHERS, settings_fields
+
+    flags.DEFINE_enum("on", None, list(LAUNCHERS), "what starts the jobs", flag_values=values)
+    for name, (field, users) in settings_fields().items():
         allowed = fields.describe_range(field)
-        text = f"{', '.join(launchers)}: {field.metadata['help']}{f' ({allowed})' * bool(allowed)}"
+        text = f"{', '.join(users)}: {field.metadata['help']}{f' ({allowed})' * bool(allowed)}"
         shown = f" [default: {field.default}]" if field.default not in ("", False) else ""
         DEFINE[type(field.default)](name, None, text + shown, flag_values=values)
 

@@ -107,10 +107,12 @@ def _train(call: Call) -> None:
 
 
 def _sweep(call: Call) -> None:
-    from paris_jax.training.sweep import sweep
+    from paris_jax.commands.sweep import sweep_points, sweep_role
 
-    run, role = call.run, call.role
-    sweep(call.experiment(run), run, role, call["vary"], call["steps"])
+    if call.files:
+        sweep_points(call)
+    else:
+        sweep_role(call)
 
 
 def _step_range(text: str | None) -> tuple[int, int] | None:
@@ -266,6 +268,7 @@ def print_config(name: str, call: Call) -> None:
     reference.print_config(call.experiment(run))
 
 
+EXAMPLE_CONFIG = "configs/shapes.py:tiny"
 _RUN = "--config=configs/shapes.py:tiny --workdir=runs/shapes"
 COMMANDS = {
     "quickstart": Command(
@@ -309,13 +312,24 @@ COMMANDS = {
         _train,
     ),
     "sweep": Command(
-        "short trainings that compare settings: the learning-rate finder",
+        "runs that differ in some fields, with one table; with --role, short trainings of one network",
         (
+            f"paris-jax sweep configs/sweeps/num_clusters.py --config={EXAMPLE_CONFIG} --workdir=sweeps/k",
+            f"paris-jax sweep configs/sweeps/num_clusters.py --config={EXAMPLE_CONFIG} --workdir=/shared/k --on=slurm",
+            "paris-jax sweep configs/sweeps/top_k_by_guidance.py --workdir=runs/shapes",
             "paris-jax sweep --workdir=runs/shapes --role=expert --cluster=0 --steps=200",
             "paris-jax sweep --workdir=runs/shapes --role=router --vary=router_training.optimizer=adamw,muon",
         ),
-        (flag_groups.config, flag_groups.workdir, flag_groups.role, flag_groups.sweeping),
+        (
+            flag_groups.config,
+            flag_groups.workdir,
+            flag_groups.role,
+            flag_groups.sweeping,
+            flag_groups.placing,
+            flag_groups.launchers,
+        ),
         _sweep,
+        takes_files=True,
     ),
     "assemble": Command(
         "validates experts and router and writes RUN/ensemble",
@@ -370,7 +384,7 @@ COMMANDS = {
             "paris-jax launch --on=slurm --config=configs/shapes.py:h200 --workdir=/shared/shapes --gpus=8 --dry_run",
             "paris-jax launch --on=gke train --workdir=gs://bucket/run --image=IMAGE --accelerator=v5e:4x4 --dry_run",
         ),
-        (flag_groups.config, flag_groups.workdir, flag_groups.launching),
+        (flag_groups.config, flag_groups.workdir, flag_groups.launching, flag_groups.launchers),
         _launch,
         takes_files=True,
     ),

@@ -1,8 +1,9 @@
 """Loads config files, and changes fields from the command line."""
 
+import contextlib
 import os
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,28 @@ def load(name: str) -> dict[str, Any]:
     file, _, argument = name.partition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise UserError(f"--config={name}: there is no config file {file!r} here; give a .py file, such as {EXAMPLE}")
+    with failures_of(f"--config={name}", file):
+        namespace = runpy.run_path(file)
+        if "get_config" not in namespace:
+            raise UserError(f"--config={name}: {file} has no get_config; see the top of the file for its variants")
+        config = namespace["get_config"](argument) if argument else namespace["get_config"]()
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+@contextlib.contextmanager
+def failures_of(name: str, file: str) -> Iterator[None]:
+    """Turns whatever a user's file raises into one sentence that begins with `name`."""
     try:
-        get_config = runpy.run_path(file)["get_config"]
-        config = get_config(argument) if argument else get_config()
+        yield
     except UserError:
         raise
     except KeyError as error:
-        what = "has no get_config" if error.args == ("get_config",) else f"fails with KeyError: {error}"
-        raise UserError(f"--config={name}: {file} {what}; see the top of the file for its variants") from error
-    except Exception as error:  # whatever a user's file raises
+        raise UserError(
+            f"{name}: {file} fails with KeyError: {error}; see the top of the file for its variants"
+        ) from error
+    except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--config={name}: {file} fails with {said}; mend the file") from error
-    return config.to_dict() if hasattr(config, "to_dict") else config
+        raise UserError(f"{name}: {file} fails with {said}; mend the file") from error
 
 
 def change(config: dict[str, Any], changes: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from paris_jax.artifacts.run_folder import Role, roles
 from paris_jax.config.experiment import Experiment
@@ -58,7 +59,8 @@ class Plan:
 
         The last worker writes it, too, unless it does not see yet what another machine wrote to a network disk.
         """
-        if count == 1:
+        takes_shared = any(flag.startswith("--data=") for flag in self.stages[0].arguments)
+        if count == 1 or takes_shared:
             return self
         stages: list[Stage] = []
         for stage in self.stages:
@@ -82,19 +84,26 @@ class Plan:
         return dataclasses.replace(self, stages=(self.stage(role),))
 
 
-def make_plan(experiment: Experiment, workdir: str, config: Sequence[str] = (), name: str = "") -> Plan:
+def make_plan(
+    experiment: Experiment,
+    workdir: str,
+    config: Sequence[str] = (),
+    name: str = "",
+    options: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Plan:
     """The stages of an experiment, in an order in which a single machine may run them.
 
     Args:
       config: the flags that pass the config to a command.
       name: prefix of the jobs; by default the last part of `workdir`.
+      options: further flags of prepare and cluster, {"prepare": ("--data=OTHER/data",)}.
     """
-    where = f"--workdir={workdir}"
+    where, shared = f"--workdir={workdir}", tuple(options.get("prepare", ()))
     published = {experiment.codec.name, experiment.text.name, experiment.features.name} & set(PUBLISHED)
     trained = tuple(_role(experiment, role, (*config, where)) for role in roles(experiment.clustering.num_clusters))
     stages = [
-        Stage("prepare", ("prepare", *config, where), needs_accelerator=bool(published)),
-        Stage("cluster", ("cluster", *config, where), ("prepare",)),
+        Stage("prepare", ("prepare", *config, where, *shared), needs_accelerator=bool(published and not shared)),
+        Stage("cluster", ("cluster", *config, where, *options.get("cluster", ())), ("prepare",)),
         *trained,
         Stage("assemble", ("assemble", *config, where), tuple(s.name for s in trained if s.name != "monolith")),
     ]

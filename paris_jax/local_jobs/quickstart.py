@@ -10,8 +10,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from etils import epath
 from rich.console import Console
@@ -44,7 +45,13 @@ class JobGroups:
 
 
 def quickstart(
-    experiment: Experiment, run: RunFolder, config: Sequence[str] = (), devices: str = "auto", dry_run: bool = False
+    experiment: Experiment,
+    run: RunFolder,
+    config: Sequence[str] = (),
+    devices: str = "auto",
+    dry_run: bool = False,
+    options: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    sample: bool = True,
 ) -> None:
     """Runs prepare, cluster, train (every role), assemble, sample and evaluate; resumes where it stopped.
 
@@ -54,6 +61,8 @@ def quickstart(
       config: config flags of the commands; empty if RUN/config.json holds the experiment.
       devices: devices to run on, see `find_devices`.
       dry_run: prints the commands and their devices instead of running them.
+      options: further flags of prepare and cluster, {"prepare": ("--data=OTHER/data",)}.
+      sample: also sample `PROMPTS`, where they suit the data.
 
     Raises:
       UserError: a role failed, or a stage was killed; the message is its error.
@@ -61,7 +70,7 @@ def quickstart(
       Preempted, KeyboardInterrupt: every role has saved after SIGTERM or SIGINT.
     """
     available = find_devices(devices)
-    plan = make_plan(experiment, run, config)
+    plan = make_plan(experiment, run, config, options, sample)
     groups = available.groups(*_costs(experiment, list(plan.roles)))
     stage_devices = dataclasses.replace(available, numbers=()) if available.kind == "cpu" else groups[0]
     if dry_run:
@@ -88,12 +97,18 @@ def quickstart(
     console.print(f"sample more: {command}", soft_wrap=True)
 
 
-def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> JobGroups:
+def make_plan(
+    experiment: Experiment,
+    run: RunFolder,
+    config: Sequence[str],
+    options: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    sample: bool = True,
+) -> JobGroups:
     """Returns the commands of all stages that are not done, and of evaluate, which detects itself that it is done."""
     workdir = f"--workdir={run}"
     stages = [("prepare", run.data), ("cluster", run.partition)]
     before = [
-        LocalJob(name, (name, *config, workdir), preflight=True)
+        LocalJob(name, (name, *config, workdir, *options.get(name, ())), preflight=True)
         for name, folder in stages
         if not manifest.exists(folder)
     ]
@@ -105,7 +120,7 @@ def make_plan(experiment: Experiment, run: RunFolder, config: Sequence[str]) -> 
         for role in (monolith, *others)
         if not manifest.exists(run.export(role))
     }
-    shapes = experiment.data.source == "shapes"  # the prompts are about shapes
+    shapes = sample and experiment.data.source == "shapes"  # the prompts are about shapes
     if shapes and todo and not _samples(run, "bundled").exists():
         before.insert(0, _sample("first videos", run, "bundled", "bundled:shapes"))
     after = []

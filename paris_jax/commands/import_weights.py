@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -20,7 +19,7 @@ from paris_jax.encoders import codecs
 from paris_jax.encoders import text as text_encoders
 from paris_jax.errors import UserError, nearest
 from paris_jax.evaluation.networks import i3d_weights
-from paris_jax.models import functional
+from paris_jax.models import functional, precision
 from paris_jax.models.dit import DiTConfig
 from paris_jax.training.job import compute_dtype
 from paris_jax.weights import convert
@@ -127,7 +126,7 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
 def _of_experiment(experiment: Experiment) -> DiTConfig:
     width, pooled = text_encoders.widths_of(experiment)
     sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
-    dtype = compute_dtype(experiment.training.compute_dtype, jax.default_backend())
+    dtype = compute_dtype(experiment.training.compute_dtype, *precision.current_device())
     return functional.network_config(experiment.network, **sizes, dtype=dtype, cond_frames=bool(experiment.masks.kinds))
 
 

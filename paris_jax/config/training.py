@@ -116,7 +116,9 @@ class TrainingSettings:
         0.3162, "probability of dropping the pooled text, independently", at_least=0.0, at_most=1.0
     )
     compute_dtype: str = setting(
-        "auto", "of activations and matrix products; auto: bfloat16 except on CPUs", choices=ComputeDtype
+        "auto",
+        "of activations and products; auto: bfloat16, float32 on CPUs and GPUs without it (T4)",
+        choices=ComputeDtype,
     )
     fsdp: int = setting(1, "devices that share the batch and shard the parameters", at_least=1)
     tensor: int = setting(1, "devices that share heads and hidden features", at_least=1)

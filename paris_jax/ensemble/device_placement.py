@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,13 +18,18 @@ from paris_jax.config import checks
 from paris_jax.diffusion import solvers, timesteps
 from paris_jax.ensemble import progress, sparse_velocity
 from paris_jax.errors import UserError, nearest
-from paris_jax.models import functional, sharding_rules, stacks
+from paris_jax.models import functional, precision, sharding_rules, stacks
 from paris_jax.models.dit import video_tokens
 from paris_jax.training.sharding import check_network
 
+logger = logging.getLogger(__name__)
 MESH_AXES = ("expert", *sharding_rules.MESH_AXES)
 WEIGHT_DTYPES = ("auto", "int8")
 COMPUTE_DTYPES = ("", "float32", "bfloat16", "float16")
+LACKS_BFLOAT16 = (
+    "this GPU (compute capability %s) has no bfloat16: computing in float32, which takes twice the memory; "
+    "compute_dtype=float16 takes half of that and is faster, and what overflows is refused"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,8 @@ class PlacementOptions:
       mesh: devices of the ensemble; None for one device.
       weights_dtype: "auto", the dtype of the computation, or "int8" for the matrices of the blocks.
       offload: keep the matrices of the blocks in host memory and fetch them layer by layer.
-      compute_dtype: dtype of the computation; "" for that of each network's training.
+      compute_dtype: dtype of the computation; "" for that of each network's training, or float32 where that is bfloat16
+        and the GPU has none.
     """
 
     mesh: Mesh | None = None
@@ -44,7 +51,12 @@ class PlacementOptions:
 
     def config(self, network: functional.Config) -> functional.Config:
         """A network's config with the dtype of the computation."""
-        return dataclasses.replace(network, dtype=self.compute_dtype) if self.compute_dtype else network
+        dtype, (platform, capability) = self.compute_dtype or network.dtype, precision.current_device()
+        emulated = dtype == "bfloat16" and platform != "cpu" and not precision.has_bfloat16(platform, capability)
+        if emulated and not self.compute_dtype:
+            logger.info(LACKS_BFLOAT16, capability)
+            dtype = "float32"
+        return dataclasses.replace(network, dtype=dtype)
 
     def place(self, config: functional.Config, experts: list[functional.Params]) -> functional.Params:
         """Stacks the experts of one architecture (NumPy) on their devices, (members, ...).

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from paris_jax.models import precision
 from paris_jax.models.sharding_rules import axes_that_divide, constrain
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ def _device() -> tuple[str, str]:
     compute capability is "7.5" for an NVIDIA T4, "gfx90a" for an AMD GPU, and "" where it is unknown.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    attached = jax.local_devices()[0] if platform == jax.default_backend() else None
-    return platform, str(getattr(attached, "compute_capability", ""))
+    backend, capability = precision.current_device()
+    platform = backend if mesh.empty else mesh.abstract_device.platform
+    return platform, capability if platform == backend else ""
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from paris_jax.diffusion import timesteps
 from paris_jax.encoders import text as texts
 from paris_jax.encoders.codecs import UNIT_SCALE, LatentScale
 from paris_jax.errors import UserError
-from paris_jax.models import flops, functional
+from paris_jax.models import flops, functional, precision
 from paris_jax.models.dit import video_tokens
 from paris_jax.models.router import RouterConfig
 from paris_jax.training.losses import PerSampleLosses, TimestepSampler, expert_losses, router_losses
@@ -109,7 +109,7 @@ def batch_iterator(job: Job, folders: Sequence[epath.Path]) -> Callable[[int, in
 
 def make_job(experiment: Experiment, run: RunFolder, role: Role, data: ClusterManifest) -> Job:
     """The job of a role on prepared data, described by a cluster's manifest."""
-    dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, jax.default_backend())
+    dtype = compute_dtype(experiment.settings_of(role.kind).compute_dtype, *precision.current_device())
     widths = texts.described_widths(data.text)
     job = job_of(experiment, run.role(role), role, data.latent.shape, widths, data.text_length, dtype)
     return dataclasses.replace(job, scale=LatentScale.from_manifest(data.latent))
@@ -159,11 +159,11 @@ def job_of(
     )
 
 
-def compute_dtype(name: str, platform: str) -> str:
-    """The dtype of the computation; "auto" is float32 on CPUs and bfloat16 elsewhere."""
+def compute_dtype(name: str, platform: str, capability: str = "") -> str:
+    """The dtype of the computation; "auto" is bfloat16, and float32 on CPUs and on NVIDIA GPUs before the A100."""
     if name != "auto":
         return name
-    return "float32" if platform == "cpu" else "bfloat16"
+    return "bfloat16" if precision.has_bfloat16(platform, capability) else "float32"
 
 
 def describe(job: Job, clips: int) -> str:

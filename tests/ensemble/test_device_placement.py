@@ -25,6 +25,7 @@ from paris_jax.ensemble import device_placement, sampling_params, sparse_velocit
 from paris_jax.ensemble.routing import Routing
 from paris_jax.ensemble.sparse_velocity import experts_by_group
 from paris_jax.errors import UserError
+from paris_jax.models import precision
 from tests.conftest import QUICK, free_address
 from tests.ensemble.test_mixture import NETWORK, inputs, random_params
 
@@ -352,3 +353,23 @@ def test_a_size_whose_tokens_cannot_be_shared_is_refused():
     ensemble._placed.mesh = Mesh()
     with pytest.raises(UserError, match="mesh sequence=2: 2 does not divide the network's 75 tokens of a clip"):
         ensemble.sample("a ball", num_inference_steps=1, guidance_scale=1.0, num_frames=6)
+
+
+@pytest.mark.parametrize(
+    ("device", "trained", "asked", "dtype"),
+    [
+        (("gpu", "7.5"), "bfloat16", "", "float32"),  # a T4
+        (("gpu", "7.5"), "bfloat16", "float16", "float16"),
+        (("gpu", "7.5"), "bfloat16", "bfloat16", "bfloat16"),
+        (("gpu", "8.0"), "bfloat16", "", "bfloat16"),
+        (("gpu", "7.5"), "float32", "", "float32"),
+        (("cpu", ""), "bfloat16", "", "bfloat16"),
+    ],
+)
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, caplog, device, trained, asked, dtype):
+    monkeypatch.setattr(precision, "current_device", lambda: device)
+    network = dataclasses.replace(NETWORK, dtype=trained)
+    with caplog.at_level("INFO", logger="paris_jax"):
+        assert device_placement.PlacementOptions(compute_dtype=asked).config(network).dtype == dtype
+    said = [record.message for record in caplog.records]
+    assert ["compute capability 7.5" in text for text in said] == [True] * (dtype not in (asked, trained))

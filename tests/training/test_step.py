@@ -121,6 +121,14 @@ def test_auto_computes_in_bfloat16_on_accelerators_only():
 
 
 @pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [("6.0", "float32"), ("7.5", "float32"), ("8.0", "bfloat16"), ("9.0", "bfloat16"), ("gfx90a", "bfloat16")],
+)
+def test_auto_computes_in_float32_on_gpus_without_bfloat16(capability, dtype):
+    assert compute_dtype("auto", "gpu", capability) == dtype
+
+
+@pytest.mark.parametrize(
     ("kind", "teraflops"),
     [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("TPU v5 lite", 197), ("TPU v5p", 459), ("cpu", None)],
 )

@@ -1,73 +1,120 @@
-# ---
-# jupyter:
-#   jupytext:
-#     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#       format_version: '1.3'
-#       jupytext_version: 1.19.6
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Sampling from an ensemble
 #
-# Three experts were trained apart, each on one cluster of the clips, and never exchanged anything. A small router looks
-# at the noisy video, the time and the prompt, and weighs the experts at every step. This notebook draws videos from
-# them and looks at who did what. It works offline, and on a CPU.
-#
-# The ensemble that ships with the package knows moving shapes: flat ones on plain grounds, patterned ones that circle,
-# and handwritten digits that drift.
+# Experts were trained apart, each on one cluster of the clips, and never exchanged anything. A small router looks at
+# the noisy video, the time and the prompt, and weighs the experts at every step. This notebook draws videos from them
+# and looks at which expert did what.
 
-# %%
+# %% [markdown] tags=["open"]
+# On Colab or Kaggle, upload this notebook and write the repository's address into the next cell.
+# On Kaggle, switch the internet on.
+
+# %% tags=["install"]
+# @title Install { display-mode: "form" }
+# Does nothing where paris_jax is installed, as on your own machine after: ./launch/install.sh notebooks
+REPOSITORY = ""  # @param {type: "string"}
+
+import importlib.util
+import subprocess
 import sys
-
-if "google.colab" in sys.modules:  # anywhere else, what is installed is used
-    import subprocess
-
-    CHECKOUT = "/content/paris_jax"  # where the repository was uploaded or cloned to
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", CHECKOUT], check=True)
-
-# %%
-import os
 from pathlib import Path
 
-import numpy as np
+CHECKOUT = Path("paris_jax_checkout").resolve()  # is cloned, unless it was uploaded
+found = importlib.util.find_spec("paris_jax")
+if found is None or found.origin is None:  # a folder of this name is not the package
+    if not CHECKOUT.exists():
+        if not REPOSITORY:
+            raise SystemExit("Write the repository's address into REPOSITORY, or upload it as paris_jax_checkout")
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, CHECKOUT], check=True)
+    print("Installing, which takes a minute or two")
+    command = [sys.executable, CHECKOUT / "launch" / "install_notebook.py", *{m.split(".")[0] for m in sys.modules}]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    if done.returncode == 3:
+        raise SystemExit("Restart the session (Colab: Runtime > Restart session; Kaggle: Run > Restart), run all again")
+    if done.returncode:
+        raise SystemExit("paris_jax could not be installed; see the lines above")
+    importlib.invalidate_caches()
 
+# %% [markdown]
+# ## Runtime
+
+# %%
+from paris_jax.notebooks import runtime
+
+runtime.start()
+
+# %% [markdown]
+# ## Ensemble
+#
+# | kind | name |
+# |---|---|
+# | bundled | `shapes`: moving shapes, patterned balls that circle, handwritten digits that drift |
+# | local | a folder that `paris-jax assemble` or `paris-jax export` wrote: `runs/mine/ensemble` |
+# | bucket | the same on Google Cloud: `gs://BUCKET/RUN/ensemble` |
+# | hub | an exported folder on the Hugging Face hub: `OWNER/NAME` |
+#
+# Its files are checked before they are used, and nothing in them is executed. The clips and the prompts below are those
+# of `bundled:shapes`; for another ensemble, write prompts of its own.
+
+# %% tags=["parameters"]
+# @title Settings
+KIND = "bundled"  # @param ["bundled", "local", "bucket", "hub"]
+NAME = "shapes"  # @param {type: "string"}
+COMPUTE_DTYPE = ""  # @param ["", "float32", "bfloat16", "float16"]
+STEPS = 30  # @param {type: "slider", min: 4, max: 100, step: 1}
+GUIDANCE = 3.0  # @param {type: "slider", min: 1, max: 10, step: 0.5}
+SEED = 0  # @param {type: "integer"}
+PROMPT = ""  # @param {type: "string"}
+OPEN_GUIDANCE = 2.0  # @param {type: "number"}
+
+# %%
 from paris_jax import Ensemble
-from paris_jax.ensemble.samples import compare
+from paris_jax.notebooks.sources import find_ensemble
 
-# A run of your own: export PARIS_JAX_ENSEMBLE=RUN/ensemble, or write its path here.
-ensemble = Ensemble.load(os.environ.get("PARIS_JAX_ENSEMBLE", "bundled:shapes"))
-steps = int(os.environ.get("PARIS_JAX_STEPS", 30))
-
+source = find_ensemble(KIND, NAME)
+ensemble = Ensemble.load(source, compute_dtype=COMPUTE_DTYPE)
 print(f"experts {ensemble.clusters}, latent {ensemble.latent_shape}, {ensemble.fps:g} frames a second")
 
 # %% [markdown]
 # ## Videos
 #
-# One prompt for each of the three worlds, and one more. The first call compiles the whole solver loop; later calls of
-# the same shape start at once.
+# One prompt for each of the three worlds, and one more (or your own, `PROMPT` above). The first call compiles the
+# solver loop; later calls of the same shape start at once.
 
 # %%
 prompts = [
     "a large red circle moving right fast on a white ground",
     "a large blue striped ball circling clockwise fast on a sandy ground",
     "a large yellow digit three drifting up left slowly on a black ground",
-    "a large green square moving down slowly on a white ground",
+    PROMPT or "a large green square moving down slowly on a white ground",
 ]
-samples = ensemble.sample(prompts, num_inference_steps=steps, seed=0, progress=True)
+settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
+samples = ensemble.sample(prompts, progress=True, **settings)
 samples
+
+# %% [markdown]
+# ## Grid and contact sheet
+#
+# All videos in one, and frame by frame. `samples.videos` holds the arrays, (N, frames, height, width, 3) in [-1, 1].
+
+# %%
+from pathlib import Path
+
+from IPython.display import Image
+
+from paris_jax.notebooks.show import gallery
+
+gallery(samples.grid()[None], ["all samples"], samples.fps)
+
+# %%
+folder = Path("samples")
+Image(samples.save(folder / "contact_sheet.png").read_bytes())
 
 # %% [markdown]
 # ## Routing
 #
-# How much of each step came from which expert. The prompts above name their world so plainly that the router is sure
-# from the first step on.
+# The share of each expert. The prompts above name their world so plainly that the router is sure from the first step.
 
 # %%
 print(samples.bars())
@@ -83,7 +130,8 @@ open_prompts = [
     "a large red slowly on a ground",
     "a large green on a ground",
 ]
-full = ensemble.sample(open_prompts, num_inference_steps=steps, seed=0, guidance_scale=2.0, routing="full")
+open_settings = settings | {"guidance_scale": OPEN_GUIDANCE}
+full = ensemble.sample(open_prompts, routing="full", **open_settings)
 full.plot_routing()
 
 # %% [markdown]
@@ -93,17 +141,18 @@ full.plot_routing()
 # the router is sure all rules agree; where it is not, they part early and may end in different worlds.
 
 # %%
-noise = ensemble.noise(len(open_prompts), seed=0)
-same = {"num_inference_steps": steps, "noise": noise, "guidance_scale": 2.0}
-by_way = {
-    "top 1": ensemble.sample(open_prompts, top_k=1, **same),
-    "top 2": ensemble.sample(open_prompts, top_k=2, **same),
-    "full": ensemble.sample(open_prompts, routing="full", **same),
+import numpy as np
+
+from paris_jax.ensemble.samples import compare
+
+by_rule = {
+    "top 1": ensemble.sample(open_prompts, top_k=1, **open_settings),
+    "top 2": ensemble.sample(open_prompts, top_k=min(2, len(ensemble.clusters)), **open_settings),
+    "full": full,
 }
-for name, drawn in by_way.items():
-    apart = np.abs(drawn.videos - by_way["full"].videos).mean() / 2
-    print(f"{name:<6} mean distance from full: {apart:.2%} of the range")
-compare(by_way)
+for name, drawn in by_rule.items():
+    print(f"{name:<6} mean distance from full: {np.abs(drawn.videos - full.videos).mean() / 2:.2%} of the range")
+compare(by_rule)
 
 # %% [markdown]
 # ## One expert at a time
@@ -112,7 +161,7 @@ compare(by_way)
 # asked for anything else, it paints what it knows.
 
 # %%
-compare(ensemble.one_by_one(prompts, num_inference_steps=steps, noise=noise))
+compare(ensemble.one_by_one(prompts, **settings))
 
 # %% [markdown]
 # `fixed_expert` takes a schedule too, one expert for each step: here the first expert lays out the scene in heavy
@@ -120,8 +169,40 @@ compare(ensemble.one_by_one(prompts, num_inference_steps=steps, noise=noise))
 
 # %%
 first, last = ensemble.clusters[0], ensemble.clusters[-1]
-schedule = [first if step < steps // 2 else last for step in range(steps)]
-ensemble.sample(prompts, num_inference_steps=steps, noise=noise, fixed_expert=schedule)
+schedule = [first if step < STEPS // 2 else last for step in range(STEPS)]
+ensemble.sample(prompts, fixed_expert=schedule, **settings)
+
+# %% [markdown]
+# ## Image to video
+#
+# An ensemble that was trained with conditioning frames (`config.masks`; `configs/shapes.py:image` trains one in half an
+# hour on two cores) takes a picture as the first frame: `image=...`. `bundled:shapes` was not. For such ensembles, a
+# callback holds the first latent frame instead: after each step it is set to the picture, noised to the time of the
+# next step. The experts see it there and go on from it, as well as they can without having learned to.
+
+# %%
+from paris_jax.diffusion import timesteps
+
+picture = samples[0].pixels()[0, 0]  # or any picture, (height, width, 3) uint8
+caption = prompts[0].replace("right", "left")
+frames = np.repeat(picture[None], samples.videos.shape[1], axis=0)
+known = ensemble.scale.normalise(ensemble.codec.encode(frames[None]))
+noise = ensemble.noise(1, SEED)
+times = np.asarray(timesteps.timestep_schedule(STEPS, ensemble.timestep_shift or 1.0))
+
+
+def hold(ensemble, step, timestep, latents):
+    t = times[step + 1]
+    held = (1 - t) * known[:, :1] + t * noise[:, :1]
+    return {"latents": latents["latents"].at[:, :1].set(held)}
+
+
+if ensemble.takes_frames:
+    animated = ensemble.sample(caption, image=picture, **settings)
+else:
+    given = {"timesteps": times.tolist(), "noise": noise, "callback_on_step_end": hold}
+    animated = ensemble.sample(caption, guidance_scale=GUIDANCE, seed=SEED, **given)
+gallery(np.concatenate([frames[None], animated.pixels()]), ["the picture", caption], ensemble.fps)
 
 # %% [markdown]
 # ## Where the experts disagree
@@ -136,6 +217,7 @@ import matplotlib.pyplot as plt
 drawn = ensemble.scale.normalise(ensemble.codec.encode(full.videos))  # as the networks see it
 words = ensemble.encode(open_prompts)
 seen_at = (0.99, 0.95, 0.9, 0.7)
+noise = ensemble.noise(len(open_prompts), SEED)
 figure, axes = plt.subplots(len(open_prompts), len(seen_at), figsize=(7, 7))
 for column, t in enumerate(seen_at):
     x = (1 - t) * drawn + t * noise
@@ -148,12 +230,12 @@ plt.close(figure)  # what a cell returns is shown
 figure
 
 # %% [markdown]
-# ## Files
+# ## Download
 #
-# All samples as one grid, or frame by frame as a contact sheet. `samples.videos` holds the arrays,
-# (N, frames, height, width, 3) in [-1, 1].
+# One file with the grid as .mp4 and .gif, the contact sheet, and `settings.json`: ensemble and hash, prompts, every
+# sampling parameter, versions. `ensemble.sample(prompts, **params)` of that file draws the same videos again.
 
 # %%
-folder = Path("samples")
-for ending in ("mp4", "gif", "png"):
-    print("wrote", samples.save(folder / f"notebook.{ending}"))
+from paris_jax.notebooks.download import offer, pack
+
+offer(pack(folder / "samples.zip", ensemble, source, samples, settings))

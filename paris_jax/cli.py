@@ -7,7 +7,6 @@ import errno
 import functools
 import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,15 +135,9 @@ def start_jax(name: str, call: Call) -> None:
     """The compilation cache, Grain's flags, and the other processes of the job; once per process."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain and Orbax read absl flags of their own
-    import jax
+    from paris_jax.models.compilation import keep_compiled_programs
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        if os.path.isabs(cache):
-            jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
-        else:
-            logging.getLogger("paris_jax").info("HOME is not set, so compiled programs are not kept for the next time")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    keep_compiled_programs()
     if flag_groups.joining in COMMANDS[name].define:
         from paris_jax.training.distributed import FLAGS, join_processes, with_flags
 

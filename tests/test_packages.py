@@ -10,6 +10,7 @@ ORDER = (
     *(
         "__main__",
         "cli",
+        "notebooks",
         "commands",
         "sweeps",
         "launchers",

@@ -109,6 +109,11 @@ class Ensemble:
             ensemble_manifest.read_single(network, SamplingSettings(**sampling)), None, encoders, drop_encoders, store
         )
 
+    @property
+    def takes_frames(self) -> bool:
+        """Whether every expert was trained with conditioning frames: image-to-video and video continuation."""
+        return all(network.cond_frames for network in self._placed.networks)
+
     def encode(self, prompts: Sequence[str]) -> EncodedText:
         """Encodes prompts, padded to the longest training caption (longer ones to the encoder's maximum).
 

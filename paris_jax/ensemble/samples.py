@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import html
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -109,7 +109,7 @@ class Samples:
             weights = np.concatenate([self.routing[:, i], self.routing[-1:, i]]).T
             axis.stackplot(edges, weights, colors=self._colours(), step="post", linewidth=0)
             axis.set(xlim=(0, edges[-1]), ylim=(0, 1), xlabel="step, noise to data" if i >= shown - columns else "")
-            axis.set_title(textwrap.fill(self.prompts[i], 34), fontsize=8)
+            axis.set_title(textwrap.fill(self.prompts[i], 34), fontsize=8, parse_math=False)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axis.tick_params(labelsize=8, labelbottom=i >= shown - columns)
         for axis in axes[:, 0]:
@@ -126,9 +126,7 @@ class Samples:
 
     def _repr_html_(self) -> str:
         """A notebook shows each video, playing, above its prompt."""
-        shown = zip(self.pixels(), self.prompts, strict=True)
-        cells = (_figure(video, self.fps, html.escape(prompt)) for video, prompt in shown)
-        return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(cells)}</div>'
+        return gallery(self.pixels(), self.prompts, self.fps)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -159,6 +157,12 @@ def compare(columns: Mapping[str, Samples]) -> Comparison:
     if any(p != prompts[0] for p in prompts):
         raise UserError("Samples of different prompts cannot stand side by side; sample the same prompts for each")
     return Comparison(dict(columns))
+
+
+def gallery(videos: np.ndarray, captions: Sequence[str], fps: float) -> str:
+    """HTML of videos (N, T, H, W, 3) uint8 that play, each above its caption."""
+    cells = (_figure(video, fps, html.escape(caption)) for video, caption in zip(videos, captions, strict=True))
+    return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(cells)}</div>'
 
 
 def _figure(video: np.ndarray, fps: float, caption: str) -> str:

@@ -97,6 +97,14 @@ def _device() -> tuple[str, str]:
 @functools.cache
 def implementation(platform: str, capability: str, dtype: str, head_width: int, keys: int) -> Kernel:
     """Chooses a kernel and logs the choice once, with the reason for any fallback."""
+    choice, reason = choose(platform, capability, dtype, head_width, keys)
+    # A CPU has one kernel only.
+    logger.log(logging.DEBUG if platform == "cpu" else logging.INFO, "attention: %s (%s)", choice, reason)
+    return choice
+
+
+def choose(platform: str, capability: str, dtype: str, head_width: int, keys: int) -> tuple[Kernel, str]:
+    """The kernel for attention over so many keys, and why."""
     choice: Kernel = "xla"
     if keys <= head_width:
         reason = f"the attention weights over {keys} keys take no more memory than the queries"
@@ -116,9 +124,7 @@ def implementation(platform: str, capability: str, dtype: str, head_width: int, 
         reason = f"cuDNN's kernel takes head widths up to 128 in steps of 8, not {head_width}"
     else:
         choice, reason = "cudnn", "flash attention"
-    # A CPU has one kernel only.
-    logger.log(logging.DEBUG if platform == "cpu" else logging.INFO, "attention: %s (%s)", choice, reason)
-    return choice
+    return choice, reason
 
 
 def _on_every_device(kernel, q_BNHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, length_B: jax.Array | None):

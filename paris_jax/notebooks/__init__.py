@@ -1,0 +1,1 @@
+"""What the notebooks share: the runtime, ensembles to pick from, live plots of training, pages, downloads."""

@@ -28,7 +28,7 @@ def gallery(videos: np.ndarray, captions: Sequence[str], fps: float) -> Html:
     return Html(samples.gallery(videos, captions, fps), f"{len(videos)} videos")
 
 
-def page(path: epath.PathLike, height: int = 720) -> Html:
+def page(path: epath.PathLike, height: int = 900) -> Html:
     """A page of a run, such as RUN/partition/report.html, in a frame of its own `height` pixels high.
 
     The frame shares nothing with the notebook: what stands in captions reaches neither its kernel nor its cells.

@@ -1,69 +1,22 @@
-"""The notebook, run as a person runs it: every cell, in a fresh kernel, from an empty folder."""
+"""sample.ipynb, on the ensemble that ships with the package, with few steps."""
 
 import base64
 import io
-import os
+import json
 import re
-from pathlib import Path
+import zipfile
 
 import av
 import pytest
 
-from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax import Ensemble
 
-jupytext = pytest.importorskip("jupytext")
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("matplotlib")
-
-FOLDER = Path(__file__).parents[2] / "notebooks"
-PAIRS = sorted(FOLDER.glob("*.py"))
-
-
-@pytest.mark.parametrize("text", PAIRS, ids=lambda path: path.stem)
-def test_the_text_and_the_notebook_say_the_same(text):
-    cells = [
-        [(cell.cell_type, cell.source) for cell in jupytext.read(text.with_suffix(s)).cells] for s in (".py", ".ipynb")
-    ]
-    assert cells[0] == cells[1], f"run: jupytext --sync {text.relative_to(FOLDER.parent)}"
-
-
-@pytest.mark.parametrize("text", PAIRS, ids=lambda path: path.stem)
-def test_the_notebook_is_paired_and_carries_no_outputs(text):
-    notebook = jupytext.read(text.with_suffix(".ipynb"))
-    assert notebook.metadata["jupytext"]["formats"] == "ipynb,py:percent"
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-
-
-def test_every_notebook_has_its_text():
-    assert [p.stem for p in sorted(FOLDER.glob("*.ipynb"))] == [p.stem for p in PAIRS]
-
-
-def shipped() -> bool:
-    return manifest.exists(Path(ensemble_manifest.__file__).parent / "bundled" / "shapes")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def executed(request, tmp_path_factory):
-    """The notebook with its outputs, run on the ensemble that ships (or on the tests' own), with few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PARIS_JAX_STEPS", "4")
-        patch.delenv("MPLBACKEND", raising=False)
-        patch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)  # this checkout, installed or not
-        if not shipped():
-            patch.setenv("PARIS_JAX_ENSEMBLE", str(request.getfixturevalue("trained").ensemble))
-        folder = tmp_path_factory.mktemp("notebook")
-        notebook = jupytext.read(FOLDER / "sample.ipynb")
-        client = nbclient.NotebookClient(
-            notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-        )
-        return client.execute(), folder
-
-
-def outputs(notebook, kind):
-    """Every output of a MIME type, by cell."""
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = [[o["data"][kind] for o in cell.outputs if kind in o.get("data", {})] for cell in code]
-    return [texts for texts in found if texts]
+def executed(execute):
+    return execute("sample", STEPS=4)
 
 
 def frames(data: bytes) -> int:
@@ -71,39 +24,35 @@ def frames(data: bytes) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-@pytest.mark.slow
 def test_every_cell_runs_without_error_or_warning(executed):
-    notebook, _ = executed
-    printed = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert not [o for o in printed if o.output_type == "error"]
-    assert not [o.text for o in printed if o.output_type == "stream" and o.name == "stderr"]
+    executed.check_no_errors_or_warnings()
 
 
-@pytest.mark.slow
+def test_the_runtime_is_named(executed):
+    table = executed.outputs("text/html")[0][0]
+    assert "CPU runtime" in table and "of memory" in table and "slow here" in table
+
+
 def test_videos_are_shown_and_play(executed):
-    notebook, _ = executed
-    cells = outputs(notebook, "text/html")
-    videos = [re.findall(r"data:video/mp4;base64,([^\"]+)", "".join(texts)) for texts in cells]
-    counts = [len(found) for found in videos if found]
-    # Four prompts; top 1, top 2 and full; three experts alone; the schedule.
-    assert counts == [4, 12, 12, 4]
-    for found in videos:
+    videos = [re.findall(r"data:video/mp4;base64,([^\"]+)", "".join(texts)) for texts in executed.outputs("text/html")]
+    # Four prompts; the grid; top 1, top 2 and full; three experts alone; the schedule; a picture and its video.
+    assert [len(found) for found in videos if found] == [4, 1, 12, 12, 4, 2]
+    for found in filter(None, videos):
         for data in found[:2]:
             assert frames(base64.b64decode(data)) >= 4
 
 
-@pytest.mark.slow
-def test_routing_and_disagreement_are_plotted_once_each(executed):
-    notebook, _ = executed
-    plots = outputs(notebook, "image/png")
-    assert [len(images) for images in plots] == [1, 1]
+def test_contact_sheet_routing_and_disagreement_are_shown_once_each(executed):
+    assert [len(images) for images in executed.outputs("image/png")] == [1, 1, 1]
 
 
-@pytest.mark.slow
-def test_files_are_written_where_the_notebook_runs(executed):
-    _, folder = executed
-    written = sorted(path.name for path in (folder / "samples").iterdir())
-    assert written == ["notebook.gif", "notebook.mp4", "notebook.png"]
-    assert frames((folder / "samples" / "notebook.mp4").read_bytes()) == frames(
-        (folder / "samples" / "notebook.gif").read_bytes()
-    )
+def test_the_download_holds_videos_and_settings_that_draw_them_again(executed):
+    with zipfile.ZipFile(executed.folder / "samples" / "samples.zip") as archive:
+        assert sorted(archive.namelist()) == ["contact_sheet.png", "samples.gif", "samples.mp4", "settings.json"]
+        made = json.loads(archive.read("settings.json"))
+        shown = archive.read("contact_sheet.png")
+    again = Ensemble.load(made["ensemble"]).sample(made["prompts"], **made["params"])
+    again.save(executed.folder / "again.png")
+    with av.open(io.BytesIO(shown)) as first, av.open(str(executed.folder / "again.png")) as second:
+        pictures = [next(c.decode(video=0)).to_ndarray(format="rgb24").astype(int) for c in (first, second)]
+    assert abs(pictures[0] - pictures[1]).max() <= 2

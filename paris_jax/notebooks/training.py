@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -51,9 +52,13 @@ def _plotted(experiment: Experiment, run: RunFolder, roles: Sequence[Role]) -> I
     # Outputs of a thread belong to the cell whose context it has.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(watch,), daemon=True)
     thread.start()
+    lines_of_steps = logging.getLogger(metrics.__name__)  # are in the plot
+    before = lines_of_steps.level
+    lines_of_steps.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        lines_of_steps.setLevel(before)
         ended.set()
         thread.join()
         draw()

@@ -7,6 +7,7 @@ version, so that they fit the driver. Otherwise they are replaced together, plug
 Exit codes: 0 installed, 3 installed and the notebook's session must be restarted, 1 an error in one sentence.
 """
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -84,10 +85,16 @@ def read_pins(minor: int) -> dict[str, str]:
     return dict(line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
 
 
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """The distributions that each module may come from."""
+    return importlib.metadata.packages_distributions()
+
+
 def stale(before: Mapping[str, str], after: Mapping[str, str], modules: Iterable[str]) -> list[str]:
     """Distributions that need a restart: JAX if it was replaced, and those whose old version is imported."""
     changed = {name for name in before if after.get(name) != before[name]}
-    owners = importlib.metadata.packages_distributions()
+    owners = _owners()
     imported = {canonicalize_name(owner) for module in modules for owner in owners.get(module, [])}
     return sorted(name for name in changed if name in imported or JAX.fullmatch(name))
 

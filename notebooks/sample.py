@@ -233,7 +233,8 @@ figure
 # ## Download
 #
 # One file with the grid as .mp4 and .gif, the contact sheet, and `settings.json`: ensemble and hash, prompts, every
-# sampling parameter, versions. `ensemble.sample(prompts, **params)` of that file draws the same videos again.
+# sampling parameter, versions. `ensemble.sample(prompts, SamplingParams(**params))` draws the same videos again from
+# the `prompts` and `params` of that file (`from paris_jax.config.sampling import SamplingParams`).
 
 # %%
 from paris_jax.notebooks.download import offer, pack

@@ -17,4 +17,5 @@ def keep_compiled_programs() -> None:
             jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "paris_jax", "xla"))
         else:
             logger.info("HOME is not set, so compiled programs are not kept for the next time")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)

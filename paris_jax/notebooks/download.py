@@ -36,8 +36,9 @@ def settings(
 
     Args:
       source: what `Ensemble.load` was given. Of a folder, its name and the hash of its manifest are kept, not its path.
-      overrides: what `Ensemble.sample` was given besides the prompts. `ensemble.sample(prompts, **params)` draws the
-        same again.
+      overrides: what `Ensemble.sample` was given besides the prompts.
+
+    The same are drawn again by `ensemble.sample(prompts, SamplingParams(**params))`.
 
     Raises:
       UserError: an override that cannot be kept as JSON or as a picture.

@@ -10,6 +10,7 @@ import av
 import pytest
 
 from paris_jax import Ensemble
+from paris_jax.config.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def test_the_download_holds_videos_and_settings_that_draw_them_again(executed):
         assert sorted(archive.namelist()) == ["contact_sheet.png", "samples.gif", "samples.mp4", "settings.json"]
         made = json.loads(archive.read("settings.json"))
         shown = archive.read("contact_sheet.png")
-    again = Ensemble.load(made["ensemble"]).sample(made["prompts"], **made["params"])
+    again = Ensemble.load(made["ensemble"]).sample(made["prompts"], SamplingParams(**made["params"]))
     again.save(executed.folder / "again.png")
     with av.open(io.BytesIO(shown)) as first, av.open(str(executed.folder / "again.png")) as second:
         pictures = [next(c.decode(video=0)).to_ndarray(format="rgb24").astype(int) for c in (first, second)]

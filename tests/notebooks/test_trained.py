@@ -8,19 +8,24 @@ from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 
 pytestmark = pytest.mark.slow
-SMALL = ["network.hidden=32", "network.heads=2", "clustering.num_clusters=2", "sampling.num_inference_steps=3"]
-SHORT = ["training.warmup_steps=2", "training.log_every_steps=4", "training.checkpoint_every_steps=8"]
-ROUTER = ["router_training.steps=8", "router_training.warmup_steps=2", "router_training.log_every_steps=4"]
+CLIPS = 80
+CHANGES = [
+    *("data.num_frames=4", "network.hidden=32", "network.heads=2", "clustering.num_clusters=2"),
+    *("training.warmup_steps=2", "training.log_every_steps=4", "training.checkpoint_every_steps=8"),
+    *("router_training.steps=8", "router_training.warmup_steps=2", "sampling.num_inference_steps=3"),
+]
 
 
 @pytest.fixture(scope="module")
 def quickstart(execute):
-    return execute("quickstart", CLIPS=120, STEPS=8, CHANGES=[*SMALL, *SHORT, *ROUTER])
+    return execute("quickstart", CLIPS=CLIPS, STEPS=8, CHANGES=CHANGES)
 
 
 @pytest.fixture(scope="module")
-def contribution(execute):
-    return execute("train_an_expert", CLIPS=120, STEPS=8, CHANGES=[*SMALL, *SHORT])
+def contribution(execute, quickstart):
+    """The owner is the run of the quickstart, whose clips are prepared and clustered already."""
+    owner = str(quickstart.folder / "runs" / "notebook")
+    return execute("train_an_expert", CLIPS=CLIPS, STEPS=8, CHANGES=CHANGES, OWNER=owner)
 
 
 def test_quickstart_runs_without_error_or_warning(quickstart):

@@ -33,7 +33,7 @@ from paris_jax.models.dit import PATCH
 
 logger = logging.getLogger(__name__)
 
-# (pipeline, step, timestep, {"latents", "x0"}) -> None, or {"latents": new ones}
+# (pipeline, step, timestep, {"latents", "x0", "routing"}) -> None, or {"latents": new ones}
 StepCallback = Callable[["Ensemble", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -64,6 +64,16 @@ class Ensemble:
         self._prompts = PromptEncoder(self.text, shared.text_length, drop_encoders)
         if not drop_encoders:
             _ = self._placed.params
+
+    @property
+    def size(self) -> dict[str, int]:
+        """num_frames, height and width of the videos that were trained on."""
+        return sampling_params.video_size(self.latent_shape, self.codec)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether every expert takes conditioning frames."""
+        return all(network.cond_frames for network in self._placed.networks)
 
     @classmethod
     def load(
@@ -164,8 +174,9 @@ class Ensemble:
           progress: show a progress bar.
           on_preview: called every `preview_every_steps` steps as `on_preview(steps done, videos)`, with the videos
             (N, T, H, W, 3) as predicted so far.
-          callback_on_step_end: called after every step as `callback(ensemble, step, timestep, {"latents", "x0"})`; may
-            return {"latents": ...} to replace them.
+          callback_on_step_end: called after every step as `callback(ensemble, step, timestep, tensors)`, with latents
+            and x0 predicted so far (N, T, H, W, C) and the step's routing weights (N, experts) as {"latents", "x0",
+            "routing"}; may return {"latents": ...} to replace them.
           **overrides: any field of `SamplingParams` (docs/config.md lists them), among them num_inference_steps,
             guidance_scale, negative_prompt, seed, height, width, num_frames, top_k, fixed_expert, solver, image.
 
@@ -189,7 +200,8 @@ class Ensemble:
         start = self._initial_noise(noise, resolved, len(prompts))
         timesteps = sampling_params.resolve_timesteps(resolved, explicit_steps, self.timestep_shift, start.shape[1:])
         steps = len(timesteps) - 1
-        self._warn_of_unknown_words(prompts)
+        if unknown := self.describe_unknown_words(prompts):
+            logger.warning("%s", unknown)
         negative = resolved.negative_prompt
         self._prompts.prefetch([*prompts, *([negative] if isinstance(negative, str) else negative or [])])
         encoded = self.encode(prompts)
@@ -235,18 +247,19 @@ class Ensemble:
 
         def step_end(done: int, state: solvers.State) -> Any:
             assert on_step_end
-            latents = {"latents": state.x, "x0": state.data}
-            result = on_step_end(self, done - 1, float(timesteps[done - 1]), latents) or {}
+            routing = sparse_velocity.trace_of(state).weight[done - 1]
+            tensors = {"latents": state.x, "x0": state.data, "routing": routing}
+            result = on_step_end(self, done - 1, float(timesteps[done - 1]), tensors) or {}
             replaced = result.get("latents")
             return None if replaced is None or replaced is state.x else jax.device_put(replaced, state.x.sharding)
 
         return Watcher(bar, every, preview if on_preview else None, step_end if on_step_end else None)
 
-    def _warn_of_unknown_words(self, prompts: list[str]) -> None:
+    def describe_unknown_words(self, prompts: Sequence[str]) -> str:
+        """A sentence on words of prompts that the text encoder does not know; "" if it knows all."""
         unknown = {word: hint for prompt in prompts for word, hint in self.text.unknown_words(prompt).items()}
-        if unknown:
-            words = ", ".join(f"{word!r}{hint}" for word, hint in sorted(unknown.items()))
-            logger.warning("the text encoder does not know %s; such words were not in the training captions", words)
+        words = ", ".join(f"{word!r}{hint}" for word, hint in sorted(unknown.items()))
+        return f"the text encoder does not know {words}; such words were not in the training captions" if words else ""
 
     def _draw_finite(
         self, draw: Callable[..., solvers.State], params: SamplingParams

@@ -224,6 +224,13 @@ def check_encoder_sizes(codec: codecs.Codec, encoder: Any, shared: LatentSpaceMa
         )
 
 
+def video_size(latent: tuple[int, int, int, int], codec: codecs.Codec) -> dict[str, int]:
+    """num_frames, height and width of the videos of a latent (T, H, W, C)."""
+    T, H, W, _ = latent
+    frames = codec.first + (T - codec.first) * codec.time
+    return {"num_frames": frames, "height": H * codec.height, "width": W * codec.width}
+
+
 def latent_shape(
     trained: tuple[int, int, int, int], codec: codecs.Codec, params: SamplingParams
 ) -> tuple[int, int, int, int]:
@@ -232,13 +239,8 @@ def latent_shape(
     Raises:
       UserError: a size that the codec or the network's patches do not divide, with the nearest that they do.
     """
-    T, H, W, C = trained
     blocks = {"num_frames": codec.time, "height": codec.height * PATCH, "width": codec.width * PATCH}
-    sizes = {
-        "num_frames": codec.first + (T - codec.first) * codec.time,
-        "height": H * codec.height,
-        "width": W * codec.width,
-    }
+    sizes = video_size(trained, codec)
     sizes |= {name: getattr(params, name) for name in sizes if getattr(params, name) is not None}
     for name, size in sizes.items():
         block, first = blocks[name], codec.first if name == "num_frames" else 0
@@ -249,4 +251,4 @@ def latent_shape(
             more = f"{first} more than " if first else ""
             raise UserError(f"{name}={size}: must be {more}a multiple of {block}; the nearest is {near}")
     T, H, W, _ = codec.latent_shape(sizes["num_frames"], sizes["height"], sizes["width"])
-    return T, H, W, C
+    return T, H, W, trained[-1]

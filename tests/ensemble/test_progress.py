@@ -41,6 +41,15 @@ def test_previews_are_on_schedule_and_do_not_change_the_samples(ensemble):
     assert 0 < far[1] < far[0] < 0.5  # nearer and nearer to what is drawn in the end
 
 
+def test_a_callback_gets_the_routing_weights_of_its_step(ensemble):
+    seen = []
+    samples = ensemble.sample(
+        PROMPTS, num_inference_steps=4, top_k=2,
+        callback_on_step_end=lambda _, step, t, tensors: seen.append(np.asarray(tensors["routing"])),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.stack(seen), samples.routing)
+
+
 def test_a_bar_does_not_compile_again_for_every_call(ensemble):
     ensemble.sample(PROMPTS, num_inference_steps=3, progress=True)
     compiled = []

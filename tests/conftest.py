@@ -40,6 +40,7 @@ LONG = (
     "test_protocol",
     "test_killed",
     "test_conditioning_frames",
+    "test_browser",
     "test_prediction_types",
     "test_hunyuan",
     "test_published",

@@ -15,6 +15,7 @@ ORDER = (
         "sweeps",
         "launchers",
         "local_jobs",
+        "serving",
         "evaluation",
         "ensemble",
         "planning",

@@ -68,17 +68,8 @@ def assembling(values: flags.FlagValues) -> None:
     flags.DEFINE_float("wait", 0.0, text, lower_bound=0.0, flag_values=values)
 
 
-def sampling(values: flags.FlagValues) -> None:
-    """Flags of `sample`; those of the sampling parameters come from the fields of `SamplingParams`."""
+def loading(values: flags.FlagValues) -> None:
     flags.DEFINE_string("ensemble", None, "RUN/ensemble, or bundled:shapes", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "what to show; repeatable", flag_values=values)
-    text = "more prompts: one per line, or JSON lines with prompt, seed, negative_prompt, image, last_image, video"
-    flags.DEFINE_string("prompts_file", None, text, flag_values=values)
-    flags.DEFINE_integer("batch_size", 16, "prompts of --prompts_file per batch", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
-    flags.DEFINE_string("out_dir", None, "folder for files named after the prompts", flag_values=values)
-    flags.DEFINE_bool("grid", False, "tile all videos into one file", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "replace --out where it exists", flag_values=values)
     flags.DEFINE_list("mesh", [], "devices: expert:3,fsdp:2 gives each expert two", flag_values=values)
     text = "int8 takes half the memory, or less"
     flags.DEFINE_enum("weights_dtype", "auto", ("auto", "int8"), text, flag_values=values)
@@ -88,6 +79,29 @@ def sampling(values: flags.FlagValues) -> None:
     for name, what in (("vae", "HunyuanVideo's VAE"), ("t5", "T5"), ("clip", "CLIP")):
         text = f"folder of {what}, where the ensemble was trained with it"
         flags.DEFINE_string(name, None, text, flag_values=values)
+
+
+def serving(values: flags.FlagValues) -> None:
+    """Flags of `serve`; its limits come from the fields of `Limits`."""
+    from paris_jax.serving.limits import Limits
+
+    text = "address to listen at; another than this machine's own opens the page to whoever reaches it"
+    flags.DEFINE_string("host", "127.0.0.1", text, flag_values=values)
+    flags.DEFINE_integer("port", 7860, "0 for any that is free", lower_bound=0, upper_bound=65535, flag_values=values)
+    for field in dataclasses.fields(Limits):
+        DEFINE[type(field.default)](field.name, field.default, field.metadata["help"], flag_values=values)
+
+
+def sampling(values: flags.FlagValues) -> None:
+    """Flags of `sample`; those of the sampling parameters come from the fields of `SamplingParams`."""
+    flags.DEFINE_multi_string("prompt", [], "what to show; repeatable", flag_values=values)
+    text = "more prompts: one per line, or JSON lines with prompt, seed, negative_prompt, image, last_image, video"
+    flags.DEFINE_string("prompts_file", None, text, flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "prompts of --prompts_file per batch", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", None, "file to write: .mp4, .webm, .gif or .png", flag_values=values)
+    flags.DEFINE_string("out_dir", None, "folder for files named after the prompts", flag_values=values)
+    flags.DEFINE_bool("grid", False, "tile all videos into one file", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace --out where it exists", flag_values=values)
     hints = typing.get_type_hints(SamplingParams)
     for field in dataclasses.fields(SamplingParams):
         form, kind = form_of(hints[field.name])

@@ -138,14 +138,19 @@ def _assemble(call: Call) -> None:
     assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere, call["wait"])
 
 
-def _sample(call: Call) -> None:
-    from paris_jax.commands.sample import Output, sample
-
+def _loading(call: Call) -> dict[str, Any]:
+    """The keyword arguments of `Ensemble.load`."""
     if not call["ensemble"]:
         raise UserError("--ensemble is missing; name RUN/ensemble, or bundled:shapes")
     options = {name: call[name] for name in ("weights_dtype", "compute_dtype", "offload")}
-    options |= {"mesh": _mesh(call["mesh"])}
-    options["encoders"] = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
+    encoders = {name: call[name] for name in ("vae", "t5", "clip") if call[name]}
+    return options | {"mesh": _mesh(call["mesh"]), "encoders": encoders}
+
+
+def _sample(call: Call) -> None:
+    from paris_jax.commands.sample import Output, sample
+
+    options = _loading(call)
     sample(
         call["ensemble"],
         call["prompt"],
@@ -156,6 +161,12 @@ def _sample(call: Call) -> None:
         call["verbose"],
         **flag_groups.sampling_params(call.flags),
     )
+
+
+def _serve(call: Call) -> None:
+    from paris_jax.commands.serve import limits_of, serve
+
+    serve(call["ensemble"], call["host"], call["port"], limits_of(call), load=_loading(call))
 
 
 def _mesh(sizes: list[str]) -> dict[str, int] | None:
@@ -353,8 +364,17 @@ COMMANDS = {
             "paris-jax sample --ensemble=runs/shapes/ensemble --prompt='a large red circle moving right on white'",
             "paris-jax sample --ensemble=bundled:shapes --prompt='a red ball' --top_k=2 --out=two.gif",
         ),
-        (flag_groups.sampling, flag_groups.joining),
+        (flag_groups.loading, flag_groups.sampling, flag_groups.joining),
         _sample,
+    ),
+    "serve": Command(
+        "a page in the browser that samples an ensemble",
+        (
+            "paris-jax serve --ensemble=bundled:shapes",
+            "paris-jax serve --ensemble=runs/shapes/ensemble --port=8000 --max_steps=50",
+        ),
+        (flag_groups.loading, flag_groups.serving),
+        _serve,
     ),
     "evaluate": Command(
         "ensemble and monolith side by side; any videos by FVD; ensembles and sampling settings",

@@ -1,0 +1,1 @@
+"""A page in the browser that samples an ensemble: `paris-jax serve`."""

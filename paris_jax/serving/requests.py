@@ -109,7 +109,7 @@ def _typed(name: str, value: Any) -> Any:
         return float(value)
     if wanted is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{name}={str(given)[:40]!r}: must be {NAMES[wanted]}")
     return value
 

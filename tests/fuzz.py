@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas, weight_files
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.commands.sample import read_requests
@@ -39,6 +39,7 @@ from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
 from paris_jax.training import metrics
 
+CARRIED = ("role", "cluster", "clusters", "timestep_shift", "latent", "codec", "text", "text_length", "fps", "training")
 SECONDS, GIBIBYTES = 20, 1.0  # that one case may take
 PUBLISHED = Path(__file__).parent / "encoders" / "published"
 ODD = (
@@ -129,6 +130,7 @@ class Cases:
             "ensemble": self.ensemble,
             "single": self.single,
             "safetensors": self.safetensors,
+            "shards": self.shards,
             "config": self.from_config,
             "run": self.run_files,
             "encoder": self.encoder,
@@ -178,12 +180,12 @@ class Cases:
     def safetensors(self, rng: random.Random) -> None:
         """Weights whose sizes and hashes agree with their manifest."""
         folder = self.scratch / "ensemble" / "router"
-        weights, described = folder / exported.WEIGHTS, folder / manifest.FILE_NAME
+        weights, described = folder / weight_files.WEIGHTS, folder / manifest.FILE_NAME
         originals = weights.read_bytes(), described.read_text()
         try:
             weights.write_bytes(mutated_bytes(originals[0], rng))
             value = json.loads(originals[1])
-            value["files"][exported.WEIGHTS] = {
+            value["files"][weight_files.WEIGHTS] = {
                 "bytes": weights.stat().st_size,
                 "sha256": manifest.hash_file(weights),
             }
@@ -192,6 +194,29 @@ class Cases:
             Tensors(weights)
         finally:
             weights.write_bytes(originals[0])
+            described.write_text(originals[1])
+
+    def shards(self, rng: random.Random) -> None:
+        """A network in shards, one of them or their index mutated, with sizes and hashes that agree."""
+        folder = self.scratch / "sharded"
+        if not folder.exists():
+            part = exported.read(self.bundled / "router")
+            content = {name: getattr(part.manifest, name) for name in CARRIED}
+            exported.write(folder, part.config, part.params, "", "bfloat16", shard_bytes=100_000, **content)
+        described = folder / manifest.FILE_NAME
+        value = json.loads(described.read_text())
+        path = folder / rng.choice([*value["files"], *[weight_files.INDEX] * len(value["files"])])
+        originals = path.read_bytes(), described.read_text()
+        try:
+            if path.name == weight_files.INDEX:
+                path.write_text(mutated_json(originals[0].decode(), rng))
+            else:
+                path.write_bytes(mutated_bytes(originals[0], rng))
+            value["files"][path.name] = {"bytes": path.stat().st_size, "sha256": manifest.hash_file(path)}
+            described.write_text(json.dumps(value))
+            exported.read(folder)
+        finally:
+            path.write_bytes(originals[0])
             described.write_text(originals[1])
 
     def from_config(self, rng: random.Random) -> None:

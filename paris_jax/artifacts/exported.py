@@ -1,6 +1,6 @@
 """Exported networks: one trained network as files, and their validation.
 
-    part/model.safetensors     parameters under their `a.b.c` names
+    part/model.safetensors     parameters under their `a.b.c` names; above 5 GB in shards with an index
     part/manifest.json         what it is, what it was trained on and with, sizes and hashes
 
 Nothing of a part is executed or unpickled. A hash proves that the files are the promised ones, not that they are good:
@@ -8,29 +8,25 @@ a part can still be badly or maliciously trained.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
-from paris_jax.artifacts import manifest, safe_files
+from paris_jax.artifacts import manifest, weight_files
 from paris_jax.artifacts.schemas import NetworkManifest, RouterDescription, WeightsManifest
-from paris_jax.artifacts.tensors import loads
+from paris_jax.artifacts.weight_files import SHARD_BYTES, WeightFiles
 from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.errors import UserError, first_line
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
 
-WEIGHTS = "model.safetensors"
 DTYPES = ("float32", "bfloat16")
-HEADER_BYTES = 16 << 20  # of a safetensors file, at most
+FINITE_AT_ONCE = 1 << 20  # values that are looked at together
 CHECKS = ("manifest", "files", "network", "hash", "tensors")  # of `read`, in order
 
 
@@ -50,11 +46,18 @@ def write(
     params: functional.Params,
     config_hash: str,
     dtype: str,
+    shard_bytes: int = SHARD_BYTES,
     **content: Any,
 ) -> None:
-    """Writes an exported network; `content` has the other manifest entries: role, cluster, latent, codec, text."""
-    flat = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in functional.to_names(params).items()}
-    manifest.write_atomically(epath.Path(folder) / WEIGHTS, safetensors.numpy.save(flat))
+    """Writes an exported network, one array after the other.
+
+    Args:
+      shard_bytes: the size above which the weights are several files (`artifacts.weight_files`).
+      **content: the other entries of the manifest: role, cluster, latent, codec, text.
+    """
+    flat = dict(sorted(functional.to_names(params).items()))
+    shapes = {name: (leaf.shape, np.dtype(jnp.dtype(dtype))) for name, leaf in flat.items()}
+    files = weight_files.write(folder, shapes, ((n, np.asarray(leaf)) for n, leaf in flat.items()), shard_bytes)
     kind = "router" if isinstance(config, RouterConfig) else "dit"
     if isinstance(config, DiTConfig):
         content["conventions"] = manifest.CONVENTIONS | {"prediction": PREDICTIONS[config.prediction_type]}
@@ -63,7 +66,7 @@ def write(
     manifest.write(
         folder,
         NetworkManifest,
-        [WEIGHTS],
+        files,
         config_hash,
         network=network,
         parameters=functional.count(config),
@@ -86,30 +89,39 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
     found = manifest.read(folder, NetworkManifest)
     role = found.role if found.cluster is None else f"{found.role} {found.cluster}"
     passed("manifest", f"{role}, config {found.config_hash[:12]}, partition {found.partition[:12] or 'not known'}")
-    if found.files.keys() != {WEIGHTS}:
-        raise UserError(f"{folder}: its manifest must name {WEIGHTS} and no other file; copy it again")
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, WEIGHTS})
+    weight_files.check_names(folder, found.files)
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found.files})
     if extra:
         raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove what is extra")
-    passed("files", f"{WEIGHTS}, {found.files[WEIGHTS].bytes:,} bytes, nothing else")
+    total = sum(entry.bytes for entry in found.files.values())
+    passed("files", f"{weight_files.describe(found.files)}, {total:,} bytes, nothing else")
     config = network(found, folder)
-    largest = functional.count(config) * 4 + HEADER_BYTES
-    if found.files[WEIGHTS].bytes > largest:
-        raise UserError(f"{folder / WEIGHTS} is larger than its network, {largest:,} bytes at most; copy it again")
+    files = WeightFiles(folder, found.files, limit=functional.count(config) * 4)
     passed("network", f"{functional.count(config):,} parameters, {getattr(config, 'prediction_type', 'router')}")
-    data = safe_files.read_bytes(folder / WEIGHTS, largest)
-    sha256 = hashlib.sha256(data).hexdigest()
-    manifest.check_hash(folder / WEIGHTS, sha256, found.files[WEIGHTS])
-    passed("hash", f"sha256 {sha256[:12]}")
-    try:
-        arrays = loads(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / WEIGHTS} is not a readable safetensors file ({error}); copy it again") from error
-    _check_arrays(arrays, config, folder / WEIGHTS)
-    passed("tensors", f"{len(arrays)} arrays, {'/'.join(sorted({a.dtype.name for a in arrays.values()}))}, all finite")
+    arrays = _read_arrays(files, config, passed)
+    kinds = "/".join(sorted({a.dtype.name for a in arrays.values()}))
+    passed("tensors", f"{len(arrays)} arrays, {kinds}, all finite")
     # Matrices keep their stored dtype: they are nearly all of a large network.
     params = functional.from_names({n: a if n.endswith("kernel") else a.astype(np.float32) for n, a in arrays.items()})
     return ExportedNetwork(folder, config, params, found)
+
+
+def _read_arrays(
+    files: WeightFiles, config: functional.Config, passed: Callable[[str, str], None]
+) -> dict[str, np.ndarray]:
+    """The arrays; headers are checked before any is allocated, hashes before anything else is said of the contents."""
+    try:
+        shapes = files.shapes()
+        _check_shapes(shapes, config, files.path)
+    except UserError:
+        files.check_hashes()
+        passed("hash", files.describe_hashes())
+        raise
+    arrays = dict(files.read())
+    passed("hash", files.describe_hashes())
+    problems = [f"{name} holds values that are not finite" for name, a in sorted(arrays.items()) if not _is_finite(a)]
+    _refuse(problems, files.path)
+    return arrays
 
 
 def copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
@@ -120,7 +132,7 @@ def copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, manifest.FILE_NAME):
+        for name in (*part.manifest.files, manifest.FILE_NAME):
             (part.folder / name).copy(folder / name, overwrite=True)
     except OSError as error:
         reason = error.strerror or error
@@ -157,22 +169,30 @@ def network(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> fun
 
 
 def _is_finite(array: np.ndarray) -> bool:
+    flat = array.reshape(-1)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return bool(np.isfinite(array).all())
+        blocks = (flat[i : i + FINITE_AT_ONCE] for i in range(0, flat.size, FINITE_AT_ONCE))
+        return all(np.isfinite(block).all() for block in blocks)
 
 
-def _check_arrays(arrays: dict[str, np.ndarray], config: functional.Config, path: epath.Path) -> None:
+def _check_shapes(
+    found: Mapping[str, tuple[tuple[int, ...], str]], config: functional.Config, path: epath.Path
+) -> None:
+    """Refuses tensors that are missing, extra, misshapen or of another dtype, by name."""
     expected = functional.to_names(functional.abstract(config))
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - arrays.keys())]
-    problems += [f"{name} is extra" for name in sorted(arrays.keys() - expected.keys())]
-    for name in sorted(expected.keys() & arrays.keys()):
-        array, shape = arrays[name], expected[name].shape
-        if array.shape != shape:
-            problems.append(f"{name} has shape {array.shape} instead of {shape}")
-        elif array.dtype.name not in DTYPES:
-            problems.append(f"{name} has dtype {array.dtype.name} instead of {' or '.join(DTYPES)}")
-        elif not _is_finite(array):
-            problems.append(f"{name} holds values that are not finite")
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is extra" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        (shape, dtype), wanted = found[name], expected[name].shape
+        if shape != wanted:
+            problems.append(f"{name} has shape {shape} instead of {wanted}")
+        elif dtype not in DTYPES:
+            problems.append(f"{name} has dtype {dtype} instead of {' or '.join(DTYPES)}")
+    _refuse(problems, path)
+
+
+def _refuse(problems: list[str], path: epath.Path) -> None:
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"{path} is refused: {shown}; export it again with 'paris-jax train'")
+        shown = "; ".join(problem[:300] for problem in problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path} is refused: {shown}{more}; export it again with 'paris-jax train'")

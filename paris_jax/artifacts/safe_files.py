@@ -94,9 +94,11 @@ def read_bytes(path: epath.PathLike, limit: int = JSON_BYTES, follow_links: bool
       UserError: another kind of file, or a larger one, even one that grows while it is read.
     """
     path = epath.Path(path)
-    check_regular(path, limit, follow_links)
+    size = check_regular(path, limit, follow_links)
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        data = file.read(size + 1)  # not limit + 1: that much would be allocated
+        if len(data) > size:
+            data += file.read(limit + 1 - len(data))
     if len(data) > limit:
         raise UserError(f"{path} has more than the {limit:,} bytes that such a file may have; get it again")
     return data

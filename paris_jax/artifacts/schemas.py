@@ -394,9 +394,18 @@ class ShardMarker(Struct, frozen=True):
 
 
 class TensorsIndex(Struct, frozen=True):
-    """The index of a network in several safetensors files: the file of each tensor."""
+    """The index of a network in several safetensors files: the file of each tensor, and `total_size` in bytes."""
 
     weight_map: Annotated[dict[str, FileName], Meta(min_length=1)]
+    metadata: dict[str, Any] | None = None
+
+
+class TensorEntry(Struct, frozen=True):
+    """A tensor in the header of a safetensors file; offsets count from the end of the header."""
+
+    dtype: Annotated[str, Meta(max_length=20)]
+    shape: Annotated[tuple[Bytes, ...], Meta(max_length=16)]
+    data_offsets: tuple[Bytes, Bytes]
 
 
 class SharedData(Struct, frozen=True):

@@ -20,6 +20,8 @@ from paris_jax.errors import UserError, first_line
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # of every dtype that a header may name
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # name -> (shape, dtype)
 
@@ -123,7 +125,8 @@ def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.n
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, values in _in_order(shapes, chunks):
-                file.write(np.ascontiguousarray(values, shapes[name][1]).tobytes())
+                array = np.ascontiguousarray(values, shapes[name][1])
+                file.write(memoryview(array.reshape(-1).view(np.uint8)))
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):

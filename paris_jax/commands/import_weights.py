@@ -9,7 +9,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from paris_jax.artifacts import exported, locks, manifest
+from paris_jax.artifacts import exported, locks, manifest, weight_files
 from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config import network
@@ -108,7 +108,8 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
     if epath.Path(out).exists():
         raise UserError(f"{out} exists already; choose another --out")
     folder = epath.Path(part)
-    config = exported.network(convert.read_manifest(folder, verify=True), folder)
+    found = convert.read_manifest(folder, verify=True)
+    config = exported.network(found, folder)
     if not isinstance(config, DiTConfig):
         raise UserError(f"{folder} is a router; only experts and monoliths have a layout that others read")
     if config.prediction_type != "velocity":
@@ -117,7 +118,7 @@ def export_weights(part: str | None, layout: str, out: str | None) -> None:
         )
     if config.attention != "joint":
         raise UserError(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
-    tensors = Tensors(folder / convert.WEIGHTS)
+    tensors = Tensors(weight_files.location(folder, found.files))
     with locks.only_writer(out), _bar("writing", convert.count(config, layout)) as advance:
         convert.export_network(tensors, config, layout, epath.Path(out), advance)
     logger.info("wrote %s: %.2fM parameters as %s", out, functional.count(config) / 1e6, layout)

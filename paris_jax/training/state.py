@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas, weight_files
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.config.training import TrainingSettings
@@ -16,7 +16,7 @@ from paris_jax.errors import UserError
 from paris_jax.models import functional
 from paris_jax.training.job import Job
 from paris_jax.training.optimizer import optimizer
-from paris_jax.weights.convert import FRESH, WEIGHTS, read_manifest
+from paris_jax.weights.convert import FRESH, read_manifest
 
 
 @jax.tree_util.register_dataclass
@@ -77,14 +77,15 @@ def check_initial_weights(
         raise UserError(
             f"{folder} holds another network: {', '.join(differ)}; choose network.preset to fit, or other weights"
         )
-    tensors = Tensors(folder / WEIGHTS).shapes
+    weights = weight_files.location(folder, found.files)
+    tensors = Tensors(weights).shapes
     problems = [
         name
         for name, leaf in functional.to_names(functional.abstract(config)).items()
         if tensors.get(name, (leaf.shape,) if name.startswith(FRESH) else (None,))[0] != leaf.shape
     ]
     if problems:
-        raise UserError(f"{folder / WEIGHTS} lacks {', '.join(problems)}, or has them in another shape; copy it again")
+        raise UserError(f"{weights} lacks {', '.join(problems)}, or has them in another shape; copy it again")
     if network.cond_frames and not config.cond_frames:
         raise UserError(f"{folder} has an input for conditioning frames; set config.masks, so that it is used")
     return found
@@ -100,7 +101,8 @@ def load_initial_weights(folder: epath.PathLike, state: TrainState) -> TrainStat
 
     An input for conditioning frames that the weights lack stays zero-initialised.
     """
-    tensors = Tensors(ensemble_manifest.resolve(folder) / WEIGHTS)
+    folder = ensemble_manifest.resolve(folder)
+    tensors = Tensors(weight_files.location(folder, read_manifest(folder).files))
 
     def read(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

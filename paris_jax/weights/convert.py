@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import manifest, safe_files
+from paris_jax.artifacts import manifest, safe_files, weight_files
 from paris_jax.artifacts.schemas import NetworkManifest, WeightsManifest
 from paris_jax.artifacts.tensors import DTYPES, Tensors, write
 from paris_jax.errors import UserError
@@ -15,7 +15,6 @@ from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.weights.layouts import LAYOUTS, pieces
 
-WEIGHTS, KIND = "model.safetensors", "weights"
 OURS = "paris_jax"  # the layout of our own exports
 FRESH = ("cond_in.",)  # may be missing: zero-initialised, it does not change the network
 Advance = Callable[[], None]
@@ -146,8 +145,9 @@ def import_network(
     dtype: str,
     advance: Advance,
     use: Mapping[str, Any] | None = None,
+    shard_bytes: int = weight_files.SHARD_BYTES,
 ) -> None:
-    """Writes a published network in our layout to `folder`: model.safetensors, then a manifest.
+    """Writes a published network in our layout to `folder`: weights (`artifacts.weight_files`), then a manifest.
 
     Args:
       report: returned by `check`.
@@ -156,6 +156,7 @@ def import_network(
       advance: called after each piece (`count`).
       use: further entries of the manifest that sampling needs. With them, the folder is an exported network that
         computes in `config.dtype`; without, it holds initial weights.
+      shard_bytes: the size above which the weights are several files.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
@@ -170,7 +171,7 @@ def import_network(
             yield name, values
             advance()
 
-    write(folder / WEIGHTS, shapes, chunks())
+    files = weight_files.write(folder, shapes, chunks(), shard_bytes)
     network = dataclasses.asdict(config)
     del network["remat"]
     if use:
@@ -180,7 +181,7 @@ def import_network(
     manifest.write(
         folder,
         NetworkManifest if use else WeightsManifest,
-        [WEIGHTS],
+        files,
         "",
         source=source,
         network=network,

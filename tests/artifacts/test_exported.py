@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, weight_files
 from paris_jax.artifacts.run_folder import Role
 from paris_jax.commands.assemble import assemble
 from paris_jax.errors import UserError
@@ -26,9 +26,11 @@ def run(finished):
 
 def rewrite(folder: Path, change):
     """Replaces the weights and updates the manifest to match, as an attacker would."""
-    arrays = change(dict(safetensors.numpy.load_file(folder / exported.WEIGHTS)))
-    safetensors.numpy.save_file(arrays, folder / exported.WEIGHTS)
-    edit_manifest(folder, lambda m: m["files"][exported.WEIGHTS].update(size_and_hash(folder / exported.WEIGHTS)))
+    arrays = change(dict(safetensors.numpy.load_file(folder / weight_files.WEIGHTS)))
+    safetensors.numpy.save_file(arrays, folder / weight_files.WEIGHTS)
+    edit_manifest(
+        folder, lambda m: m["files"][weight_files.WEIGHTS].update(size_and_hash(folder / weight_files.WEIGHTS))
+    )
 
 
 def size_and_hash(path: Path):
@@ -43,7 +45,7 @@ def edit_manifest(folder: Path, change):
 
 
 def test_a_flipped_bit_is_refused(run):
-    weights = Path(run.export(EXPERT)) / exported.WEIGHTS
+    weights = Path(run.export(EXPERT)) / weight_files.WEIGHTS
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)
@@ -52,13 +54,13 @@ def test_a_flipped_bit_is_refused(run):
 
 
 def test_a_truncated_file_is_refused(run):
-    weights = Path(run.export(EXPERT)) / exported.WEIGHTS
+    weights = Path(run.export(EXPERT)) / weight_files.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"model.safetensors has \d+ bytes where its manifest promises"):
         ensemble_manifest.read(run.ensemble)
 
 
-@pytest.mark.parametrize("name", [exported.WEIGHTS, manifest.FILE_NAME])
+@pytest.mark.parametrize("name", [weight_files.WEIGHTS, manifest.FILE_NAME])
 def test_a_missing_file_is_refused(name, run):
     (Path(run.export(EXPERT)) / name).unlink()
     with pytest.raises(UserError, match=name):

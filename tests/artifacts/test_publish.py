@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from paris_jax import Ensemble, cli
-from paris_jax.artifacts import ensemble_manifest, exported, manifest
+from paris_jax.artifacts import ensemble_manifest, manifest, weight_files
 from paris_jax.artifacts import publish as stage
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.run_folder import Role
@@ -44,7 +44,7 @@ def copy_to_hub_cache(folder: Path, cache: Path) -> Path:
 def test_a_published_ensemble_needs_no_run_folder_and_gives_the_same_samples(finished, tmp_path):
     expected, weights = (
         sample_videos(finished.ensemble),
-        (finished.export(Role("expert", 1)) / exported.WEIGHTS).read_bytes(),
+        (finished.export(Role("expert", 1)) / weight_files.WEIGHTS).read_bytes(),
     )
     assert cli.run(["export", f"--ensemble={finished.ensemble}", f"--out={tmp_path}/published"]) == 0
     shutil.rmtree(finished.path)
@@ -55,7 +55,7 @@ def test_a_published_ensemble_needs_no_run_folder_and_gives_the_same_samples(fin
     assert Output().paths(str(snapshot), ["a ball"], [0])[0] == epath.Path(
         "samples/a-ball-seed0.mp4"
     )  # not in the cache
-    assert (snapshot / "experts" / "1" / exported.WEIGHTS).read_bytes() == weights
+    assert (snapshot / "experts" / "1" / weight_files.WEIGHTS).read_bytes() == weights
     card = (snapshot / stage.CARD).read_text()
     for k in range(3):
         described = json.loads((snapshot / "experts" / str(k) / manifest.FILE_NAME).read_text())
@@ -70,7 +70,7 @@ def test_an_interrupted_copy_is_made_again(finished, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         publish(finished.ensemble, out)
     assert not manifest.exists(out)
-    (out / "experts" / "0" / exported.WEIGHTS).write_bytes(b"half")
+    (out / "experts" / "0" / weight_files.WEIGHTS).write_bytes(b"half")
     monkeypatch.undo()
     publish(finished.ensemble, out)
     np.testing.assert_array_equal(sample_videos(out), sample_videos(finished.ensemble))
@@ -137,7 +137,7 @@ def test_invalid_sources_and_outputs_are_refused_and_nothing_is_written(finished
         publish(finished.export(Role("monolith")), tmp_path / "x")
     with pytest.raises(UserError, match="ensemble holds something finished already"):
         publish(finished.ensemble, finished.ensemble)
-    (finished.export(Role("expert", 1)) / exported.WEIGHTS).write_bytes(b"")
+    (finished.export(Role("expert", 1)) / weight_files.WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match=r"experts/1/export/model.safetensors has 0 bytes"):
         publish(finished.ensemble, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest, safe_files
+from paris_jax.artifacts import ensemble_manifest, manifest, safe_files, weight_files
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.artifacts.tensors import Tensors
@@ -94,7 +94,7 @@ def expert_role(cluster: int):
     return Role("expert", cluster)
 
 
-@pytest.mark.parametrize("name", [manifest.FILE_NAME, exported.WEIGHTS])
+@pytest.mark.parametrize("name", [manifest.FILE_NAME, weight_files.WEIGHTS])
 @pytest.mark.parametrize("kind", ["link", "device", "pipe", "folder"])
 def test_only_regular_files_are_read(name, kind, folder, tmp_path):
     path = folder / "experts" / "0" / name
@@ -121,9 +121,9 @@ def test_a_linked_folder_is_not_followed(folder, tmp_path):
 
 def test_oversized_files_are_not_read(folder):
     expert = folder / "experts" / "0"
-    with open(expert / exported.WEIGHTS, "r+b") as file:
+    with open(expert / weight_files.WEIGHTS, "r+b") as file:
         file.truncate(1 << 40)  # sparse
-    edit(expert, lambda m: m["files"][exported.WEIGHTS].update(bytes=1 << 40))
+    edit(expert, lambda m: m["files"][weight_files.WEIGHTS].update(bytes=1 << 40))
     update_hash(folder)
     with pytest.raises(UserError, match="larger than its network"):
         ensemble_manifest.read(folder)
@@ -142,7 +142,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 def test_a_safetensors_index_names_files_in_its_own_folder_only(tmp_path):
     (tmp_path / "in").mkdir()
-    shutil.copy(BUNDLED / "router" / exported.WEIGHTS, tmp_path / "other.safetensors")
+    shutil.copy(BUNDLED / "router" / weight_files.WEIGHTS, tmp_path / "other.safetensors")
     index = tmp_path / "in" / "model.safetensors.index.json"
     for name in ("../other.safetensors", str(tmp_path / "other.safetensors")):
         index.write_text(json.dumps({"weight_map": {"a": name}}))

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def executed(execute):
-    return execute("clusters_and_routing", CLIPS=200, CANDIDATES=[2, 3], STEPS=3, SHOWN=2)
+    return execute("clusters_and_routing", CLIPS=100, CANDIDATES=[2, 3], STEPS=3, SHOWN=2)
 
 
 def test_every_cell_runs_without_error_or_warning(executed):

@@ -11,8 +11,9 @@ pytestmark = pytest.mark.slow
 CLIPS = 80
 CHANGES = [
     *("data.num_frames=4", "network.hidden=32", "network.heads=2", "clustering.num_clusters=2"),
-    *("training.warmup_steps=2", "training.log_every_steps=4", "training.checkpoint_every_steps=8"),
-    *("router_training.steps=8", "router_training.warmup_steps=2", "sampling.num_inference_steps=3"),
+    *("training.optimizer=adamw", "training.warmup_steps=2", "training.log_every_steps=4"),
+    *("router_training.optimizer=adamw", "router_training.warmup_steps=2", "router_training.steps=8"),
+    *("training.checkpoint_every_steps=8", "sampling.num_inference_steps=3"),
 ]
 
 

@@ -94,7 +94,7 @@ page(run.partition / "report.html")
 # %% [markdown]
 # ## Train the experts
 #
-# Each reads its own cluster folder, and would train just so on another continent. Here they take turns.
+# Each reads its own cluster folder and nothing else, so each could train on another continent. Here they take turns.
 
 # %%
 from paris_jax.notebooks.training import train_and_watch

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from paris_jax.serving.guard import Guard, is_allowed
+from paris_jax.serving.server import is_loopback
 
 
 def ask(method="GET", path="/", headers=(), body=(b"",), hosts=("127.0.0.1", "localhost")):
@@ -74,3 +75,12 @@ def test_a_large_body_is_refused_before_the_page_sees_it():
     status, _, reached = ask("POST", "/gradio_api/queue/join", body=(b"x" * 60, b"x" * 60))
     assert (status, reached) == (413, [])
     assert ask("POST", "/gradio_api/queue/join", body=(b"x" * 60, b"x" * 40))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host, local",
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.2", False), ("localhost.example", False)],
+)  # fmt: skip
+def test_only_addresses_of_this_machine_alone_are_loopback(host, local):
+    assert is_loopback(host) == local

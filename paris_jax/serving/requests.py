@@ -98,18 +98,19 @@ def _is_given(value: Any) -> bool:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """A value of a field, or a list of them; browsers send whole numbers for floats, the reverse, and both as text."""
-    if isinstance(value, list):
-        return [_typed(name, each) for each in value]
-    wanted, given = kind(name), value
-    if isinstance(value, str) and wanted in (int, float):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+    """A value of a field, or a list of them."""
+    return [_single(name, each) for each in value] if isinstance(value, list) else _single(name, value)
+
+
+def _single(name: str, given: Any) -> Any:
+    """A value of a field; browsers send whole numbers for floats, the reverse, and both as text."""
+    wanted, value = kind(name), given
+    if wanted in (int, float) and type(given) in (int, float, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(given)
+            exact = type(given) is int and wanted is int
+            value = given if exact else int(number) if wanted is int and number.is_integer() else number
+    if type(value) is not wanted or value in (math.inf, -math.inf) or value != value:
         raise UserError(f"{name}={str(given)[:40]!r}: must be {NAMES[wanted]}")
     return value
 

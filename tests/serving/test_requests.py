@@ -64,6 +64,8 @@ def test_every_shown_field_is_one_of_the_sampling_parameters():
         ({"seed": 2**60}, "this page allows at most"),
         ({"num_inference_steps": [4]}, "this page allows at most 20"),
         ({"num_inference_steps": "seven"}, "num_inference_steps='seven': must be a whole number"),
+        ({"num_inference_steps": [[4]]}, "num_inference_steps='[4]': must be a whole number"),
+        ({"guidance_scale": 10**400}, "must be a number"),
         ({"num_frames": "7.5"}, "num_frames='7.5': must be a whole number"),
         ({"guidance_scale": float("nan")}, "guidance_scale='nan': must be a number"),
         ({"timestep_shift": "inf"}, "timestep_shift='inf': must be a number"),

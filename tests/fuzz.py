@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas, weight_files
+from paris_jax.artifacts import ensemble_manifest, exported, manifest, schemas, signatures, weight_files
 from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.commands.sample import read_requests
@@ -38,8 +38,10 @@ from paris_jax.encoders import clip, dinov2, hunyuan, t5
 from paris_jax.ensemble.pipeline import Ensemble
 from paris_jax.errors import UserError
 from paris_jax.training import metrics
+from tests.artifacts.test_signatures import write_keys
 
 CARRIED = ("role", "cluster", "clusters", "timestep_shift", "latent", "codec", "text", "text_length", "fps", "training")
+CLAIM = {"loss": 1.0, "split": "test", "data": "0" * 64, "clips": 2, "timesteps": 4, "seed": 0}
 SECONDS, GIBIBYTES = 20, 1.0  # that one case may take
 PUBLISHED = Path(__file__).parent / "encoders" / "published"
 ODD = (
@@ -131,6 +133,7 @@ class Cases:
             "single": self.single,
             "safetensors": self.safetensors,
             "shards": self.shards,
+            "signature": self.signature,
             "config": self.from_config,
             "run": self.run_files,
             "encoder": self.encoder,
@@ -218,6 +221,28 @@ class Cases:
         finally:
             path.write_bytes(originals[0])
             described.write_text(originals[1])
+
+    def signature(self, rng: random.Random) -> None:
+        """The signature of a network, or its claims and provenance below a signature."""
+        folder, keys = self.scratch / "signed", self.scratch / "keys"
+        if not folder.exists():
+            shutil.copytree(self.bundled / "router", folder)
+            keys.mkdir()
+            write_keys(keys, "key")
+            change = {"heldout": CLAIM, "code": {"version": "1", "revision": "0" * 40}, "experiment": {"name": "x"}}
+            described = folder / manifest.FILE_NAME
+            described.write_text(json.dumps(json.loads(described.read_text()) | change))
+            signatures.sign(folder, keys / "key.pem")
+        path = folder / rng.choice((manifest.FILE_NAME, signatures.FILE_NAME))
+        original = path.read_text()
+        try:
+            path.write_text(mutated_json(original, rng))
+            with contextlib.suppress(UserError):
+                exported.read(folder)
+            signatures.verify(folder, [keys / "key.pub.pem"])
+            assert json.loads(path.read_text()) == json.loads(original) or path.name == signatures.FILE_NAME
+        finally:
+            path.write_text(original)
 
     def from_config(self, rng: random.Random) -> None:
         """A config, as a file or as the run folder's config.json."""

@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from paris_jax.artifacts import manifest, weight_files
+from paris_jax.artifacts import manifest, signatures, weight_files
 from paris_jax.artifacts.schemas import NetworkManifest, RouterDescription, WeightsManifest
 from paris_jax.artifacts.weight_files import SHARD_BYTES, WeightFiles
+from paris_jax.config import hashing
 from paris_jax.diffusion.predictions import PREDICTIONS
 from paris_jax.errors import UserError, first_line
 from paris_jax.models import functional
@@ -26,6 +27,7 @@ from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
 
 DTYPES = ("float32", "bfloat16")
+SMALLEST_VALUE = 2  # bytes of a parameter
 FINITE_AT_ONCE = 1 << 20  # values that are looked at together
 CHECKS = ("manifest", "files", "network", "hash", "tensors")  # of `read`, in order
 
@@ -71,8 +73,15 @@ def write(
         network=network,
         parameters=functional.count(config),
         dtype=dtype,
+        tree=tree_hash(config),
         **content,
     )
+
+
+def tree_hash(config: functional.Config) -> str:
+    """Fingerprint of a network's parameter tree: the names and shapes of all arrays."""
+    shapes = {name: list(leaf.shape) for name, leaf in functional.to_names(functional.abstract(config)).items()}
+    return hashing.hash_text(hashing.canonical_json(shapes))
 
 
 def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda name, detail: None) -> ExportedNetwork:
@@ -87,10 +96,13 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
     """
     folder = epath.Path(folder)
     found = manifest.read(folder, NetworkManifest)
-    role = found.role if found.cluster is None else f"{found.role} {found.cluster}"
-    passed("manifest", f"{role}, config {found.config_hash[:12]}, partition {found.partition[:12] or 'not known'}")
+    if signatures.exists(folder):
+        signatures.read(folder)
+    passed("manifest", _describe(found))
     weight_files.check_names(folder, found.files)
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, *found.files})
+    extra = sorted(
+        p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, signatures.FILE_NAME, *found.files}
+    )
     if extra:
         raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove what is extra")
     total = sum(entry.bytes for entry in found.files.values())
@@ -104,6 +116,21 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
     # Matrices keep their stored dtype: they are nearly all of a large network.
     params = functional.from_names({n: a if n.endswith("kernel") else a.astype(np.float32) for n, a in arrays.items()})
     return ExportedNetwork(folder, config, params, found)
+
+
+def _describe(found: NetworkManifest) -> str:
+    """What a network says of itself, for a table of checks."""
+    said = [found.role if found.cluster is None else f"{found.role} {found.cluster}"]
+    for name in ("config_hash", "partition", "data"):
+        said.append(f"{name.removesuffix('_hash')} {getattr(found, name)[:12] or 'not known'}")
+    code = found.code
+    if code.revision:
+        said.append(f"revision {code.revision[:12]}{' and changes' * code.dirty}")
+    if done := found.training:
+        ema = "" if done.ema_decay is None else f", EMA {done.ema_decay:g}"
+        flops = done.steps * done.global_batch_size * done.flops_per_sample
+        said.append(f"{done.steps} steps of {done.global_batch_size}{ema}, {flops:.3g} FLOP")
+    return ", ".join(said)
 
 
 def _read_arrays(
@@ -132,7 +159,8 @@ def copy(part: ExportedNetwork, folder: epath.Path) -> ExportedNetwork:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*part.manifest.files, manifest.FILE_NAME):
+        signature = [signatures.FILE_NAME] if signatures.exists(part.folder) else []
+        for name in (*part.manifest.files, *signature, manifest.FILE_NAME):
             (part.folder / name).copy(folder / name, overwrite=True)
     except OSError as error:
         reason = error.strerror or error
@@ -150,6 +178,7 @@ def network(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> fun
       UserError: sizes that do not fit together, or a prediction type that this version does not know.
     """
     kind = RouterConfig if isinstance(found.network, RouterDescription) else DiTConfig
+    _check_size(found, folder)
     try:
         config = kind(**msgspec.structs.asdict(found.network))
         functional.abstract(config)
@@ -165,7 +194,39 @@ def network(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> fun
                 f"{folder} predicts {said!r} by a network for {config.prediction_type!r}; this version knows "
                 f"{', '.join(PREDICTIONS)}; update paris_jax, or copy it again"
             )
+    if isinstance(found, NetworkManifest):
+        _check_conventions(found, config, folder)
     return config
+
+
+def _check_size(found: NetworkManifest | WeightsManifest, folder: epath.Path) -> None:
+    """Refuses sizes whose matrices alone would not fit in the promised files, before they are traced."""
+    sizes, size = found.network, sum(entry.bytes for entry in found.files.values())
+    is_router = isinstance(sizes, RouterDescription)
+    streams = sizes.blocks if is_router else sizes.single_blocks + 2 * sizes.double_blocks
+    least = streams * sizes.hidden**2 * (4 + 2 * sizes.mlp_ratio)  # attention and MLP of every stream
+    if SMALLEST_VALUE * least > size:
+        raise UserError(
+            f"{folder}: its manifest describes a network of more than {least:,} parameters, its files have {size:,} "
+            "bytes; copy it again"
+        )
+
+
+def _check_conventions(found: NetworkManifest, config: functional.Config, folder: epath.Path) -> None:
+    """Refuses another meaning of time and path, another number of parameters, and another parameter tree."""
+    for name in ("time", "path"):
+        said, ours = getattr(found.conventions, name), manifest.CONVENTIONS[name]
+        if said != ours:
+            raise UserError(f"{folder}: its {name} is {said[:200]!r}, this version knows {ours!r}; convert it first")
+    count = functional.count(config)
+    if found.parameters not in (0, count):
+        raise UserError(
+            f"{folder}: its manifest promises {found.parameters:,} parameters, it has {count:,}; copy it again"
+        )
+    if found.tree not in ("", tree_hash(config)):
+        raise UserError(
+            f"{folder} has another parameter tree than this version makes of its sizes; use the version that wrote it"
+        )
 
 
 def _is_finite(array: np.ndarray) -> bool:

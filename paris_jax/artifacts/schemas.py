@@ -4,6 +4,7 @@ A manifest is decoded into one of these structures, never into nested dictionari
 are ignored in manifests, and refused inside descriptions (codec, text encoder, network), which decide what is computed.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -26,6 +27,8 @@ Spread = Annotated[float, Meta(ge=1e-6, le=1e6)]
 FramesPerSecond = Annotated[float, Meta(gt=0, le=1000)]
 Shift = Annotated[float, Meta(ge=0, le=1000)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+LATENT_VALUES = 1 << 28  # of a clip's latent, at most; one of 768 x 768 pixels and 129 frames has 5 million
+CLAIM_TOLERANCE = 0.02  # the largest that a claimed loss may state: of itself; other devices and dtypes stay below
 ClusterKey = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,3})$")]
 
 
@@ -94,6 +97,8 @@ class Latent(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self):
         if not len(self.mean) == len(self.spread) or len(self.mean) not in (1, self.shape[-1]):
             raise ValueError(f"mean and spread must have 1 or {self.shape[-1]} values each, one for each channel")
+        if math.prod(self.shape) > LATENT_VALUES:
+            raise ValueError(f"shape has more than {LATENT_VALUES:,} values")
 
 
 class _Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -257,7 +262,7 @@ class PartitionManifest(Manifest, frozen=True, kw_only=True, tag="partition"):
 
 
 class TrainingDescription(Struct, frozen=True, omit_defaults=True):
-    """How a network was trained; `init_from`: hashes of the files of its initial weights."""
+    """How a network was trained; `init_from`: hashes of the files of its initial weights; `ema_decay` at the end."""
 
     steps: Count
     global_batch_size: Count
@@ -265,6 +270,36 @@ class TrainingDescription(Struct, frozen=True, omit_defaults=True):
     flops_per_sample: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)]
     init_from: dict[FileName, Sha256] | None = None
+    ema_decay: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class CodeVersion(Struct, frozen=True):
+    """The code that wrote a folder: its version and, in a checkout, revision and whether that was changed."""
+
+    version: Text = ""
+    revision: Annotated[str, Meta(pattern="^([0-9a-f]{40}|[0-9a-f]{64})?$")] = ""
+    dirty: bool = False
+
+
+class HeldoutClaim(Struct, frozen=True):
+    """A loss on held-out clips, as its trainer measured it on a fixed probe of them (`training.claims`).
+
+    Attributes:
+      loss: mean over all points.
+      split, data: which clips, and `manifest.contents_hash` of their folder.
+      clips, timesteps, seed: of the probe.
+      law: of the timesteps; "uniform_bins": uniform in equal bins of [0, 1], one in each.
+      tolerance: relative, within which the loss must be found again.
+    """
+
+    loss: Annotated[float, Meta(ge=0, le=1e6)]
+    split: Literal["validation", "test"]
+    data: Sha256
+    clips: Annotated[int, Meta(ge=1, le=4096)]
+    timesteps: Annotated[int, Meta(ge=1, le=64)]
+    seed: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    law: Literal["uniform_bins"] = "uniform_bins"
+    tolerance: Annotated[float, Meta(gt=0, le=CLAIM_TOLERANCE)] = CLAIM_TOLERANCE
 
 
 class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="network"):
@@ -278,6 +313,11 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
       sampling: default sampling settings (`config.sampling.SamplingSettings`).
       training: None for a network that was imported.
       partition: identity of the partition; "" where it is not known.
+      data: hash of the clips that it was trained on (`manifest.contents_hash` of each folder); "" where not known.
+      tree: `exported.tree_hash` of its parameters; "" where it was not written.
+      experiment: the resolved config, of paths only their last names; {} where it was not written.
+      code: what trained it.
+      heldout: the loss that its trainer claims; None where none was recorded.
       source, report, origin: of imported weights.
     """
 
@@ -291,6 +331,11 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
     sampling: dict[str, Any] = field(default_factory=dict)
     training: TrainingDescription | None = None
     partition: OptionalSha256 = ""
+    data: OptionalSha256 = ""
+    tree: OptionalSha256 = ""
+    experiment: dict[str, Any] = field(default_factory=dict)
+    code: CodeVersion = CodeVersion()
+    heldout: HeldoutClaim | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -406,6 +451,14 @@ class TensorEntry(Struct, frozen=True):
     dtype: Annotated[str, Meta(max_length=20)]
     shape: Annotated[tuple[Bytes, ...], Meta(max_length=16)]
     data_offsets: tuple[Bytes, Bytes]
+
+
+class SignatureFile(Struct, frozen=True):
+    """manifest.sig: an Ed25519 signature and the key that it can be checked with (`artifacts.signatures`)."""
+
+    algorithm: Literal["ed25519"]
+    public_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
 
 
 class SharedData(Struct, frozen=True):

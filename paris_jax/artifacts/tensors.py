@@ -126,7 +126,7 @@ def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.n
             file.write(len(text).to_bytes(8, "little") + text)
             for name, values in _in_order(shapes, chunks):
                 array = np.ascontiguousarray(values, shapes[name][1])
-                file.write(memoryview(array.reshape(-1).view(np.uint8)))
+                file.write(array.reshape(-1).view(np.uint8).data)
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):

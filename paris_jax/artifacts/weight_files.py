@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -231,9 +231,9 @@ def _decode(data: bytes, path: epath.Path) -> dict[str, TensorEntry]:
         raise UserError(f"{unreadable} ({str(error)[:200]}); {REMEDY}") from error
 
 
-def _read_into(file: BinaryIO, array: np.ndarray, digest: Any, path: epath.Path) -> None:
+def _read_into(file: IO[bytes], array: np.ndarray, digest: Any, path: epath.Path) -> None:
     """Fills an array from a file, block by block, and the hash with it."""
-    left = memoryview(array.reshape(-1).view(np.uint8))
+    left = array.reshape(-1).view(np.uint8).data
     while left:
         block = file.read(min(BLOCK, len(left)))
         if not block:

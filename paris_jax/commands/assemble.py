@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from paris_jax.artifacts import ensemble_manifest, exported, locks, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.validation import Validation
+from paris_jax.commands.validate import check_network, show
 from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.errors import UserError
@@ -23,6 +24,7 @@ def assemble(
     allow_missing: bool = False,
     elsewhere: Mapping[int, epath.PathLike] | None = None,
     wait: float = 0.0,
+    keys: Sequence[epath.PathLike] = (),
 ) -> None:
     """Admits the experts and the router of a run, each checked file by file and array by array.
 
@@ -31,14 +33,19 @@ def assemble(
       elsewhere: of clusters, the export folder of an expert to copy instead of this run's: one of another size or
         objective, say, trained by another team, on the same clusters.
       wait: seconds to wait for networks of this run that are not trained yet.
+      keys: PEM files of public keys, one of which must have signed each network.
     """
     _wait_for_roles(experiment, run, elsewhere or {}, wait)
     with locks.only_writer(run.ensemble):
-        _assemble(experiment, run, allow_missing, elsewhere)
+        _assemble(experiment, run, allow_missing, elsewhere, keys)
 
 
 def _assemble(
-    experiment: Experiment, run: RunFolder, allow_missing: bool, elsewhere: Mapping[int, epath.PathLike] | None
+    experiment: Experiment,
+    run: RunFolder,
+    allow_missing: bool,
+    elsewhere: Mapping[int, epath.PathLike] | None,
+    keys: Sequence[epath.PathLike],
 ) -> None:
     run.claim(experiment.to_dict(), experiment.hash)
     elsewhere, clusters = dict(elsewhere or {}), range(experiment.clustering.num_clusters)
@@ -55,12 +62,20 @@ def _assemble(
         )
     if not manifest.exists(run.export(Role("router"))):
         raise UserError(f"The router is not trained: run 'paris-jax train --workdir={run} --role=router' first")
-    experts = {k: exported.read(folder) for k, folder in folders.items() if k not in absent}
-    router = exported.read(run.export(Role("router")))
+    validation = Validation()
+    try:
+        experts = {
+            k: check_network(validation, folder, f"expert {k}", keys, None, run)
+            for k, folder in folders.items()
+            if k not in absent
+        }
+        router = check_network(validation, run.export(Role("router")), "router", keys, None, run)
+        validation.peers(experts)
+    finally:
+        show(str(run.ensemble), validation)
     for part in [router, *(expert for k, expert in experts.items() if k not in elsewhere)]:
         if part.manifest.config_hash != experiment.hash:
             raise UserError(f"{part.folder} was trained with another config than {run.config}; train it again here")
-    Validation().peers(experts)
     _check_kinds(experiment, experts, {k: part for k, part in experts.items() if k not in elsewhere})
     before = _text(run)
     experts = {k: _own_copy(part, run, k) if k in elsewhere else part for k, part in experts.items()}

@@ -66,6 +66,7 @@ def assembling(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("expert", [], text, flag_values=values)
     text = "seconds to wait for roles that are not trained yet; with --allow_missing, go on without experts after that"
     flags.DEFINE_float("wait", 0.0, text, lower_bound=0.0, flag_values=values)
+    public_keys(values)
 
 
 def loading(values: flags.FlagValues) -> None:
@@ -257,9 +258,24 @@ def exporting(values: flags.FlagValues) -> None:
     flags.DEFINE_string("ensemble", None, "instead of a network: RUN/ensemble, as one folder", flag_values=values)
     flags.DEFINE_string("out", None, "safetensors file, or folder of the ensemble, to write", flag_values=values)
 
+    text = "record the network's loss on the held-out clips of this run folder, or of RUN/partition/validation"
+    flags.DEFINE_string("heldout", None, text, flag_values=values)
+    text = "sign the network, or the published ensemble, with this private key (PEM, Ed25519)"
+    flags.DEFINE_string("sign_key", None, text, flag_values=values)
+
 
 def validating(values: flags.FlagValues) -> None:
+    text = (
+        "run folder, RUN/data or RUN/partition/validation: measure the claimed losses again; by default the run's own"
+    )
+    flags.DEFINE_string("data", None, text, flag_values=values)
+    public_keys(values)
     flags.DEFINE_bool("probe", True, "also run every network once; --noprobe for the files alone", flag_values=values)
+
+
+def public_keys(values: flags.FlagValues) -> None:
+    text = "refuse what is not signed by this public key (PEM, Ed25519); repeatable, for several signers"
+    flags.DEFINE_multi_string("public_key", [], text, flag_values=values)
 
 
 def evaluating(values: flags.FlagValues) -> None:

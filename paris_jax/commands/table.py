@@ -135,7 +135,8 @@ def _assemble(call: Call) -> None:
         if int(cluster) in elsewhere:
             raise UserError(f"--expert={argument}: cluster {cluster} is given twice; name one expert for each")
         elsewhere[int(cluster)] = folder
-    assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere, call["wait"])
+    keys = call["public_key"]
+    assemble(call.experiment(call.run), call.run, call["allow_missing"], elsewhere, call["wait"], keys)
 
 
 def _loading(call: Call) -> dict[str, Any]:
@@ -188,18 +189,10 @@ def _import(call: Call) -> None:
 
 
 def _export(call: Call) -> None:
-    from paris_jax.artifacts.publish import publish
-    from paris_jax.commands.import_weights import export_weights
+    from paris_jax.commands.export import export
 
-    if not call["ensemble"]:
-        export_weights(call["network"], call["layout"] or "diffusers", call["out"])
-        return
-    for name in ("network", "layout"):
-        if call[name]:
-            raise UserError(f"--{name} is for a single network, --ensemble for a whole one: give one of them")
-    if not call["out"]:
-        raise UserError("--out is missing; name the folder to write, such as --out=published")
-    publish(call["ensemble"], call["out"])
+    names = ("network", "ensemble", "layout", "out", "heldout", "sign_key")
+    export(**{name: call[name] for name in names})
 
 
 def _evaluate(call: Call) -> None:
@@ -232,7 +225,7 @@ def _validate(call: Call) -> None:
 
     if len(call.files) != 1:
         raise UserError("Name one network or ensemble: paris-jax validate RUN/experts/0/export, or RUN/ensemble")
-    validate(call.files[0], call["probe"])
+    validate(call.files[0], call["probe"], call["public_key"], call["data"])
 
 
 def _status(call: Call) -> None:
@@ -353,7 +346,10 @@ COMMANDS = {
     ),
     "validate": Command(
         "every check of an exported network or an ensemble, as a table",
-        ("paris-jax validate runs/shapes/experts/0/export", "paris-jax validate runs/shapes/ensemble"),
+        (
+            "paris-jax validate runs/shapes/ensemble",
+            "paris-jax validate runs/shapes/experts/0/export --data=runs/shapes --public_key=team0.pub.pem",
+        ),
         (flag_groups.validating,),
         _validate,
         takes_files=True,
@@ -420,10 +416,11 @@ COMMANDS = {
         takes_files=True,
     ),
     "export": Command(
-        "a trained network in another layout, or an ensemble as one folder to publish",
+        "a trained network in another layout, an ensemble as one folder to publish, claimed losses, signatures",
         (
             "paris-jax export --network=runs/shapes/experts/0/export --layout=diffusers --out=expert0.safetensors",
-            "paris-jax export --ensemble=runs/shapes/ensemble --out=published",
+            "paris-jax export --ensemble=runs/shapes/ensemble --out=published --sign_key=key.pem",
+            "paris-jax export --network=runs/shapes/experts/0/export --heldout=runs/shapes --sign_key=key.pem",
         ),
         (flag_groups.exporting,),
         _export,

@@ -7,19 +7,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paris_jax.artifacts import ensemble_manifest, manifest
+from paris_jax.artifacts import ensemble_manifest, manifest, signatures
+from paris_jax.artifacts.exported import ExportedNetwork
+from paris_jax.artifacts.run_folder import RunFolder, find_run_folder
 from paris_jax.artifacts.schemas import NetworkManifest
 from paris_jax.artifacts.validation import Check, Validation
 from paris_jax.errors import UserError, printable
+from paris_jax.training import claims
 
 COLOURS = {"passed": "green", "failed": "red", "not run": "yellow"}
 
 
-def validate(path: str, probe: bool = True) -> list[Check]:
+def validate(
+    path: str, probe: bool = True, keys: Sequence[epath.PathLike] = (), data: epath.PathLike | None = None
+) -> list[Check]:
     """Checks the exported network or the ensemble at `path`, prints the table and returns its rows.
 
     Args:
       probe: also run every network once.
+      keys: PEM files of public keys, one of which must have signed the ensemble, or each of its networks.
+      data: held-out clips (`claims.heldout_folder`) on which every network must have the loss that it claims; by
+        default those of the run folder that `path` lies in, for networks that claim one.
 
     Raises:
       UserError: the first check that failed.
@@ -31,21 +39,63 @@ def validate(path: str, probe: bool = True) -> list[Check]:
         )
     try:
         if manifest.read_kind(folder) == manifest.kind(NetworkManifest):
-            part = validation.network(folder, folder.name)
+            part = check_network(validation, folder, folder.name, keys, data, find_run_folder(folder))
             if probe:
                 validation.sample(part, folder.name)
         else:
-            _validate_ensemble(folder, validation, probe)
+            _validate_ensemble(folder, validation, probe, keys, data)
     finally:
-        Console(highlight=False).print(table(path, validation.checks))
+        show(path, validation)
     return validation.checks
 
 
-def _validate_ensemble(folder: epath.Path, validation: Validation, probe: bool) -> None:
+def check_network(
+    validation: Validation,
+    folder: epath.Path,
+    name: str,
+    keys: Sequence[epath.PathLike],
+    data: epath.PathLike | None,
+    run: RunFolder | None,
+) -> ExportedNetwork:
+    """Checks one network: its signature where there are keys, its files, and its claimed loss where there are clips.
+
+    Args:
+      data: held-out clips on which it must have the loss that it must claim.
+      run: a run folder whose held-out clips are used instead, if the network claims a loss.
+    """
+    if keys:
+        with validation.check(name, "signature") as detail:
+            detail.append(signatures.verify(folder, keys))
+    part = validation.network(folder, name)
+    claimed = part.manifest.heldout
+    split = claimed.split if claimed else "validation"
+    if not data and claimed and run and manifest.exists(run.partition / split):
+        data = run.path
+    if data:
+        with validation.check(name, "held-out") as detail:
+            detail.append(claims.check(part, claims.heldout_folder(data, split)))
+    else:
+        why = "its clips are not at hand (--data)" if claimed else "no loss is claimed"
+        validation.checks.append(Check(name, "held-out", "not run", why))
+    return part
+
+
+def _validate_ensemble(
+    folder: epath.Path,
+    validation: Validation,
+    probe: bool,
+    keys: Sequence[epath.PathLike],
+    data: epath.PathLike | None,
+) -> None:
+    if keys and signatures.exists(folder):
+        with validation.check("ensemble", "signature") as detail:
+            detail.append(signatures.verify(folder, keys))
+        keys = ()  # its manifest names the manifest of every network by its hash
     with validation.check("ensemble", "manifest") as detail:
         folders = ensemble_manifest.folders(folder)
         detail.append(f"{len(folders) - 1} experts and the router")
-    parts = {name: validation.network(where, name) for name, where in folders.items()}
+    run = find_run_folder(folder)
+    parts = {name: check_network(validation, where, name, keys, data, run) for name, where in folders.items()}
     with validation.check("ensemble", "together") as detail:
         found = ensemble_manifest.join(folder, parts)
         detail.append(f"{', '.join(ensemble_manifest.SHARED)} are the same")
@@ -53,6 +103,11 @@ def _validate_ensemble(folder: epath.Path, validation: Validation, probe: bool) 
     if probe:
         for name, part in parts.items():
             validation.sample(part, name)
+
+
+def show(title: str, validation: Validation) -> None:
+    """Prints the checks that were made."""
+    Console(highlight=False).print(table(title, validation.checks))
 
 
 def table(title: str, checks: Sequence[Check]) -> Table:

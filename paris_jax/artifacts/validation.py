@@ -7,6 +7,7 @@ passes can still be badly or maliciously trained: hashes prove what was sent, no
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -20,9 +21,11 @@ from paris_jax.artifacts.exported import CHECKS, ExportedNetwork
 from paris_jax.diffusion import predictions, timesteps
 from paris_jax.errors import UserError
 from paris_jax.models import functional
+from paris_jax.models.dit import PATCH
 from paris_jax.models.router import RouterConfig
 
 PEER_RATIO = 8.0  # [O] between an expert's parameter norm and the median of all experts of an ensemble
+TOKENS = 4096  # of the probe, at most
 STEPS = 4  # of the probe's sample
 SMALLEST_DEVIATION = 1e-3  # of a sample, in standard deviations of the data; below, it counts as constant
 Outcome = Literal["passed", "failed", "not run"]
@@ -117,8 +120,11 @@ def root_mean_square(params: functional.Params) -> float:
 
 
 def probe(part: ExportedNetwork) -> np.ndarray:
-    """A sample (1, T, H, W, C) of `STEPS` steps without text, or a router's weights (1, K), from one noise."""
-    config, params, shape = part.config, part.params, (1, *part.manifest.latent.shape)
+    """A sample (1, T, H, W, C) of `STEPS` steps without text, or a router's weights (1, K), from one noise.
+
+    Latents of more than `TOKENS` tokens are cut, in time first: attention takes memory of their square.
+    """
+    config, params, shape = part.config, part.params, (1, *_probe_shape(part.manifest.latent.shape))
     x, t_1 = jax.random.normal(jax.random.key(0), shape), jnp.ones(1)
     pooled = jnp.zeros((1, config.pooled_width))
     if isinstance(config, RouterConfig):
@@ -134,3 +140,11 @@ def probe(part: ExportedNetwork) -> np.ndarray:
     for t, t_next in itertools.pairwise(schedule):
         x = step(params, x, t, t_next)
     return np.asarray(x)
+
+
+def _probe_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """The shape (T, H, W, C) of at most `TOKENS` tokens that a network is run on."""
+    T, H, W, C = shape
+    side = PATCH * math.isqrt(TOKENS)
+    H, W = min(H, side), min(W, side)
+    return min(T, max(1, TOKENS // ((H // PATCH) * (W // PATCH)))), H, W, C

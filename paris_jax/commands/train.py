@@ -6,10 +6,12 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from paris_jax.artifacts import exported, manifest
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest, NetworkManifest
+from paris_jax.config import hashing
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.loader import clip_ids
 from paris_jax.data.records import read_null
@@ -25,6 +27,7 @@ from paris_jax.training.job import (
     read_cluster,
 )
 from paris_jax.training.metrics import wandb_arguments
+from paris_jax.training.optimizer import ema_decay
 from paris_jax.training.state import initial_weights_hashes
 from paris_jax.training.train import train as train_
 
@@ -103,6 +106,10 @@ def _export(
             "flops_per_sample": job.flops_per_sample,
             "seed": job.settings.seed,
             "init_from": start,
+            "ema_decay": round(float(ema_decay(job.settings, jnp.int32(job.steps))), 6),
         },
+        data=hashing.hash_text(hashing.canonical_json([manifest.contents_hash(d) for d in data])),
+        experiment=hashing.without_paths(experiment.to_dict()),
+        code=manifest.code_version(),
         **{name: getattr(data[0], name) for name in CARRIED},
     )

@@ -12,3 +12,12 @@ def canonical_json(value: Any) -> str:
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_paths(value: Any) -> Any:
+    """JSON in which texts that may be paths or addresses have only their last names, as for what is published."""
+    if isinstance(value, dict):
+        return {name: without_paths(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(each) for each in value]
+    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(value, str) else value

@@ -8,7 +8,7 @@ a part can still be badly or maliciously trained.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -110,7 +110,8 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
     config = network(found, folder)
     files = WeightFiles(folder, found.files, limit=functional.count(config) * 4)
     passed("network", f"{functional.count(config):,} parameters, {getattr(config, 'prediction_type', 'router')}")
-    arrays = _read_arrays(files, config, passed)
+    dtypes = (found.dtype,) if found.training else DTYPES  # imported networks may keep those of their publisher
+    arrays = _read_arrays(files, config, dtypes, passed)
     kinds = "/".join(sorted({a.dtype.name for a in arrays.values()}))
     passed("tensors", f"{len(arrays)} arrays, {kinds}, all finite")
     # Matrices keep their stored dtype: they are nearly all of a large network.
@@ -134,12 +135,12 @@ def _describe(found: NetworkManifest) -> str:
 
 
 def _read_arrays(
-    files: WeightFiles, config: functional.Config, passed: Callable[[str, str], None]
+    files: WeightFiles, config: functional.Config, dtypes: Sequence[str], passed: Callable[[str, str], None]
 ) -> dict[str, np.ndarray]:
     """The arrays; headers are checked before any is allocated, hashes before anything else is said of the contents."""
     try:
         shapes = files.shapes()
-        _check_shapes(shapes, config, files.path)
+        _check_shapes(shapes, config, dtypes, files.path)
     except UserError:
         files.check_hashes()
         passed("hash", files.describe_hashes())
@@ -237,7 +238,10 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _check_shapes(
-    found: Mapping[str, tuple[tuple[int, ...], str]], config: functional.Config, path: epath.Path
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    config: functional.Config,
+    dtypes: Sequence[str],
+    path: epath.Path,
 ) -> None:
     """Refuses tensors that are missing, extra, misshapen or of another dtype, by name."""
     expected = functional.to_names(functional.abstract(config))
@@ -247,8 +251,8 @@ def _check_shapes(
         (shape, dtype), wanted = found[name], expected[name].shape
         if shape != wanted:
             problems.append(f"{name} has shape {shape} instead of {wanted}")
-        elif dtype not in DTYPES:
-            problems.append(f"{name} has dtype {dtype} instead of {' or '.join(DTYPES)}")
+        elif dtype not in DTYPES or dtype not in dtypes:
+            problems.append(f"{name} has dtype {dtype} instead of {' or '.join(dtypes)}")
     _refuse(problems, path)
 
 

@@ -143,6 +143,7 @@ def test_a_published_config_has_no_path():
         (lambda m: m["conventions"].update(time="t = 1 data"), "its time is 't = 1 data', this version knows"),
         (lambda m: m["conventions"].update(path="x"), "its path is 'x', this version knows"),
         (lambda m: m.update(parameters=1), "promises 1 parameters, it has"),
+        (lambda m: m.update(dtype="bfloat16"), "has dtype float32 instead of bfloat16"),
         (lambda m: m.update(tree="0" * 64), "another parameter tree"),
         (lambda m: m.update(data="x"), "data: expected `str`"),
         (lambda m: m.update(code={"revision": "x"}), "code.revision: expected `str`"),

@@ -128,13 +128,14 @@ alone.sample(PROMPTS, num_inference_steps=experiment.sampling.num_inference_step
 # ## Validate
 #
 # The checks that the owner runs before a network is admitted, in their order: schema, files, sizes, hashes, finite
-# values, and a sample. A network that fails one is refused by name.
+# values, and a sample. A network that fails one is refused by name. Checks of what an owner may ask for beyond that, a
+# signature and losses on held-out clips, are listed as not run.
 
 # %%
 from paris_jax.commands.validate import validate
 
 checks = validate(str(run.export(expert)))
-assert all(check.outcome == "passed" for check in checks)
+assert not any(check.outcome == "failed" for check in checks)
 
 # %% [markdown]
 # ## Send it

@@ -1,5 +1,6 @@
 """`paris-jax serve`: a page in the browser that samples an ensemble."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -21,10 +22,10 @@ def serve(ensemble: str, host: str, port: int, limits: Limits, load: dict[str, A
         raise UserError(f"--{problem}")
     from paris_jax.serving import server
 
-    try:
+    # The server ends in order by itself where this process ignores SIGINT, as in the background.
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve(ensemble, host, port, limits, **load)
-    except KeyboardInterrupt:
-        print("stopped")
+    print("stopped")
 
 
 def limits_of(flags: Any) -> Limits:

@@ -231,7 +231,7 @@ def test_the_suggested_remedy_depends_on_the_error_and_the_flag(error, remedy, m
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("paris_jax.artifacts.publish.publish", fails)
+    monkeypatch.setattr("paris_jax.commands.export.publish", fails)
     assert cli.run(["export", "--ensemble=runs/a/ensemble", "--out=out"]) == 1 or "workdir" in remedy
     message = capsys.readouterr().err
     if "workdir" not in remedy:

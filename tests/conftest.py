@@ -10,8 +10,13 @@ import signal
 import socket
 import tempfile
 
-# Tests compile the same few programs again and again, in many processes.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "paris_jax-tests-xla"))
+# Tests compile the same few programs again and again, in many processes; see models/compilation.py on cores.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(), f"paris_jax-tests-xla-{len(getattr(os, 'sched_getaffinity', lambda _: ())(0))}"
+    ),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # They compile more than they compute. Later versions than these do not know the last flag.
 os.environ.setdefault(

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 75 preempted (run the same command again), 1 a user's error in one sentence, 130 interrupted.
 """
 
-import errno
 import functools
 import io
 import logging
@@ -18,31 +17,10 @@ from absl import flags
 from paris_jax import __version__
 from paris_jax.commands import flag_groups
 from paris_jax.commands.table import COMMANDS, Call, print_config
-from paris_jax.errors import DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
+from paris_jax.errors import REMEDIES, DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
 from paris_jax.interrupts import ERROR, INTERRUPTED, PREEMPTED, exit_now
 
 PLACES = ("workdir", "out", "out_dir")  # flags
-_MAKE_ROOM = "make room or choose {place}, then run the same command again"
-_NOT_ALLOWED = "allow writing there or choose {place}, then run the same command again"
-_CANNOT_BE_MADE = "name a folder or file that can be made there"
-REMEDIES = {
-    errno.ENOSPC: _MAKE_ROOM,
-    errno.EDQUOT: _MAKE_ROOM,
-    errno.EFBIG: _MAKE_ROOM,
-    errno.EACCES: _NOT_ALLOWED,
-    errno.EPERM: _NOT_ALLOWED,
-    errno.EROFS: _NOT_ALLOWED,
-    errno.EEXIST: _CANNOT_BE_MADE,
-    errno.ENOTDIR: _CANNOT_BE_MADE,
-    errno.EISDIR: _CANNOT_BE_MADE,
-    errno.ENAMETOOLONG: _CANNOT_BE_MADE,
-    errno.ELOOP: _CANNOT_BE_MADE,
-    errno.EMFILE: "raise the number of open files (ulimit -n), then run the same command again",
-    errno.ENFILE: "raise the number of open files of this machine, then run the same command again",
-    errno.EIO: "look at the disk, then run the same command again",
-    errno.ESTALE: "look at the network disk, then run the same command again",
-    errno.ETIMEDOUT: "look at the network, then run the same command again",
-}
 HELP_WIDTH = 26  # of the column of flag names
 
 

@@ -148,8 +148,13 @@ class Stream(nnx.Module):
         return x + gated(gate_mlp, self.mlp_out(nnx.gelu(hidden, approximate=True)))
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Stacks `count` blocks: every parameter has a leading layer axis, and every layer its own initial values."""
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """Stacks `count` blocks: every parameter has a leading layer axis, and every layer its own initial values.
+
+    None for no blocks: arrays without elements cannot be saved.
+    """
+    if not count:
+        return None
     # Without the metadata, optimizer moments would be sharded over the layer axis.
     build = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None})
     return build(rngs.split(count))
@@ -187,19 +192,21 @@ REMAT = {
 UNROLLED = 2  # stacks of up to this many blocks are unrolled instead of scanned
 
 
-def scan_blocks(blocks: nnx.Module, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
+def scan_blocks(blocks: nnx.Module | None, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
     Stacks of up to `UNROLLED` blocks are unrolled, which is faster on a CPU.
 
     Args:
-      blocks: from `stacked`; called as block(*carry, *shared) -> carry.
+      blocks: from `stacked`; called as block(*carry, *shared) -> carry. None returns the carry.
       carry: tuple of activations (B, N, D) passed from block to block.
       remat: rematerialisation in the backward pass, a key of REMAT.
       *shared: inputs common to all blocks.
       member: () int32, the network to run where every parameter has a leading axis of several networks. Its layers are
         read in place, one at a time: no network is copied.
     """
+    if blocks is None:
+        return carry
     graph, layers = nnx.split(blocks)
 
     def run(carry: Any, layer: Any) -> Any:

@@ -1,5 +1,6 @@
 """Orbax checkpoints of everything that an exact resume needs: state, data position and clocks."""
 
+import errno
 import logging
 import re
 import shutil
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from paris_jax.errors import UserError, first_line
+from paris_jax.errors import REMEDIES, UserError, errno_of, first_line
 from paris_jax.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise _cannot_save(self.folder, step, OSError(f"it takes {needed} bytes and the disk has {free} left"))
+            raise _cannot_save(
+                self.folder, step, OSError(errno.ENOSPC, f"it takes {needed} bytes and the disk has {free} left")
+            )
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that every process can read, as (step, state, data, clocks); None where there is none.
@@ -142,7 +145,10 @@ def _may_pass(error: Exception) -> bool:
 def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> UserError:
     which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
     system = re.search(r"([^:]+) \[os_error_code", str(error))  # the operating system's message
-    reason = system.group(1).strip() if system else first_line(error)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    reason = system.group(1).strip() if system else said
+    remedy = REMEDIES.get(errno_of(error) or 0, "remove the cause, then run the same command again")
     return UserError(
-        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: make room, then run the same command again"
+        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: "
+        + remedy.format(place="a larger disk")
     )

@@ -1,6 +1,7 @@
 """What ends a job before its time, in one sentence that says what is kept and what to do."""
 
 import dataclasses
+import errno
 import re
 import types
 
@@ -12,6 +13,7 @@ from paris_jax.commands import train as stage
 from paris_jax.config.network import NetworkSettings
 from paris_jax.errors import DeviceLost, DeviceLostAgain, UserError
 from paris_jax.training import distributed, failures, train
+from paris_jax.training.checkpoints import Checkpoints
 from tests.training.test_train import reclaimed
 
 EXPERT = Role("expert", 0)
@@ -29,6 +31,26 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
     ):
         stage.train(experiment, run, EXPERT)
     assert not run.checkpoints(EXPERT).exists()
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"\(No space left on device\); .* kept: make room or choose"),
+        (ValueError("tensorstore: Permission denied [os_error_code='13']"), r"\(Permission denied\); .*: allow writing"),
+        (ValueError("zero-sized array"), r"\(zero-sized array\); earlier ones are kept: remove the cause, then run"),
+    ],
+    ids=["full", "reported as text", "another"],
+)
+def test_a_checkpoint_that_cannot_be_written_has_the_remedy_of_its_cause(error, sentence, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    saved = Checkpoints(tmp_path / "checkpoints", keep=1)
+    monkeypatch.setattr(saved._manager, "save", fails)
+    with pytest.raises(UserError, match=r"^Cannot save the checkpoint of step 7 in .*/checkpoints " + sentence):
+        saved.save(7, {}, {}, {})
+    saved.close()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from paris_jax.evaluation.metrics import identity
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
-from paris_jax.evaluation.metrics.flicker import temporal_flicker
+from paris_jax.evaluation.metrics.motion import temporal_flicker
 from paris_jax.evaluation.results import MODELS, Comparison
 
 OTHERS = "others"  # the other held-out clips, which distances are to

@@ -23,8 +23,7 @@ from paris_jax.evaluation.features import FeatureNetwork, TextScores, WeightFile
 from paris_jax.evaluation.folders import ClipRule, VideoFolder
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.clip_score import clip_scores
-from paris_jax.evaluation.metrics.flicker import temporal_flicker
-from paris_jax.evaluation.metrics.motion import mean_motion
+from paris_jax.evaluation.metrics.motion import mean_motion, temporal_flicker
 
 logger = logging.getLogger(__name__)
 SCHEMA, RESULTS, PARTIAL = "paris_jax/folders/1", "results.json", ".partial"

@@ -35,9 +35,8 @@ from paris_jax.evaluation.metrics import attribute_accuracy, routing
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
-from paris_jax.evaluation.metrics.flicker import temporal_flicker
 from paris_jax.evaluation.metrics.identity import identity_kept
-from paris_jax.evaluation.metrics.motion import mean_motion
+from paris_jax.evaluation.metrics.motion import mean_motion, temporal_flicker
 
 logger = logging.getLogger(__name__)
 SCHEMA, RESULTS, PARTIAL = "paris_jax/systems/2", "results.json", ".partial"

@@ -31,6 +31,10 @@ import pytest
 from paris_jax.config.experiment import Experiment, default_config
 
 MANY_MAPPINGS = 15000
+# Credentials that a user's environment may hold; no file and no line that is printed may repeat them.
+SECRET = "sentinel-of-a-secret"
+os.environ |= dict.fromkeys(("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "KAGGLE_KEY", "SKYPILOT_API_TOKEN"), SECRET)
+
 QUICK = os.environ["XLA_FLAGS"]  # for processes that need other flags, too
 
 # Files that take minutes: begun first, they do not keep one process busy when all others are done.

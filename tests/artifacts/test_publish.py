@@ -1,6 +1,7 @@
 """Publishing an ensemble as one folder: it needs no run folder and loads from a Hugging Face cache."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -20,6 +21,7 @@ from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output
 from paris_jax.errors import UserError
 from paris_jax.evaluation.protocol import evaluate
+from tests.conftest import SECRET
 
 PROMPT = "a small red circle moving left slowly on a white ground"
 
@@ -84,8 +86,8 @@ def test_republishing_keeps_every_byte_and_the_provenance(tmp_path):
     assert manifest.read(tmp_path / "b", EnsembleManifest).provenance["licence"] == "Apache-2.0"
 
 
-def test_published_files_and_reports_name_no_machine(finished, micro, tmp_path):
-    """Manifests, model cards and reports hold no path and no host name of the machine that trained."""
+def test_published_files_and_reports_name_no_machine(finished, micro, trained, tmp_path):
+    """Manifests, model cards and reports hold no path and no host name of the machine that trained, and no secret."""
     publish(finished.ensemble, tmp_path / "published")
     evaluate(micro, finished)
     folders = tmp_path / "published", tmp_path / "run" / "evaluation"
@@ -96,6 +98,10 @@ def test_published_files_and_reports_name_no_machine(finished, micro, tmp_path):
         assert str(tmp_path).encode() not in data, path
         if path.suffix in (".json", ".md"):
             assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", data.decode()), path
+    assert os.environ["HF_TOKEN"] == SECRET
+    run_files = [path for path in Path(trained.path).rglob("*") if path.is_file()]
+    assert {"config.json", "metrics.jsonl"} <= {path.name for path in run_files}  # written by training
+    assert not [path for path in files + run_files if SECRET.encode() in path.read_bytes()]
 
 
 def test_a_model_card_holds_only_known_names_and_numbers(finished, micro):

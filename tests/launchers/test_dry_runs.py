@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", COMMAND_LINES)
 def test_the_documents_show_the_printed_dry_runs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
+    for secret in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.setenv(secret, "of-the-environment")  # is printed nowhere
     assert (FOLDER / f"{name}.txt").read_text() == page(name), "run: python -m tests.launchers.dry_runs"
 
 

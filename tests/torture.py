@@ -142,7 +142,7 @@ def commands(experiment: Experiment, whole: Path) -> dict[str, tuple[tuple[str, 
         publish(folder / "ensemble", folder / "published")
 
     def exported(folder: Path) -> None:
-        out = folder / "expert.safetensors"
+        out = folder / "exported.safetensors"
         if not out.exists():
             export_weights(str(folder / "experts/0/export"), "bfl", str(out))
 

@@ -1,12 +1,13 @@
 """Tries settings of the paper's claim in one process: experts against a monolith of the same compute.
 
     python -m tests.benchmarks.claim [--config=configs/shapes.py:tiny] [--split=world]
-        [--num_prompts=1000] [--guidance=1.5,3] [--skip=monolith] [--config.a.b=value ...]
+        [--num_prompts=1000] [--guidance=1.5,3] [--skip=monolith] [--measure_at=0.25,0.5,1] [--config.a.b=value ...]
 
 Every world of the embedded data, or every `--split`, has an expert, and each prompt is sampled by the expert of its
 own (oracle routing): there is no clustering, router, checkpoint or report, so that a trial takes minutes. A result that
-counts comes from `paris-jax quickstart`. Prints a line of JSON for each model and guidance scale: held-out flow loss,
-Frechet distance (shapes classifier) with the floor of real clips, and the share of prompts whose attributes are right.
+counts comes from `paris-jax quickstart`. Prints a line of JSON for each model and fraction of its steps: held-out flow
+loss, and by guidance scale the Frechet distance (shapes classifier) with the floor of real clips and the share of
+prompts whose attributes are right. Fractions below 1 are comparable under `training.lr_schedule=wsd`.
 
     world       an expert for each world
     size        for each world and size of the object
@@ -18,7 +19,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,20 +113,25 @@ def jitted_loop(job: Job, scale: LatentScale) -> Any:
     return jax.jit(loop, donate_argnums=0)
 
 
-def train(job: Job, loop: Any, data: Data, clips: np.ndarray) -> functional.Params:
-    """Trains on these clips, in a new order every epoch; returns the averaged parameters."""
+def train(
+    job: Job, loop: Any, data: Data, clips: np.ndarray, fractions: Sequence[float]
+) -> Iterator[functional.Params]:
+    """Trains on these clips, in a new order every epoch; yields the averaged parameters after fractions of the steps."""
     settings = job.settings
     state = jax.jit(lambda key: states.create(job.config, settings, job.steps, key))(jax.random.key(settings.seed))
     if settings.init_from:
         state = states.load_initial_weights(settings.init_from, state)
     rng, order = np.random.default_rng(settings.seed), np.zeros(0, np.int64)
+    pending = [round(fraction * job.steps) for fraction in fractions]
     for first in range(0, job.steps, SCAN):
         count = min(SCAN, job.steps - first) * settings.global_batch_size
         while len(order) < count:
             order = np.concatenate([order, rng.permutation(clips)])
         numbers, order = order[:count], order[count:]
         state = loop(state, jnp.asarray(numbers.reshape(-1, settings.global_batch_size), jnp.int32), data.arrays)
-    return jax.block_until_ready(state.ema)
+        while pending and pending[0] <= first + SCAN:
+            yield jax.tree.map(jnp.copy, state.ema)  # the loop donates its state
+            del pending[0]
 
 
 class Measurement:
@@ -203,6 +209,7 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=1000)
     parser.add_argument("--guidance", default="1.5,3", help="guidance scales")
     parser.add_argument("--skip", choices=("monolith", "experts"), default="")
+    parser.add_argument("--measure_at", default="1", help="fractions of the steps, ascending")
     flags, rest = parser.parse_known_args()
     keep_freed_memory()
     config = files.load(flags.config)
@@ -217,18 +224,23 @@ def main() -> None:
     monolith = dataclasses.replace(expert, steps=K * expert.steps)
     measure = Measurement(experiment, expert, data, flags.num_prompts)
     scales = [float(scale) for scale in flags.guidance.split(",")]
+    fractions = [float(fraction) for fraction in flags.measure_at.split(",")]
     print(json.dumps({"experts": K, "parameters": functional.count(expert.config), "changes": rest}), flush=True)
+    everything, alone = np.arange(count), np.zeros_like(members)
     for name in ("monolith", "experts"):
         if name == flags.skip:
             continue
-        began, clips = time.perf_counter(), np.arange(count)
-        if name == "monolith":
-            models, own = {0: train(monolith, jitted_loop(monolith, data.scale), data, clips)}, np.zeros_like(members)
-        else:
-            loop = jitted_loop(expert, data.scale)  # of all experts
-            models, own = {k: train(expert, loop, data, clips[members[:count] == k]) for k in range(K)}, members
-        seconds = round(time.perf_counter() - began)
-        print(json.dumps({"model": name, "seconds": seconds, **measure(models, own, scales)}), flush=True)
+        job = monolith if name == "monolith" else expert
+        loop, own = jitted_loop(job, data.scale), alone if name == "monolith" else members
+        clips = [everything] if name == "monolith" else [everything[members[:count] == k] for k in range(K)]
+        trainings = [train(job, loop, data, numbers, fractions) for numbers in clips]
+        seconds = 0.0
+        for fraction in fractions:  # experts take turns, so that the curve appears as it is measured
+            began = time.perf_counter()
+            models = {k: jax.block_until_ready(next(training)) for k, training in enumerate(trainings)}
+            seconds += time.perf_counter() - began
+            row = {"model": name, "fraction": fraction, "seconds": round(seconds), **measure(models, own, scales)}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

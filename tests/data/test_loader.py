@@ -8,7 +8,7 @@ import pytest
 
 from paris_jax.artifacts import manifest
 from paris_jax.artifacts.schemas import ClusterManifest
-from paris_jax.data import records
+from paris_jax.data import loader, records
 from paris_jax.data.loader import bucket_lengths, training_batches
 from paris_jax.data.records import Record
 from paris_jax.errors import UserError
@@ -260,3 +260,20 @@ def test_batches_keep_the_sixteen_bits_of_the_records_until_they_are_on_the_devi
     assert {name: placed[name].dtype.itemsize for name in ("latent", "tokens", "pooled")} == dict.fromkeys(
         ("latent", "tokens", "pooled"), 2
     )
+
+
+def test_records_that_all_fit_are_decoded_once_and_others_each_time(folders, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        records, "decode_record", lambda data, real=records.decode_record: decoded.append(1) or real(data)
+    )
+    kept = loader.KeptRecords(records.Records(folders))
+    one = len(decoded)  # whose size decides
+    for _ in range(3):
+        assert [record.id for record in kept] == [record.id for record in records.Records(folders)]
+    assert len(decoded) == one + len(kept) + 3 * len(kept)  # once by the first, each time by the other
+    assert kept.__getstate__()["_kept"] == {}  # worker processes get a fresh one
+    monkeypatch.setattr(loader, "KEPT_BYTES", 100)
+    none = loader.KeptRecords(records.Records(folders))
+    decoded.clear()
+    assert none[0].id == none[0].id and len(decoded) == 2

@@ -133,7 +133,10 @@ class ShardedStep:
         self.state = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, self.shardings
         )
-        self._make_state = jax.jit(make_state, out_shardings=self.shardings)
+        # It runs once: on a CPU, optimizing its code would take longer than running it.
+        quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        options = quickly if self.mesh.devices.flat[0].platform == "cpu" else None
+        self._make_state = jax.jit(make_state, out_shardings=self.shardings, compiler_options=options)
         # One compilation: the state keeps its sharding from step to step, and its memory is reused.
         step = make_step(
             job.losses, job.config, job.settings, job.steps, job.timestep_sampler, job.masks, job.null, job.scale

@@ -235,7 +235,7 @@ def read(folder: epath.PathLike, schema: type[M], verify: bool = False) -> M:
     path, expected = folder / FILE_NAME, kind(schema)
     if not path.exists():
         raise UserError(
-            f"{path} does not exist, so the {expected} there is not finished; run the stage that makes it first"
+            f"{path} does not exist: the {expected} is missing or unfinished; run the command that writes it first"
         )
     data = safe_files.read_bytes(path)
     header = decode(data, path, _Header, REMEDY)

@@ -20,7 +20,7 @@ from paris_jax.commands.table import COMMANDS, Call, print_config
 from paris_jax.errors import REMEDIES, DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
 from paris_jax.interrupts import ERROR, INTERRUPTED, PREEMPTED, exit_now
 
-PLACES = ("workdir", "out", "out_dir")  # flags
+OUTPUT_FLAGS = ("workdir", "out", "out_dir")  # flags
 HELP_WIDTH = 26  # of the column of flag names
 
 
@@ -178,7 +178,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _flag_of(path: object, call: Call) -> str:
     """The flag of a command that names a path, or the innermost folder above it; "" for none."""
-    named = [(Path(call[flag]).absolute(), f"--{flag}") for flag in PLACES if flag in call.flags and call[flag]]
+    named = [(Path(call[flag]).absolute(), f"--{flag}") for flag in OUTPUT_FLAGS if flag in call.flags and call[flag]]
     within = [(len(place.parts), flag) for place, flag in named if Path(str(path)).absolute().is_relative_to(place)]
     return max(within, default=(0, ""))[1]
 

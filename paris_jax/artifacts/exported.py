@@ -28,7 +28,7 @@ from paris_jax.models.router import RouterConfig
 
 DTYPES = ("float32", "bfloat16")
 SMALLEST_VALUE = 2  # bytes of a parameter
-FINITE_AT_ONCE = 1 << 20  # values that are looked at together
+FINITE_AT_ONCE = 1 << 20  # values that are checked at once
 CHECKS = ("manifest", "files", "network", "hash", "tensors")  # of `read`, in order
 
 

@@ -22,7 +22,7 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
     """Keeps other commands from writing `output`, a folder or file, until this one ends or dies.
 
     The system releases the lock of a process that dies. Partial files that such a process left are deleted. Outputs
-    that cannot be locked (gs://, read-only places, some network disks) are not protected: there, whoever starts jobs
+    that cannot be locked (gs://, read-only folders, some network disks) are not protected: there, whoever starts jobs
     has to keep them apart.
 
     Args:

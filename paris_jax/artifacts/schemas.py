@@ -426,7 +426,7 @@ class ShardMarker(Struct, frozen=True):
       limits: seconds and megabytes for each clip, where some clips were dropped because of them.
       files: sizes and hashes of the shard's files, so that nobody has to read them again for the manifest.
       items: of the source, as they were; empty for clips that are computed.
-      hashes: perceptual hashes of the clips, where near duplicates are looked for.
+      hashes: perceptual hashes of the clips, where near duplicates are dropped.
     """
 
     origin: dict[str, Any]

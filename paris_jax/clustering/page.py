@@ -170,22 +170,22 @@ def _legend(count: int) -> str:
 
 
 def _map(projection: Map, shown: Sequence[Sequence[Shown]]) -> str:
-    """Points of a sample, and thumbnails of some clips of each cluster at their places."""
-    places = np.concatenate([projection.places, *([clip.place[None] for clips in shown for clip in clips])])
-    low, high = places.min(axis=0), places.max(axis=0)
+    """Points of a sample, and thumbnails of some clips of each cluster at their positions."""
+    positions = np.concatenate([projection.positions, *([clip.position[None] for clips in shown for clip in clips])])
+    low, high = positions.min(axis=0), positions.max(axis=0)
     size = np.array([WIDTH, HEIGHT]) - 2 * MARGIN
 
-    def at(place: np.ndarray) -> tuple[float, float]:
-        x, y = (place - low) / np.maximum(high - low, 1e-9) * size + MARGIN
+    def at(position: np.ndarray) -> tuple[float, float]:
+        x, y = (position - low) / np.maximum(high - low, 1e-9) * size + MARGIN
         return float(x), HEIGHT - float(y)
 
     parts = []
-    for place, label in zip(projection.places, projection.labels.tolist(), strict=True):
-        x, y = at(place)
+    for position, label in zip(projection.positions, projection.labels.tolist(), strict=True):
+        x, y = at(position)
         parts.append(f'<circle class="{_part(label)}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     for k, clips in enumerate(shown):
         for clip in clips[-THUMBNAILS:]:
-            x, y = at(clip.place)
+            x, y = at(clip.position)
             scale = THUMBNAIL / max(clip.video.shape[1:3])
             height, width = (scale * side for side in clip.video.shape[1:3])
             box = f'x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" height="{height:.1f}"'

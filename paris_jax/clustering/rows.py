@@ -61,7 +61,7 @@ class Rows:
         return ((self.features[self.order[part]] - self.mean) / self.spread).astype(np.float32)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All rows, block by block, with their places in the order."""
+        """All rows, block by block, with their positions in the order."""
         for begin in range(0, len(self), kmeans.BLOCK_ROWS):
             part = slice(begin, min(begin + kmeans.BLOCK_ROWS, len(self)))
             yield part, self[part]

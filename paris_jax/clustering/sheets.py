@@ -26,26 +26,26 @@ class Shown:
 
     Attributes:
       number: of its record. caption: text. video: (T, H, W, 3) uint8. distance: to the centroid of its cluster.
-      place: (2,) on the map.
+      position: (2,) on the map.
     """
 
     number: int
     caption: str
     video: np.ndarray
     distance: float
-    place: np.ndarray
+    position: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-    """A projection to the two main axes of the features: axes (F, 2), places (N, 2) and labels (N,) of a sample."""
+    """A projection to the two main axes of the features: axes (F, 2), positions (N, 2) and labels (N,) of a sample."""
 
     axes: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     labels: np.ndarray
     explained: float  # share of the variance
 
-    def place(self, rows: np.ndarray) -> np.ndarray:
+    def project(self, rows: np.ndarray) -> np.ndarray:
         return rows @ self.axes
 
 
@@ -78,12 +78,12 @@ def clips_with_previews(
         block = clips.index.block(int(shard))
         rows = np.array(list(videos))
         distances = partition.distances(block.features[rows])
-        places = projection.place(partition.standardise(block.features[rows]))
+        positions = projection.project(partition.standardise(block.features[rows]))
         for i, row in enumerate(rows.tolist()):
             number = block.start + row
             if clips.splits[number] == TRAIN:
                 k = int(labels[number])
-                shown = Shown(number, block.entry(row).caption, videos[row], float(distances[i, k]), places[i])
+                shown = Shown(number, block.entry(row).caption, videos[row], float(distances[i, k]), positions[i])
                 found[k].append((block.digests[row].astype(">u8").tobytes(), shown))
     return [_choose(candidates) for candidates in found]
 

@@ -126,8 +126,8 @@ def _i3d(path: str) -> FeatureNetwork:
     params = jax.device_put(found.params, _whole())
 
     def embed(videos: np.ndarray) -> np.ndarray:
-        (placed,) = placement.rows(videos)
-        return np.asarray(_i3d_features(params, placed))
+        (sharded,) = placement.rows(videos)
+        return np.asarray(_i3d_features(params, sharded))
 
     rule = f"all frames, resized to {i3d.SIDE} x {i3d.SIDE} by TensorFlow 1's bilinear rule, 400 logits, mean over time"
     return FeatureNetwork(
@@ -148,9 +148,9 @@ def _video_transformer(folder: str) -> FeatureNetwork:
     def embed(videos: np.ndarray) -> np.ndarray:
         T = videos.shape[1]
         wanted = min(T // network.tube * network.tube, network.frames) if is_vjepa2 else network.frames
-        (placed,) = placement.rows(videos[:, evenly(T, wanted)])
-        B = len(placed)
-        frames = scale_and_crop(placed.reshape(B * wanted, *placed.shape[2:]), network.side)
+        (sharded,) = placement.rows(videos[:, evenly(T, wanted)])
+        B = len(sharded)
+        frames = scale_and_crop(sharded.reshape(B * wanted, *sharded.shape[2:]), network.side)
         return np.asarray(video_transformers.features(network, params, frames.reshape(B, wanted, *frames.shape[1:])))
 
     frames = f"up to {network.frames}" if is_vjepa2 else str(network.frames)
@@ -173,9 +173,9 @@ def _dinov2(folder: str) -> FeatureNetwork:
 
     def embed(videos: np.ndarray) -> np.ndarray:
         B, T = videos.shape[:2]
-        (placed,) = placement.rows(videos.reshape(B * T, *videos.shape[2:]))
+        (sharded,) = placement.rows(videos.reshape(B * T, *videos.shape[2:]))
         with jax.default_matmul_precision("float32"):
-            tokens = dinov2.encode(config, params, scale_and_crop(placed, side))
+            tokens = dinov2.encode(config, params, scale_and_crop(sharded, side))
         return np.asarray(tokens[: B * T, 0]).reshape(B, T, -1)
 
     rule = f"every frame, shorter side to {side} (bicubic, antialiased), middle square, image token"
@@ -189,8 +189,8 @@ def _inception(path: str) -> FeatureNetwork:
 
     def embed(videos: np.ndarray) -> np.ndarray:
         B, T = videos.shape[:2]
-        (placed,) = placement.rows(videos.reshape(B * T, *videos.shape[2:]))
-        return np.asarray(_inception_features(params, placed))[: B * T].reshape(B, T, -1)
+        (sharded,) = placement.rows(videos.reshape(B * T, *videos.shape[2:]))
+        return np.asarray(_inception_features(params, sharded))[: B * T].reshape(B, T, -1)
 
     rule = f"every frame, resized to {inception.SIDE} x {inception.SIDE} by TensorFlow 1's bilinear rule, 2048 features"
     return FeatureNetwork(

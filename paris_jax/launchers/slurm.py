@@ -33,7 +33,7 @@ class Settings:
 def launch(
     action: str, plan: Plan, settings: Settings, commands: Commands, role: str = "", follow: bool = False
 ) -> None:
-    # What is looked at or stopped may have been submitted as an array.
+    # Jobs that are shown or stopped may have been submitted as an array.
     plan = plan.with_prepare_workers(settings.prepare_workers if action == "submit" else 2).only(role)
     if action == "submit":
         commands.require("sbatch", "run this on a login node of the SLURM cluster")

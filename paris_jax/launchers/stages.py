@@ -126,7 +126,7 @@ def _job_prefix(workdir: str) -> str:
 
 
 def spread(stages: Sequence[Stage], speeds: Sequence[float]) -> list[list[Stage]]:
-    """Queues the stages on places of these speeds: the longest first, each where it would end earliest."""
+    """Queues the stages on machines of these speeds: the longest first, each where it would end earliest."""
     queues: list[list[Stage]] = [[] for _ in speeds]
     busy = [0.0] * len(speeds)
     for stage in sorted(stages, key=lambda stage: -stage.work):

@@ -224,6 +224,6 @@ def _say_state(each: Slice, commands: Commands) -> bool:
     commands.say(f"[{each.name}] {state}; its roles: {queue or 'none'}")
     if state != "ACTIVE":
         return True
-    looked = subprocess.run(_ssh(each, "0", "launch/detached.sh status"), capture_output=True, text=True, check=False)
-    commands.say(f"[{each.name}] {looked.stdout.strip() or 'its worker does not answer'}")
+    status = subprocess.run(_ssh(each, "0", "launch/detached.sh status"), capture_output=True, text=True, check=False)
+    commands.say(f"[{each.name}] {status.stdout.strip() or 'its worker does not answer'}")
     return True

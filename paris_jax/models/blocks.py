@@ -192,7 +192,9 @@ REMAT = {
 UNROLLED = 2  # stacks of up to this many blocks are unrolled instead of scanned
 
 
-def scan_blocks(blocks: nnx.Module | None, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None) -> Any:
+def scan_blocks(
+    blocks: nnx.Module | None, carry: Any, remat: str, *shared: Any, member: jax.Array | None = None
+) -> Any:
     """Runs stacked blocks in turn with `lax.scan`: compile time does not grow with depth.
 
     Stacks of up to `UNROLLED` blocks are unrolled, which is faster on a CPU.

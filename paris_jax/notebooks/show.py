@@ -11,7 +11,7 @@ from paris_jax.errors import UserError
 
 
 class Html:
-    """A piece of HTML that a notebook shows, with a text for other places."""
+    """A piece of HTML that a notebook shows, with a text for viewers without HTML."""
 
     def __init__(self, markup: str, text: str):
         self._markup, self._text = markup, text

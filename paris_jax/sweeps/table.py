@@ -202,11 +202,11 @@ def plot(found: SweepTable) -> bytes | None:
         lines.setdefault(label, []).append((float(row.settings[axis]), value, stderr))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for label, places in lines.items():
-        x, y, stderr = zip(*sorted(places), strict=True)
+    for label, points in lines.items():
+        x, y, stderr = zip(*sorted(points), strict=True)
         errors = [0.0 if math.isnan(e) else Z95 * e for e in stderr]
         axes.errorbar(x, y, errors, marker="o", capsize=3, label=label)
-    values = [place[0] for places in lines.values() for place in places]
+    values = [point[0] for points in lines.values() for point in points]
     if min(values) > 0 and max(values) / min(values) > 8:
         axes.set_xscale("log")
     axes.set_xlabel(axis)

@@ -149,6 +149,5 @@ def _cannot_save(folder: epath.Path, step: int | None, error: Exception) -> User
     reason = system.group(1).strip() if system else said
     remedy = REMEDIES.get(errno_of(error) or 0, "remove the cause, then run the same command again")
     return UserError(
-        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: "
-        + remedy.format(place="a larger disk")
+        f"Cannot save {which} in {folder} ({reason}); earlier ones are kept: " + remedy.format(place="a larger disk")
     )

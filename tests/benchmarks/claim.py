@@ -116,7 +116,7 @@ def jitted_loop(job: Job, scale: LatentScale) -> Any:
 def train(
     job: Job, loop: Any, data: Data, clips: np.ndarray, fractions: Sequence[float]
 ) -> Iterator[functional.Params]:
-    """Trains on these clips, in a new order every epoch; yields the averaged parameters after fractions of the steps."""
+    """Trains on these clips, in a new order every epoch; yields the average after fractions of the steps."""
     settings = job.settings
     state = jax.jit(lambda key: states.create(job.config, settings, job.steps, key))(jax.random.key(settings.seed))
     if settings.init_from:

@@ -105,6 +105,6 @@ def test_the_map_has_the_same_sign_for_the_same_clips_and_keeps_distances(tmp_pa
     clips = Clips(None, np.arange(300), np.zeros((300, 2), np.uint64), np.zeros(300, np.uint8), features)
     made = sheets.make_map(partition, clips, labels)
     rows = partition.standardise(features)
-    gaps = [np.linalg.norm(x[:50, None] - x[None, :50], axis=-1) for x in (made.places, rows)]
+    gaps = [np.linalg.norm(x[:50, None] - x[None, :50], axis=-1) for x in (made.positions, rows)]
     np.testing.assert_allclose(*gaps, atol=1e-4)
     assert made.explained == pytest.approx(1.0)

@@ -36,8 +36,14 @@ def test_a_network_larger_than_the_memory_is_refused_before_it_is_made(micro, ru
 @pytest.mark.parametrize(
     "error, sentence",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), r"\(No space left on device\); .* kept: make room or choose"),
-        (ValueError("tensorstore: Permission denied [os_error_code='13']"), r"\(Permission denied\); .*: allow writing"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"\(No space left on device\); .* kept: make room or choose",
+        ),
+        (
+            ValueError("tensorstore: Permission denied [os_error_code='13']"),
+            r"\(Permission denied\); .*: allow writing",
+        ),
         (ValueError("zero-sized array"), r"\(zero-sized array\); earlier ones are kept: remove the cause, then run"),
     ],
     ids=["full", "reported as text", "another"],

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-MOST = 64 << 20  # bytes of a header that are looked through
+MOST = 64 << 20  # bytes of a header that are searched
 INSIDE = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
 SAMPLE_ENTRY = 86  # bytes of a visual sample entry before its boxes: 8 header, 78 fields
 SEGMENT, TRACKS, TRACK, VIDEO, CLUSTER = 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675

@@ -3,7 +3,7 @@
 import struct
 from typing import BinaryIO
 
-HEADER = 1 << 18  # bytes that are looked through
+HEADER = 1 << 18  # bytes that are searched
 ORIENTATION = 0x0112
 
 

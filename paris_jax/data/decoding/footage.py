@@ -27,7 +27,7 @@ from paris_jax.errors import first_line
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,asf,flv,mpeg,mpegts,mpegvideo,m4v,h264,hevc,ivf,ogg,y4m,yuv4mpegpipe,dv,mxf,nut,rawvideo,wtv,apng,png_pipe,jpeg_pipe,webp_pipe,webp,bmp_pipe,tiff_pipe"  # fmt: skip  # noqa: E501
 MOST_ERRORS = 20  # packets that cannot be decoded, after which the rest of a video is given up
 DECODING_VERSION = 2  # of the rules by which a file becomes frames: raise it where they change
-SHOWN = Rules(hdr="tonemap")  # for videos that are looked at or evaluated
+SHOWN = Rules(hdr="tonemap")  # for videos that are shown or evaluated
 
 Source = str | os.PathLike | bytes | BinaryIO
 
@@ -91,7 +91,7 @@ def opened(source: Source, name: object = "") -> Iterator[tuple[av.container.Inp
 
 
 class _Unnamed:
-    """A file whose name FFmpeg does not see: it would take "%d.png" for a pattern, and judge formats by endings."""
+    """A file whose name FFmpeg does not see: it would take "%d.png" for a pattern, and choose formats by endings."""
 
     def __init__(self, file: BinaryIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell

@@ -202,7 +202,7 @@ def read_members(file: BinaryIO, shard: str) -> Iterator[tarfile.TarInfo | Dropp
 
 
 def _regular(archive: tarfile.TarFile, shard: str, size: int) -> Iterator[tarfile.TarInfo | Dropped]:
-    with contextlib.suppress(tarfile.TarError, EOFError, OSError):  # what follows is looked for behind
+    with contextlib.suppress(tarfile.TarError, EOFError, OSError):  # the search continues behind it
         while (member := archive.next()) is not None:
             setattr(archive, "members", [])  # tarfile keeps all that it has read  # noqa: B010
             if member.isdir():

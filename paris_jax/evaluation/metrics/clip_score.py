@@ -102,8 +102,8 @@ class ClipEncoder:
         return _unit(np.concatenate(embedded)).reshape(N, T, -1)
 
     def _embed(self, frames: np.ndarray) -> np.ndarray:
-        (placed,) = placement.rows(frames)
-        images = scale_and_crop(placed, self.side)
+        (sharded,) = placement.rows(frames)
+        images = scale_and_crop(sharded, self.side)
         return np.asarray(clip.encode_image(self.config, self.params, images)["embedding"])[: len(frames)]
 
 

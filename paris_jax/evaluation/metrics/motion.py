@@ -123,7 +123,8 @@ def _box(image: jax.Array) -> jax.Array:
         width = [(0, 0)] * 3
         width[axis] = (half, half)
         padded, size = jnp.pad(image, width, mode="edge"), image.shape[axis]
-        image = sum(jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(_WINDOW)) / _WINDOW
+        shifted = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(_WINDOW)]
+        image = functools.reduce(jnp.add, shifted) / _WINDOW
     return image
 
 

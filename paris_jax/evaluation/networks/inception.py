@@ -1,7 +1,7 @@
 """Inception v3 as the Frechet Inception Distance uses it: 2,048 features of single images.
 
 Sources: Szegedy et al. 2016 (arXiv 1512.00567) for the network, Heusel et al. 2017 (arXiv 1706.08500) for the distance.
-The weights of 2015 differ from later ones in three places: average poolings leave out the padding, and the last module
+The weights of 2015 differ from later ones in three points: average poolings leave out the padding, and the last module
 pools by the maximum. Weights are read in pytorch-fid's names.
 """
 

@@ -5,13 +5,13 @@ import json
 import shlex
 from typing import Any
 
-from paris_jax.config.fields import problems_of, setting
+from paris_jax.config.fields import setting
 from paris_jax.errors import UserError
 from paris_jax.interrupts import ERROR, PREEMPTED
 from paris_jax.launchers import accelerators, manifests
 from paris_jax.launchers.accelerators import Accelerator
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, LauncherSettings, Plan, Stage
 
 ACTIONS = {
     "submit": "everything in one JobSet, whose stages wait for each other",
@@ -30,11 +30,10 @@ GROUPS = {"data": DATA_STAGES, "finish": FINISH_STAGES}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(LauncherSettings):
     """Flags of this launcher."""
 
     image: str = setting("", "container image, built from launch/Dockerfile.tpu or launch/Dockerfile.gpu")
-    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     accelerator: str = setting("", "devices of each role: v5e:4x4, or h100:8")
     nodes: int = setting(1, "nodes of each role", at_least=1)
     via: str = setting("jobset", "what starts the roles", choices=("jobset", "xpk"))
@@ -46,7 +45,6 @@ class Settings:
     service_account: str = setting("", "Kubernetes service account that may write the bucket")
     volume: str = setting("", "CLAIM:/path, a persistent volume claim to mount where --workdir is no bucket")
     spot: bool = setting(False, "slices (or nodes) that may be taken away, at a lower price")
-    problems = problems_of
 
 
 def launch(

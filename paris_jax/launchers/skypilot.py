@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paris_jax.config.fields import problems_of, setting
+from paris_jax.config.fields import setting
 from paris_jax.errors import UserError
 from paris_jax.interrupts import PREEMPTED
 from paris_jax.launchers import accelerators, manifests
 from paris_jax.launchers.accelerators import GPUS, TPUS, Accelerator
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, LauncherSettings, Plan, Stage
 
 ACTIONS = {
     "data": "prepare and cluster, one after the other",
@@ -32,7 +32,7 @@ GROUPS = {"data": DATA_STAGES, "finish": FINISH_STAGES}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(LauncherSettings):
     """Flags of this launcher."""
 
     accelerator: str = setting("", "devices of each role: v5e:4x4, or h100:8")
@@ -40,8 +40,6 @@ class Settings:
     infra: str = setting("", "where: gcp, aws/us-east-1, k8s ...; by default the cheapest that SkyPilot finds")
     image: str = setting("", "container image, built from launch/Dockerfile.tpu or launch/Dockerfile.gpu")
     spot: bool = setting(False, "slices (or nodes) that may be taken away, at a lower price")
-    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
-    problems = problems_of
 
 
 def launch(

@@ -4,10 +4,10 @@ import dataclasses
 import shlex
 from collections.abc import Iterator
 
-from paris_jax.config.fields import problems_of, setting
+from paris_jax.config.fields import setting
 from paris_jax.errors import UserError
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import Plan, Stage
+from paris_jax.launchers.stages import LauncherSettings, Plan, Stage
 
 ACTIONS = {
     "submit": "queues every stage that is not queued yet",
@@ -20,14 +20,12 @@ LOGS = "slurm-{}-*.log"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(LauncherSettings):
     """Flags of this launcher."""
 
     nodes: int = setting(1, "nodes of each role", at_least=1)
     gpus: int = setting(1, "GPUs, and so processes, of each of these nodes", at_least=1)
-    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     sbatch: str = setting("", "further options of every sbatch, such as --partition=gpu --time=24:00:00")
-    problems = problems_of
 
 
 def launch(

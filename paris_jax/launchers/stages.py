@@ -7,12 +7,21 @@ from types import MappingProxyType
 
 from paris_jax.artifacts.run_folder import Role, roles
 from paris_jax.config.experiment import Experiment
+from paris_jax.config.fields import problems_of, setting
 from paris_jax.errors import UserError
 
 FINISH_DATA = "finish data"
 DATA_STAGES = ("prepare", FINISH_DATA, "cluster")
 FINISH_STAGES = ("assemble", "evaluate")
 PUBLISHED = ("hunyuan", "t5+clip", "dinov2")  # encoders that prepare runs on an accelerator
+
+
+@dataclasses.dataclass(frozen=True)
+class LauncherSettings:
+    """Flags that every launcher has."""
+
+    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
+    problems = problems_of
 
 
 @dataclasses.dataclass(frozen=True)

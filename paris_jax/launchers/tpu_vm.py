@@ -7,11 +7,11 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from paris_jax.config.fields import problems_of, setting
+from paris_jax.config.fields import setting
 from paris_jax.errors import UserError
 from paris_jax.launchers.accelerators import parse_type
 from paris_jax.launchers.commands import Commands
-from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, Plan, Stage, spread
+from paris_jax.launchers.stages import DATA_STAGES, FINISH_STAGES, LauncherSettings, Plan, Stage, spread
 
 ACTIONS = {
     "create": "requests the slices that are not there and waits until they are active",
@@ -29,7 +29,7 @@ POLL = 30.0  # seconds between looks at a slice that is being created
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(LauncherSettings):
     """Flags of this launcher; types, zones and runtimes are lists that the slices go round."""
 
     project: str = setting("", "Google Cloud project")
@@ -38,9 +38,7 @@ class Settings:
     zones: str = setting("", "zone of each slice: us-central1-a,europe-west4-b")
     runtime: str = setting("", "software version of each slice; by default that of its type")
     spot: bool = setting(False, "slices (or nodes) that may be taken away, at a lower price")
-    prepare_workers: int = setting(1, "workers of a job array that prepares the clips", at_least=1)
     slice: int = setting(-1, "one slice, from 0; -1: all", at_least=-1)
-    problems = problems_of
 
 
 @dataclasses.dataclass(frozen=True)

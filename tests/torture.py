@@ -22,6 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.publish import publish
 from paris_jax.artifacts.run_folder import Role, RunFolder, roles
@@ -30,6 +33,7 @@ from paris_jax.clustering.build import cluster
 from paris_jax.commands.assemble import assemble
 from paris_jax.commands.import_weights import export_weights, import_weights
 from paris_jax.commands.sample import Output, sample
+from paris_jax.commands.seal import seal
 from paris_jax.commands.train import train
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import prepare
@@ -146,6 +150,9 @@ def commands(experiment: Experiment, whole: Path) -> dict[str, tuple[tuple[str, 
         if not out.exists():
             export_weights(str(folder / "experts/0/export"), "bfl", str(out))
 
+    def sealed(folder: Path) -> None:
+        seal(str(folder / "experts/0/export"), str(folder / "partition/validation"), str(folder / "key.pem"))
+
     def imported(folder: Path) -> None:
         if not (folder / "imported" / "manifest.json").exists():
             import_weights("auto", [folder / "expert.safetensors"], str(folder / "imported"), experiment)
@@ -167,10 +174,21 @@ def commands(experiment: Experiment, whole: Path) -> dict[str, tuple[tuple[str, 
         "assemble": (everything, run(assemble)),
         "publish": ((*everything, "ensemble"), republished),
         "export": (everything, exported),
+        "seal": ((*everything, "key.pem"), sealed),
         "import": (("expert.safetensors",), imported),
         "sample": ((*everything, "ensemble"), sampled),
         "evaluate": ((*everything, "ensemble"), run(evaluate)),
     }
+
+
+def write_inputs(run: RunFolder) -> None:
+    """Files beside a finished run that some commands read: foreign weights, and a key to sign with."""
+    export_weights(str(run.export(Role("expert", 0))), "bfl", str(run.path / "expert.safetensors"))
+    (run.path / "key.pem").write_bytes(
+        Ed25519PrivateKey.from_private_bytes(bytes(range(32))).private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+    )
 
 
 def start_of(whole: Path, parts: tuple[str, ...], folder: Path) -> Path:
@@ -204,7 +222,7 @@ def main() -> int:
         for role in roles(experiment.clustering.num_clusters):
             train(experiment, run, role)
         assemble(experiment, run)
-        export_weights(str(run.export(Role("expert", 0))), "bfl", str(run.path / "expert.safetensors"))
+        write_inputs(run)
         known = commands(experiment, Path(run.path))
         for name in filter(None, flags.commands.split(",")) if flags.commands else known:
             parts, command = known[name]

@@ -17,13 +17,12 @@ from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.commands import train as train_command
-from paris_jax.commands.import_weights import export_weights
 from paris_jax.commands.sample import Output, sample
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.preparation import prepare
 from paris_jax.errors import UserError
 from tests.conftest import micro_config
-from tests.torture import commands, contents, start_of, survive
+from tests.torture import commands, contents, start_of, survive, write_inputs
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +30,11 @@ def whole(trained, tmp_path_factory):
     """A run folder with the inputs of every command."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(trained.path, folder)
-    export_weights(str(trained.export(Role("expert", 0))), "bfl", str(folder / "expert.safetensors"))
+    write_inputs(RunFolder(folder))
     return folder
 
 
-@pytest.mark.parametrize("name", ["prepare", "cluster", "assemble", "publish", "export", "import"])
+@pytest.mark.parametrize("name", ["prepare", "cluster", "assemble", "publish", "export", "seal", "import"])
 def test_a_command_killed_at_any_file_operation_and_rerun_gives_the_same_files(
     name, micro, whole, tmp_path, exhaustive
 ):
@@ -78,6 +77,7 @@ MAKES = {
     "prepare": "data",
     "cluster": "partition",
     "train": "experts/0",
+    "seal": "experts/0/export/manifest.sig",
     "export": "exported.safetensors",
     "import": "imported",
     "assemble": "ensemble",
@@ -85,7 +85,17 @@ MAKES = {
     "sample": "out.gif",
     "evaluate": "evaluation",
 }
-ALL_PARTS = ("config.json", "data", "partition", "experts", "router", "monolith", "ensemble", "expert.safetensors")
+ALL_PARTS = (
+    "config.json",
+    "data",
+    "partition",
+    "experts",
+    "router",
+    "monolith",
+    "ensemble",
+    "expert.safetensors",
+    "key.pem",
+)
 # What pairs that share files meet with first; the others are exhaustive.
 USUAL = (
     ("prepare", "prepare"),

@@ -108,8 +108,17 @@ USUAL = (
     ("import", "import"),
 )
 # Of a command that found the lock held, or whose input was not there yet.
-WAITS = ("is being written by", "is not there yet", "is not trained: run", "does not exist: the", "There is no ")
-PAIRS = tuple(itertools.combinations_with_replacement(MAKES, 2))
+WAITS = (
+    "is being written by",
+    "is not there yet",
+    "is not trained: run",
+    "does not exist: the",
+    "There is no ",
+    "has no held-out",
+)
+# A claim changes a network, whose ensemble is refused until it is assembled again.
+UNRELATED = (("seal", "publish"), ("seal", "sample"), ("seal", "evaluate"))
+PAIRS = tuple(pair for pair in itertools.combinations_with_replacement(MAKES, 2) if pair not in UNRELATED)
 
 
 def remove(path: Path) -> None:

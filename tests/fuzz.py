@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import random
@@ -32,7 +33,9 @@ from paris_jax.artifacts.run_folder import RunFolder
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.commands.sample import read_requests
 from paris_jax.config.experiment import Experiment
+from paris_jax.config.sections import CurationSettings, DataSettings
 from paris_jax.data import video
+from paris_jax.data.shards import decode
 from paris_jax.data.sources.folder import FolderSource
 from paris_jax.encoders import clip, dinov2, hunyuan, t5
 from paris_jax.ensemble.pipeline import Ensemble
@@ -339,9 +342,9 @@ class Cases:
 
 
 def _clips(folder: Path) -> None:
-    source = FolderSource.open(folder, frames=8, height=16, width=16, fps=8.0)
-    for number in range(min(len(source), 2)):
-        source[number]
+    source = FolderSource.open(DataSettings(source="folder", path=str(folder), num_frames=8, height=16, width=16))
+    videos = (video for number in range(min(len(source), 2)) for video in source.videos(number))
+    list(itertools.islice(decode(videos, CurationSettings()), 8))
 
 
 @contextlib.contextmanager

@@ -31,9 +31,8 @@ class KeptRecords(Sequence[Record]):
     def __init__(self, records: Records):
         self._records = records
         self._kept: dict[int, Record] = {}
-        first = records[0] if len(records) else None
-        arrays = [a for a in vars(first).values() if isinstance(a, np.ndarray)] if first else []
-        self._keeps = sum(a.nbytes for a in arrays) * len(records) <= KEPT_BYTES
+        self._bytes = 0  # that are kept
+        self._keeps = not len(records) or _bytes_of(records[0]) * len(records) <= KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self._records)
@@ -42,12 +41,19 @@ class KeptRecords(Sequence[Record]):
         if not self._keeps or isinstance(index, slice):
             return self._records[index]
         position = int(index)
-        if (kept := self._kept.get(position)) is None:
-            kept = self._kept[position] = self._records[position]
-        return kept
+        if (found := self._kept.get(position)) is None:
+            found = self._kept[position] = self._records[position]
+            self._bytes += _bytes_of(found)
+            if self._bytes > KEPT_BYTES:  # the first record was shorter than others
+                self._keeps, self._kept = False, {}
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_kept": {}}
+        return vars(self) | {"_kept": {}, "_bytes": 0}
+
+
+def _bytes_of(record: Record) -> int:
+    return sum(array.nbytes for array in vars(record).values() if isinstance(array, np.ndarray))
 
 
 @dataclasses.dataclass(frozen=True)

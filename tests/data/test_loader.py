@@ -277,3 +277,13 @@ def test_records_that_all_fit_are_decoded_once_and_others_each_time(folders, mon
     none = loader.KeptRecords(records.Records(folders))
     decoded.clear()
     assert none[0].id == none[0].id and len(decoded) == 2
+
+
+def test_records_that_turn_out_longer_than_the_first_are_no_longer_kept(folders, monkeypatch):
+    """Record 0 has one token, the others have up to three."""
+    source = records.Records(folders)
+    monkeypatch.setattr(loader, "KEPT_BYTES", loader._bytes_of(source[0]) * len(source))
+    kept = loader.KeptRecords(source)
+    assert kept._keeps and kept[0] is kept[0]
+    assert [record.id for record in kept] == [record.id for record in source]
+    assert not kept._keeps and not kept._kept

@@ -23,7 +23,7 @@ from paris_jax.evaluation.features import FeatureNetwork, TextScores, WeightFile
 from paris_jax.evaluation.folders import ClipRule, VideoFolder
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.clip_score import clip_scores
-from paris_jax.evaluation.metrics.motion import mean_motion, temporal_flicker
+from paris_jax.evaluation.metrics.motion import motion_and_flicker
 
 logger = logging.getLogger(__name__)
 SCHEMA, RESULTS, PARTIAL = "paris_jax/folders/1", "results.json", ".partial"
@@ -184,7 +184,7 @@ def _measure(
     pixels = clips.astype(np.float32) / 127.5 - 1
     flat = clips.reshape(len(clips), -1)
     found = {f"features {network.name}": network(clips) for network in networks}
-    found |= {"motion": mean_motion(pixels), "flicker": temporal_flicker(pixels)}
+    found |= dict(zip(("motion", "flicker"), motion_and_flicker(pixels), strict=True))
     found |= {"hash": folders.content_hashes(clips), "constant": flat.max(1) == flat.min(1)}
     found |= {"shape": np.array(clips.shape[1:4]), "cut": np.zeros(1, int)}
     if texts:

@@ -36,7 +36,7 @@ from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
 from paris_jax.evaluation.metrics.identity import identity_kept
-from paris_jax.evaluation.metrics.motion import mean_motion, temporal_flicker
+from paris_jax.evaluation.metrics.motion import motion_and_flicker
 
 logger = logging.getLogger(__name__)
 SCHEMA, RESULTS, PARTIAL = "paris_jax/systems/2", "results.json", ".partial"
@@ -258,7 +258,7 @@ class _SystemsRun:
         """Everything that is kept of videos (N, T, H, W, 3) uint8."""
         video = pixels.astype(np.float32) / 127.5 - 1
         found = {f"features {network.name}": network(pixels) for network in self.networks}
-        found |= {"motion": mean_motion(video), "flicker": temporal_flicker(video)}
+        found |= dict(zip(("motion", "flicker"), motion_and_flicker(video), strict=True))
         if self.is_shapes:
             classifier = AttributeClassifier.load()
             _, predicted = classifier.predict(video)

@@ -29,7 +29,7 @@ def mean_motion(videos: np.ndarray, levels: int = 2) -> np.ndarray:
     Returns:
       (N,) float64, pixels per frame, averaged over pixels and frame pairs; zero for a single frame.
     """
-    return _by_clip(videos, levels)[0]
+    return motion_and_flicker(videos, levels)[0]
 
 
 def temporal_flicker(videos: np.ndarray, levels: int = 2) -> np.ndarray:
@@ -44,11 +44,11 @@ def temporal_flicker(videos: np.ndarray, levels: int = 2) -> np.ndarray:
     Returns:
       (N,) float64 in gray levels of 0 to 255; zero for a single frame, or where every pixel moves.
     """
-    return _by_clip(videos, levels)[1]
+    return motion_and_flicker(videos, levels)[1]
 
 
-def _by_clip(videos: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Motion and flicker of each clip."""
+def motion_and_flicker(videos: np.ndarray, levels: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """`mean_motion` and `temporal_flicker` of each clip, from one flow."""
     if videos.ndim != 5 or videos.shape[-1] != 3:
         raise ValueError(f"videos has shape {videos.shape}: must be (N, T, H, W, 3)")
     N, T, H, W, _ = videos.shape

@@ -1,4 +1,4 @@
-"""`paris-jax launch`: runs the stages of a run on SLURM, Cloud TPU, GKE or SkyPilot."""
+"""`paris-jax launch`: starts the stages of a run on SLURM, Cloud TPU, GKE or SkyPilot."""
 
 from collections.abc import Sequence
 from typing import Any

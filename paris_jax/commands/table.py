@@ -395,7 +395,7 @@ COMMANDS = {
         _plan,
     ),
     "launch": Command(
-        "runs all stages on SLURM, Cloud TPU, GKE or SkyPilot",
+        "starts all stages on SLURM, Cloud TPU, GKE or SkyPilot",
         (
             "paris-jax launch --on=slurm --config=configs/shapes.py:h200 --workdir=/shared/shapes --gpus=8 --dry_run",
             "paris-jax launch --on=gke train --workdir=gs://bucket/run --image=IMAGE --accelerator=v5e:4x4 --dry_run",

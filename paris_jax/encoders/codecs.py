@@ -6,7 +6,7 @@ A codec has `encode`, `decode`, `latent_shape` and `describe`, whose JSON rebuil
 import dataclasses
 import os
 import zlib
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import msgspec
@@ -245,13 +245,26 @@ class LatentScale:
         """The scale in the `latent` entry of a manifest."""
         return cls(latent.mean, latent.spread)
 
+    @property
+    def normaliser(self) -> "Normaliser":
+        return Normaliser(np.asarray(self.mean, np.float32), np.asarray([1 / s for s in self.spread], np.float32))
+
     def normalise(self, latent: Any) -> Any:
         """(..., C) of any float type, a NumPy or JAX array, to float32 of about zero mean and unit spread."""
-        inverse = np.asarray([1 / s for s in self.spread], np.float32)
-        return (latent.astype(np.float32) - np.asarray(self.mean, np.float32)) * inverse
+        return self.normaliser(latent)
 
     def denormalise(self, normal: Any) -> Any:
         return normal * np.asarray(self.spread, np.float32) + np.asarray(self.mean, np.float32)
+
+
+class Normaliser(NamedTuple):
+    """A `LatentScale` as arrays (1,) or (C,) float32, which may be inputs of a compiled program."""
+
+    mean: Any
+    inverse_spread: Any
+
+    def __call__(self, latent: Any) -> Any:
+        return (latent.astype(np.float32) - self.mean) * self.inverse_spread
 
 
 UNIT_SCALE = LatentScale((0.0,), (1.0,))

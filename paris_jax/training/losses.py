@@ -10,7 +10,7 @@ import numpy as np
 
 from paris_jax.config.training import MaskSettings, TrainingSettings
 from paris_jax.diffusion import cond_masks, losses, path, randomness, timesteps
-from paris_jax.encoders.codecs import UNIT_SCALE, LatentScale
+from paris_jax.encoders.codecs import UNIT_SCALE, Normaliser
 from paris_jax.models import functional
 
 TIME_BINS = 8
@@ -83,7 +83,9 @@ def router_losses(
     return losses.cross_entropy(logits, batch["cluster"])
 
 
-def add_cond_frames(batch: Batch, keys_B: jax.Array, masks: MaskSettings, scale: LatentScale = UNIT_SCALE) -> Batch:
+def add_cond_frames(
+    batch: Batch, keys_B: jax.Array, masks: MaskSettings, normalise: Normaliser = UNIT_SCALE.normaliser
+) -> Batch:
     """Adds the conditioning input `cond` of each sample, with a mask drawn from its key.
 
     A first or last frame is the frame encoded as an image (`cond_images`, not normalised): a codec's last latent frame
@@ -93,7 +95,7 @@ def add_cond_frames(batch: Batch, keys_B: jax.Array, masks: MaskSettings, scale:
     mask_BT, is_prefix_B = cond_masks.draw(keys_B, masks.weights, x_0.shape[1])
     clean = x_0
     if "cond_images" in batch:
-        images = scale.normalise(batch["cond_images"])
+        images = normalise(batch["cond_images"])
         ends = cond_masks.with_images(x_0, images)
         clean = jnp.where(path.per_sample(is_prefix_B, x_0), x_0, ends)
     return batch | {"cond": cond_masks.cond_input(clean, mask_BT)}

@@ -105,6 +105,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, sharding_rules.spec(("batch",), mesh.shape))
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """NumPy arrays, the same in every process, on all devices of the mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: np.asarray(x[part])), tree
+    )
+
+
 @functools.cache
 def _batch_layout(mesh: Mesh) -> tuple[NamedSharding, int]:
     """Sharding of a batch, and the number of its parts; cached, because it is used at every step."""

@@ -106,12 +106,12 @@ class Run:
         shapes = tuple(array.shape for array in batch.values())
         if shapes not in self._steps:
             began = time.perf_counter()
-            compiled, learning_rate = self.stop.compiled(self.program.lower(state, batch)), self.program.learning_rate
+            compiled, inputs = self.stop.compiled(self.program.lower(state, batch)), self.program.inputs
             if self._steps:  # another length of texts: the time of the other steps counts
                 self.clocks.lined += time.perf_counter() - began
             else:
                 self.clocks.lined, self.clocks.waited = time.perf_counter(), 0.0
-            self._steps[shapes] = lambda state, batch: compiled(state, batch, learning_rate)
+            self._steps[shapes] = lambda state, batch: compiled(state, batch, inputs)
         return self._steps[shapes]
 
 
@@ -123,7 +123,7 @@ def open_run(
     profile: tuple[int, int] | None,
     tracker: dict[str, Any] | None,
 ) -> Iterator[tuple[Run, int, TrainState]]:
-    """Opens what the loop uses, in order, and closes it; yields it with the first step and its state."""
+    """Opens the loop's resources, in order, and closes them; yields them with the first step and its state."""
     profiler = Profiler(job, profile)
     program = ShardedStep(job)
     failures.check_memory(program)
@@ -146,8 +146,11 @@ def open_run(
             stack.enter_context(failures.note_failing_step(job, log, start, clip_ids))
             yield Run(job, program, iterator, saved, log, clocks, stop, profiler, start if start else -1), start, state
     finally:
-        if not isinstance(sys.exception(), DeviceLost):  # the checkpoints' writers would wait for the lost process
+        if not isinstance(sys.exception(), DeviceLost):
             saved.close()
+        elif jax.process_count() == 1:  # of several, the writers would wait for the lost one
+            with contextlib.suppress(Exception):
+                saved.close()
 
 
 def _first_state(program: ShardedStep, saved: Checkpoints, iterator: Any) -> tuple[int, TrainState, Clocks]:

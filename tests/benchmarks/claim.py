@@ -43,7 +43,7 @@ from paris_jax.models import functional
 from paris_jax.models.dit import video_tokens
 from paris_jax.training import state as states
 from paris_jax.training.job import Job, compute_dtype, job_of
-from paris_jax.training.step import make_step
+from paris_jax.training.step import StepInputs, make_step
 
 SCAN = 50  # steps per call of the compiled loop
 BATCH = 32  # prompts per call of the sampler
@@ -101,12 +101,13 @@ def read(experiment: Experiment, heldout: int) -> Data:
 def jitted_loop(job: Job, scale: LatentScale) -> Any:
     """`SCAN` training steps on clips of the given numbers, jitted."""
     settings = job.settings
-    step = make_step(job.losses, job.config, settings, job.steps, job.timestep_sampler, job.masks, None, scale)
+    step = make_step(job.losses, job.config, settings, job.steps, job.timestep_sampler, job.masks)
+    inputs = StepInputs.of(settings, scale)
 
     def loop(state: Any, clips: jax.Array, arrays: Arrays) -> Any:
         def one(state: Any, numbers: jax.Array) -> Any:
             batch = {name: values[numbers] for name, values in arrays.items()} | {"index": numbers}
-            return step(state, batch)[0], None
+            return step(state, batch, inputs)[0], None
 
         return jax.lax.scan(one, state, clips)[0]
 

@@ -49,7 +49,7 @@ def test_a_first_or_last_frame_is_given_as_the_encoded_image_and_a_prefix_as_the
     masks = MaskSettings(**({"none": 0.0} | {kind: 1.0}))
     x_0, images = jax.random.normal(jax.random.key(1), (6, 3, 2, 2, 4)), jnp.full((6, 2, 2, 2, 4), 7.0, jnp.float16)
     scale = LatentScale((1.0,), (2.0,))
-    batch = add_cond_frames({"latent": x_0, "cond_images": images}, KEYS[:6], masks, scale)
+    batch = add_cond_frames({"latent": x_0, "cond_images": images}, KEYS[:6], masks, scale.normaliser)
     mask, latent = batch["cond"][..., :1], batch["cond"][..., 1:]
     assert (batch["latent"] == x_0).all() and 0 < mask.mean() < 1
     expected = x_0 if kind == "prefix" else jnp.full_like(x_0, (7 - 1) / 2)

@@ -89,7 +89,7 @@ def losses(job: Job, devices: int, steps: int = 3) -> list[float]:
     state, found, rng = first_state(type(job.config)), [], np.random.default_rng(1)
     moved = [a + 0.1 * rng.normal(size=a.shape).astype(a.dtype) for a in jax.tree.leaves(state.params)]
     state = dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), moved))
-    state = jax.device_put(state, program.shardings)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.state))
     with jax.set_mesh(program.mesh):
         for batch in batches(job, steps):
             state, metrics = program.step(state, sharding.place_batch(batch, program.mesh))

@@ -10,15 +10,17 @@ import pytest
 
 from paris_jax.artifacts.run_folder import Role
 from paris_jax.config.training import MaskSettings, TrainingSettings
+from paris_jax.encoders.codecs import LatentScale
 from paris_jax.models import flops
 from paris_jax.training import optimizer as optimizers
 from paris_jax.training import state as states
 from paris_jax.training.job import compute_dtype, make_job, read_cluster
 from paris_jax.training.losses import TimestepSampler, drop_text, expert_losses
-from paris_jax.training.step import ShardedStep, make_step, microbatches
-from tests.training.test_optimizers import NETWORK
+from paris_jax.training.step import ShardedStep, StepInputs, make_step, microbatches
+from tests.training import test_optimizers
 
 COUNT = 4000
+NETWORK = dataclasses.replace(test_optimizers.NETWORK, double_blocks=0)  # one kind of block compiles faster
 
 
 def test_tokens_and_pooled_text_are_dropped_independently_at_their_own_rates():
@@ -140,16 +142,34 @@ def test_the_peak_of_a_device_is_found_by_its_kind(kind, teraflops):
     assert (found and found.peak) == (teraflops and teraflops * 1e12)
 
 
-def test_another_learning_rate_is_the_same_program(micro, clustered):
-    """It is an input, so a sweep over learning rates compiles once; another warm-up is another program."""
+def test_jobs_that_differ_in_inputs_alone_are_one_program(micro, clustered):
+    """So a sweep over learning rates, seeds or data compiles once; another warm-up is another program."""
+    data = read_cluster(clustered.cluster(0), micro, clustered)
 
-    def program(**changes):
+    def program(scale=None, **changes):
         changed = dataclasses.replace(micro, training=dataclasses.replace(micro.training, **changes))
-        role = Role("expert", 0)
-        return ShardedStep(make_job(changed, clustered, role, read_cluster(clustered.cluster(0), micro, clustered)))
+        job = make_job(changed, clustered, Role("expert", 0), data)
+        return ShardedStep(dataclasses.replace(job, scale=scale or job.scale)).lower()
 
-    texts = [program(**c).lower().as_text() for c in ({}, {"learning_rate": 0.5}, {"warmup_steps": 3})]
-    assert texts[0] == texts[1] != texts[2]
+    first = program()
+    scale = LatentScale((0.3,), (2.0,))
+    for changes in ({"learning_rate": 0.5}, {"seed": 9}, {"log_every_steps": 2}, {"scale": scale}):
+        assert program(**changes).as_text() == first.as_text()
+    assert program(warmup_steps=3).as_text() != first.as_text()
+
+
+def test_inputs_are_what_the_settings_and_the_data_say(batch):
+    """The same update as with the latents normalised and the seed set beforehand."""
+    chosen = TrainingSettings(learning_rate=0.1, warmup_steps=0, seed=5)
+    step = jax.jit(
+        make_step(expert_losses, NETWORK, chosen, 10, TimestepSampler("logit_normal", 0.0, 1.0, 1.0), MaskSettings())
+    )
+    state, scale = states.create(NETWORK, chosen, 10, jax.random.key(0)), LatentScale((0.3,), (2.0,))
+    _, expected = step(state, batch | {"latent": scale.normalise(batch["latent"])})
+    _, found = step(state, batch, StepInputs.of(chosen, scale))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    _, other = step(state, batch, StepInputs.of(dataclasses.replace(chosen, seed=6), scale))
+    assert float(other["loss"]) != float(expected["loss"])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])

@@ -1,7 +1,7 @@
 """Scores beside the main comparison: distances without bias, other networks' features, steadiness, text and taste."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from paris_jax.evaluation.metrics import identity
 from paris_jax.evaluation.metrics.aesthetic import aesthetic_scores
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.clip_score import clip_scores
-from paris_jax.evaluation.metrics.motion import temporal_flicker
 from paris_jax.evaluation.results import MODELS, Comparison
 
 OTHERS = "others"  # the other held-out clips, which distances are to
@@ -22,7 +21,7 @@ Videos = Mapping[str, np.ndarray]  # by model, and "real" and OTHERS: (N, T, H, 
 
 @dataclasses.dataclass(frozen=True)
 class Instruments:
-    """What the user's files of weights measure with."""
+    """The metrics of the user's files of weights."""
 
     networks: tuple[FeatureNetwork, ...]
     texts: TextScores | None
@@ -43,6 +42,7 @@ def rows(
     videos: Videos,
     captions: Sequence[str],
     shapes_features: Mapping[str, np.ndarray],
+    flicker: Mapping[str, np.ndarray],
     instruments: Instruments,
     cache: ResultCache,
     is_shapes: bool,
@@ -52,6 +52,7 @@ def rows(
     Args:
       captions: N prompts.
       shapes_features: the shapes classifier's, by the same names as `videos`.
+      flicker: `motion.temporal_flicker` of each video (N,), by model and "real".
       is_shapes: whether the videos are the embedded shapes, whose attributes can be read back.
     """
     found, left_out = _distances(features.shapes_classifier(), shapes_features, ("kernel", "limit"))
@@ -60,7 +61,7 @@ def rows(
         more, missing = _distances(network, of_network, tuple(distances.GROUPS))
         found, left_out = found + more, left_out + missing
     if videos["real"].shape[1] > 1:
-        found.append(_flicker(videos))
+        found.append(_flicker(flicker))
         found += [_identity(videos)] if is_shapes else []
     if instruments.texts:
         found += _texts(videos, captions, instruments.texts)
@@ -99,13 +100,11 @@ def _per_clip(
     name: str,
     label: str,
     better: results.Direction,
-    score: Callable[[np.ndarray], np.ndarray],
-    videos: Videos,
+    each: Mapping[str, np.ndarray],
     note: str,
     unit: str = "",
 ) -> Comparison:
-    """A row of a score that each clip has on its own."""
-    each = {model: score(videos[model]) for model in (*MODELS, "real")}
+    """A row of a score that each clip has on its own, (N,) by model and "real"."""
     summary = estimates.proportion if unit == "share" else estimates.mean
     return results.compare(
         name,
@@ -120,28 +119,24 @@ def _per_clip(
     )
 
 
-def _flicker(videos: Videos) -> Comparison:
-    return _per_clip(
-        "flicker", "Temporal flicker", None, temporal_flicker, videos, "gray levels of 255, where nothing moves"
-    )
+def _flicker(each: Mapping[str, np.ndarray]) -> Comparison:
+    return _per_clip("flicker", "Temporal flicker", None, each, "gray levels of 255, where nothing moves")
 
 
 def _identity(videos: Videos) -> Comparison:
     classifier = AttributeClassifier.load()
     note = f"first and last half show the same {', '.join(identity.LASTING)}"
-    return _per_clip(
-        "identity", "Object kept", "higher", lambda v: identity.identity_kept(classifier, v), videos, note, "share"
-    )
+    each = {model: identity.identity_kept(classifier, videos[model]) for model in (*MODELS, "real")}
+    return _per_clip("identity", "Object kept", "higher", each, note, "share")
 
 
 def _texts(videos: Videos, captions: Sequence[str], texts: TextScores) -> list[Comparison]:
     sets = {name: texts.encoder.embed_frames(codecs.to_uint8(v)) for name, v in videos.items() if name != OTHERS}
     embedded, cut = texts.encoder.embed_texts(captions)
     note = f"{texts.encoder.name}, raw cosine" + (f"; {cut} captions are cut" if cut else "")
-    found = [_per_clip("clip", "CLIP score", "higher", lambda frames: clip_scores(frames, embedded), sets, note)]
+    scores = {name: clip_scores(frames, embedded) for name, frames in sets.items()}
+    found = [_per_clip("clip", "CLIP score", "higher", scores, note)]
     if head := texts.head:
-        note = f"LAION {head.version}"
-        found.append(
-            _per_clip("aesthetic", "Aesthetic score", "higher", lambda f: aesthetic_scores(head, f), sets, note)
-        )
+        tastes = {name: aesthetic_scores(head, frames) for name, frames in sets.items()}
+        found.append(_per_clip("aesthetic", "Aesthetic score", "higher", tastes, f"LAION {head.version}"))
     return found

@@ -30,6 +30,7 @@ from paris_jax.evaluation.heldout import Heldout
 from paris_jax.evaluation.metrics import flow_loss, routing
 from paris_jax.evaluation.metrics.attribute_classifier import WEIGHTS, AttributeClassifier, read_card
 from paris_jax.evaluation.metrics.flow_loss import Losses, Points
+from paris_jax.evaluation.metrics.motion import motion_and_flicker
 from paris_jax.models.dit import video_tokens
 
 logger = logging.getLogger(__name__)
@@ -173,12 +174,14 @@ class EvaluationRun:
         of_others = scores.ClassifiedVideos(classifier, others)
         rows, by_attribute, left_out = self._scores(classified, of_others)
         both = {model: losses[model] for model in results.MODELS}
-        rows += [*scores.flow(both), scores.motion(videos)]
+        moving = {model: motion_and_flicker(v) for model, v in videos.items()}
+        rows += [*scores.flow(both), scores.motion({model: motion for model, (motion, _) in moving.items()})]
         rows += [scores.cond_frames(kind, self._cond_errors(kind, videos)) for kind in self.experiment.masks.kinds]
         more, missing = companions.rows(
             videos | {companions.OTHERS: others},
             self.prompts.captions,
             {model: c.features for model, c in classified.items()} | {companions.OTHERS: of_others.features},
+            {model: flicker for model, (_, flicker) in moving.items()},
             self.instruments,
             self.cache,
             self.prompts.has_shapes_attributes,

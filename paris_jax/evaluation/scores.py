@@ -12,7 +12,6 @@ from paris_jax.evaluation.metrics import flow_loss, routing
 from paris_jax.evaluation.metrics.attribute_classifier import AttributeClassifier
 from paris_jax.evaluation.metrics.flow_loss import Losses
 from paris_jax.evaluation.metrics.frechet import frechet_difference, frechet_estimate
-from paris_jax.evaluation.metrics.motion import mean_motion
 from paris_jax.evaluation.results import MODELS, Comparison
 
 MIN_CLIPS = 16  # clips needed for a meaningful Frechet distance
@@ -75,9 +74,8 @@ def frechet(classified: dict[str, ClassifiedVideos], others: ClassifiedVideos, n
     )
 
 
-def motion(videos: dict[str, np.ndarray]) -> Comparison:
-    """Compares the mean optical flow of each model's videos and of the real clips."""
-    flows = {model: mean_motion(v) for model, v in videos.items()}
+def motion(flows: dict[str, np.ndarray]) -> Comparison:
+    """Compares the mean optical flow (N,) of each model's videos and of the real clips."""
     return results.compare(
         "motion",
         "Motion",

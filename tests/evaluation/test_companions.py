@@ -13,6 +13,7 @@ from paris_jax.evaluation.companions import OTHERS, Instruments
 from paris_jax.evaluation.features import FeatureNetwork, TextScores, WeightFiles
 from paris_jax.evaluation.metrics.aesthetic import AestheticHead
 from paris_jax.evaluation.metrics.clip_score import ClipEncoder
+from paris_jax.evaluation.metrics.motion import temporal_flicker
 from tests.oracles.encoders import FOLDER
 
 N = 20
@@ -39,7 +40,8 @@ def network():
 def run(videos, instruments, tmp_path):
     shapes = {name: np.random.default_rng(1).standard_normal((N, 64)) for name in videos}
     cache = ResultCache(epath.Path(tmp_path), "k" * 16)
-    return companions.rows(videos, ["a red ball"] * N, shapes, instruments, cache, is_shapes=False)
+    flicker = {name: temporal_flicker(v) for name, v in videos.items()}
+    return companions.rows(videos, ["a red ball"] * N, shapes, flicker, instruments, cache, is_shapes=False)
 
 
 def test_each_network_has_three_distances_and_the_nearer_model_wins(videos, network, tmp_path):

@@ -25,6 +25,7 @@ os.environ.setdefault(
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
+import filelock
 import jax
 import pytest
 
@@ -98,7 +99,8 @@ def micro_config():
     config = default_config()
     config.name = "micro"
     config.data.update(num_clips=60, num_frames=4, height=8, width=8, heldout_fraction=0.2, validation_share=0.5)
-    config.network.update(preset="tiny", hidden=64, heads=4)
+    # Blocks of one kind compile in half the time; tests/models and the bundled ensemble have both kinds.
+    config.network.update(preset="tiny", hidden=64, heads=4, double_blocks=0, single_blocks=2)
     config.diffusion.timestep_shift = 2.0
     config.masks.update(none=0.5, first=0.3, prefix=0.2)
     config.data.cond_images = True
@@ -158,6 +160,17 @@ def micro() -> Experiment:
     return Experiment.from_config(micro_config())
 
 
+def made_once(name: str, tmp_path_factory, fill):
+    """A folder that `fill` writes once for all processes of a test run; read only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with filelock.FileLock(base / f"{name}.lock"):
+        if not (base / name).exists():
+            fill(base / f"{name}-unfinished")
+            (base / f"{name}-unfinished").rename(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def clustered(micro, tmp_path_factory):
     """A run folder of the micro experiment, prepared and clustered; copy it before writing into it."""
@@ -165,10 +178,11 @@ def clustered(micro, tmp_path_factory):
     from paris_jax.clustering.build import cluster
     from paris_jax.data.preparation import prepare
 
-    run = RunFolder(tmp_path_factory.mktemp("clustered") / "run")
-    prepare(micro, run)
-    cluster(micro, run)
-    return run
+    def fill(folder):
+        prepare(micro, RunFolder(folder))
+        cluster(micro, RunFolder(folder))
+
+    return RunFolder(made_once("clustered", tmp_path_factory, fill))
 
 
 @pytest.fixture
@@ -191,13 +205,13 @@ def trained(micro, clustered, tmp_path_factory):
     from paris_jax.commands.assemble import assemble
     from paris_jax.commands.train import train
 
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    shutil.copytree(clustered.path, folder)
-    run = RunFolder(folder)
-    for role in roles(micro.clustering.num_clusters):
-        train(micro, run, role)
-    assemble(micro, run)
-    return run
+    def fill(folder):
+        shutil.copytree(clustered.path, folder)
+        for role in roles(micro.clustering.num_clusters):
+            train(micro, RunFolder(folder), role)
+        assemble(micro, RunFolder(folder))
+
+    return RunFolder(made_once("trained", tmp_path_factory, fill))
 
 
 @pytest.fixture

@@ -192,9 +192,7 @@ def test_what_networks_were_trained_on_is_not_replaced(place):
     (place / "run" / "experts" / "1" / "checkpoints" / "7").mkdir(parents=True)
     again(place)  # nothing has changed
     (place / "videos" / "c.txt").write_text("something else")
-    with pytest.raises(
-        UserError, match=r"is not what its source is now: 1 captions changed \(c\.mp4\); .*experts/1 lear"
-    ):
+    with pytest.raises(UserError, match=r"differs from its source: 1 captions changed \(c\.mp4\); .*experts/1 lear"):
         again(place)
     assert rewritten(place, before) == [] and (place / "run" / "data" / "manifest.json").exists()
     shutil.rmtree(place / "run" / "experts")

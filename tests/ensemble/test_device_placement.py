@@ -54,17 +54,18 @@ def drawn(ensemble, **how) -> list[float]:
     return np.asarray(ensemble.sample(PROMPTS, **(HOW | how)).videos).ravel()[::61].tolist()
 
 
-USUAL = MESHES[:2] + MESHES[3:4]  # the others are run by --all
+USUAL = MESHES[:1] + MESHES[3:4]  # the others are run by --all
 
 
 def on_eight_devices(exhaustive: bool) -> dict:
     """Everything that the tests below compare; called in a process with eight simulated devices."""
     assert jax.device_count() == 8
     found: dict = {"videos": {}, "collectives": {}, "passes": []}
+    ways = WAYS if exhaustive else WAYS[:3:2]
     for mesh in ({}, *(MESHES if exhaustive else USUAL)):
         ensemble = Ensemble.load("bundled:shapes", mesh=mesh)
-        found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (WAYS if mesh == MESHES[0] else WAYS[:2])]
-    found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in WAYS]
+        found["videos"][str(mesh)] = [drawn(ensemble, **way) for way in (ways if mesh == MESHES[0] else ways[:1])]
+    found["videos"]["one, every way"] = [drawn(Ensemble.load("bundled:shapes"), **way) for way in ways]
     kept = {"weights_dtype": "int8", "offload": True}
     for name, mesh in (("kept on one", {}), ("kept on four", {"expert": 2, "fsdp": 2})):
         found["videos"][name] = [drawn(Ensemble.load("bundled:shapes", mesh=mesh, **kept))]
@@ -74,7 +75,7 @@ def on_eight_devices(exhaustive: bool) -> dict:
     found["latent"] = x.size
     found["crossing"] = crossing({"expert": 2, "fsdp": 2})
     found |= watched_draw(Ensemble.load("bundled:shapes", mesh={"expert": 2, "fsdp": 2}))
-    meshes = {}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2}
+    meshes = ({}, {"expert": 2, "fsdp": 2}, {"expert": 2, "tensor": 2})[: None if exhaustive else 2]
     found["two kinds"] = [two_kinds(mesh)[0] for mesh in meshes]
     found["broken"] = [two_kinds(mesh, breaking=2)[1] for mesh in meshes]
     found["pieces"] = sorted(
@@ -237,7 +238,7 @@ def test_groups_that_are_at_experts_of_different_kinds_do_not_wait_for_each_othe
 
 
 def test_who_broke_is_known_whichever_group_holds_it(found):
-    assert found["broken"] == 3 * [[0, 0, 2]]  # of three rows, two chose it
+    assert found["broken"] == len(found["two kinds"]) * [[0, 0, 2]]  # of three rows, two chose it
 
 
 def test_only_latents_cross_from_group_to_group(found):
@@ -299,7 +300,7 @@ def test_ctrl_c_in_one_of_two_processes_ends_both(pressed, tmp_path):
     processes[pressed].send_signal(signal.SIGINT)
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [130, 130], said
-    assert all("what was predicted by then is kept" in each for each in said)
+    assert all("the prediction at this step is kept" in each for each in said)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("film-step")
 

@@ -116,7 +116,7 @@ def test_the_command_can_be_stopped(number, code, tmp_path):
     assert process.returncode == code, said
     left = [path.name for path in tmp_path.iterdir()]
     if number == signal.SIGINT:
-        assert "steps; what was predicted by then is kept" in said
+        assert "steps; the prediction at this step is kept" in said
         assert len(left) == 1 and left[0].startswith("film-step") and left[0].endswith("of4000.gif")
     else:
         assert left == []

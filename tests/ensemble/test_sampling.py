@@ -14,6 +14,7 @@ from paris_jax.commands.assemble import assemble
 from paris_jax.commands.sample import Output, sample
 from paris_jax.commands.status import status
 from paris_jax.diffusion import timesteps
+from paris_jax.ensemble import sparse_velocity
 from paris_jax.errors import UserError
 
 PROMPTS = [
@@ -47,7 +48,8 @@ def test_a_seed_gives_the_same_video_every_time_whatever_stands_beside_it(ensemb
 
 
 def test_other_prompts_seeds_strengths_and_schedules_do_not_compile_again(ensemble):
-    """The first call compiles; afterwards only what changes the program does: steps, rule, number of prompts."""
+    """The first call compiles; afterwards only another program does, as that of another number of prompts."""
+    sparse_velocity.take_steps.clear_cache()  # other tests may have compiled the same
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
@@ -63,7 +65,11 @@ def test_other_prompts_seeds_strengths_and_schedules_do_not_compile_again(ensemb
     ensemble.sample(PROMPTS, fixed_expert=[2, 0, 1], **how)
     ensemble.sample(PROMPTS, noise=ensemble.noise(2, 3), **how)
     assert not compiled
-    ensemble.sample(PROMPTS, seed=1, num_inference_steps=4)
+    programs = sparse_velocity.take_steps._cache_size()
+    ensemble.sample(PROMPTS, seed=1, num_inference_steps=4, guidance_scale=2.5)
+    assert sparse_velocity.take_steps._cache_size() == programs
+    compiled.clear()
+    ensemble.sample(PROMPTS[:1], seed=1, **how)
     assert compiled
 
 

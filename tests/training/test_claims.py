@@ -98,7 +98,7 @@ def test_a_claim_that_is_too_good_or_of_another_probe_is_refused(change, sentenc
 
 def test_the_claim_of_other_weights_is_refused(claimed):
     part = exported.read(claimed.export(expert_of(claimed)))
-    worse = dataclasses.replace(part, params=jax.tree.map(lambda a: 2 * np.asarray(a), part.params))
+    worse = dataclasses.replace(part, params=jax.tree.map(lambda a: 5 * np.asarray(a), part.params))
     with pytest.raises(UserError, match=r"claims a held-out loss of .* and has"):
         claims.check(worse, claimed.validation)
 

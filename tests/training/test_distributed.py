@@ -117,7 +117,7 @@ OPEN_MPI_4 = {  # JAX makes the address of this
     ("environment", "preempted", "code", "said"),
     [
         ({}, False, 1, "error: Not all 2 processes of this job came to ADDRESS within 2 seconds; start those that"),
-        ({}, True, 75, "preempted: what was finished is kept; run the same command again"),
+        ({}, True, 75, "preempted: finished work is kept; run the same command again"),
         (OPEN_MPI_4, False, 1, "error: Not all processes of this job came to the address that JAX found (above)"),
     ],
 )

@@ -78,8 +78,8 @@ def test_an_input_for_frames_that_an_imported_network_lacks_is_zero_initialised(
     )
     state = ShardedStep(job_of(changed(micro, init_from=str(folder)), run)).first_state()
     assert not np.any(state.params["cond_in"]["kernel"])
-    exact = exported.read(start).params["double_blocks"]["video"]["qkv"]["kernel"]
-    np.testing.assert_allclose(state.params["double_blocks"]["video"]["qkv"]["kernel"], exact, rtol=1e-2)
+    exact = exported.read(start).params["single_blocks"]["qkv_mlp"]["kernel"]
+    np.testing.assert_allclose(state.params["single_blocks"]["qkv_mlp"]["kernel"], exact, rtol=1e-2)
 
 
 def test_another_network_is_refused_by_its_fields(micro, run, start):

@@ -20,7 +20,7 @@ from paris_jax.commands.table import COMMANDS, Call, print_config
 from paris_jax.errors import REMEDIES, DeviceLost, DeviceLostAgain, Preempted, UserError, nearest, printable
 from paris_jax.interrupts import ERROR, INTERRUPTED, PREEMPTED, exit_now
 
-OUTPUT_FLAGS = ("workdir", "out", "out_dir")  # what they name is written
+OUTPUT_FLAGS = ("workdir", "out", "out_dir")  # name files and folders that are written
 HELP_WIDTH = 26  # of the column of flag names
 
 

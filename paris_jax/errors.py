@@ -30,7 +30,7 @@ REMEDIES = {  # of errors of the operating system
 
 
 class UserError(Exception):
-    """A user's mistake in one sentence: what, where, what is allowed, what to do."""
+    """A user's mistake in one sentence: the fault, its place, the allowed values, the remedy."""
 
 
 class Preempted(BaseException):
@@ -41,7 +41,7 @@ class Preempted(BaseException):
 
 
 class DeviceLost(Preempted):
-    """A device or another process of the job is gone: what was saved is kept, and nobody may be waited for."""
+    """A device or another process of the job is gone: saved files are kept, and no process may be waited for."""
 
 
 class DeviceLostAgain(DeviceLost):
@@ -49,7 +49,7 @@ class DeviceLostAgain(DeviceLost):
 
 
 def printable(text: str) -> str:
-    """Text with escapes for the control characters of strangers, which could rewrite what a terminal shows."""
+    """Text with escapes for the control characters of strangers, which could rewrite the screen of a terminal."""
     return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in text)
 
 
@@ -69,7 +69,7 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its type's name where it says nothing."""
+    """The first line of an error; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

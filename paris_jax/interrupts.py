@@ -36,8 +36,8 @@ def listen() -> None:
 
 
 def stop(*_: Any) -> NoReturn:
-    """The handler of a command that has nothing to save: what it finished is on disk."""
-    raise Preempted("what was finished is kept")
+    """The handler of a command that has nothing to save: finished work is on disk."""
+    raise Preempted("finished work is kept")
 
 
 def _unraisable(error: Any) -> None:

@@ -1,7 +1,7 @@
 """Exported networks: one trained network as files, and their validation.
 
     part/model.safetensors     parameters under their `a.b.c` names; above 5 GB in shards with an index
-    part/manifest.json         what it is, what it was trained on and with, sizes and hashes
+    part/manifest.json         its architecture, data, training settings, sizes and hashes
 
 Nothing of a part is executed or unpickled. A hash proves that the files are the promised ones, not that they are good:
 a part can still be badly or maliciously trained.
@@ -88,7 +88,7 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
     """Reads an exported network, validating every file and every array.
 
     Args:
-      passed: called after each of `CHECKS` with its name and what was found.
+      passed: called after each of `CHECKS` with its name and its finding.
 
     Raises:
       UserError: a file that is altered, missing or extra, or an array that is missing, extra, misshapen, of another
@@ -104,7 +104,7 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
         p.name for p in folder.iterdir() if p.name not in {manifest.FILE_NAME, signatures.FILE_NAME, *found.files}
     )
     if extra:
-        raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove what is extra")
+        raise UserError(f"{folder} holds {', '.join(extra)}, which its manifest does not name; remove the extra files")
     total = sum(entry.bytes for entry in found.files.values())
     passed("files", f"{weight_files.describe(found.files)}, {total:,} bytes, nothing else")
     config = network(found, folder)
@@ -120,7 +120,7 @@ def read(folder: epath.PathLike, passed: Callable[[str, str], None] = lambda nam
 
 
 def _describe(found: NetworkManifest) -> str:
-    """What a network says of itself, for a table of checks."""
+    """A network's description of itself, for a table of checks."""
     said = [found.role if found.cluster is None else f"{found.role} {found.cluster}"]
     for name in ("config_hash", "partition", "data"):
         said.append(f"{name.removesuffix('_hash')} {getattr(found, name)[:12] or 'not known'}")

@@ -26,7 +26,7 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
     has to keep them apart.
 
     Args:
-      output: what is written.
+      output: the file or folder that is written.
       lock: the lock file, by default `.NAME.lock` beside the output, which is removed in the end.
       wait: wait for another process, instead of raising an error.
 
@@ -47,7 +47,7 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
             f"{output} is being written by {_owner(path)}; wait for it, or stop it with 'kill', and run the same "
             "command again"
         ) from None
-    except OSError:  # the command itself reports what cannot be written
+    except OSError:  # the command itself reports the folder that cannot be written
         pass
     if not held.is_locked:
         yield
@@ -61,7 +61,7 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
         try:
             if not lock:
                 with contextlib.suppress(OSError):
-                    path.unlink()  # while it is held: who waits for it notices, and takes the next one
+                    path.unlink()  # while it is held: a waiting process notices, and takes the next one
         finally:
             held.release()
         with contextlib.suppress(OSError):  # a command that was refused has written nothing

@@ -16,7 +16,7 @@ from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts.schemas import EnsembleManifest
 from paris_jax.errors import UserError
 
-# What a shipped part keeps of the manifest it was trained with.
+# Fields that a shipped part keeps of the manifest it was trained with.
 KEPT = ("role", "cluster", "clusters", "timestep_shift", "training", "latent", "codec", "text", "text_length", "fps")
 
 
@@ -42,7 +42,7 @@ def make(run: RunFolder, folder: epath.Path, made: dict[str, Any]) -> None:
 def provenance(config: dict[str, Any], sampling: dict[str, Any], revision: str) -> dict[str, Any]:
     """How a run came to be: command, revision, seeds, and the whole config, so that nothing has to be believed.
 
-    `sampling` is what the ensemble was assembled with, which may be other than what the run began with.
+    `sampling` holds the parameters the ensemble was assembled with, which may differ from those the run began with.
     """
     family, _, variant = config["name"].partition("-")
     if family != "shapes" or not variant:

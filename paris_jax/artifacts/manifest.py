@@ -71,7 +71,7 @@ def code_version() -> CodeVersion:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git says; "" without git, or in a folder of somebody else, which it does not read."""
+    """The output of git; "" without git, or in a folder of another user, which it does not read."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
@@ -152,7 +152,7 @@ def decode(data: bytes | str, path: object, schema: type[T], remedy: str) -> T:
 
 
 def _described(error: msgspec.ValidationError) -> str:
-    """The field of a validation error, and what it must be."""
+    """The field of a validation error, and its allowed values."""
     reason, _, where = str(error).partition(" - at ")
     field = where.replace("`key` in ", "a name in ").replace("`", "").replace("$.", "").replace("$", "")
     return f"{field or 'its contents'}: {reason[0].lower()}{reason[1:]}"
@@ -176,7 +176,7 @@ def write(
 
     Args:
       folder: the finished folder.
-      schema: what it holds, by kind (`artifacts.schemas`).
+      schema: its kind of contents (`artifacts.schemas`).
       files: names of its files, relative to the folder.
       config_hash: hash of the config that made them; "" where none did.
       known: sizes and hashes of files that need not be read again.
@@ -201,7 +201,7 @@ def write(
 
 
 def contents_hash(found: Manifest) -> str:
-    """Hash of the names and hashes of all files: equal for folders with the same contents, whoever made them when."""
+    """Hash of the names and hashes of all files: equal for folders with the same contents."""
     return hashing.hash_text(hashing.canonical_json({name: entry.sha256 for name, entry in found.files.items()}))
 
 
@@ -225,7 +225,7 @@ def read(folder: epath.PathLike, schema: type[M], verify: bool = False) -> M:
 
     Args:
       folder: of the manifest and its files.
-      schema: what it must hold, by kind (`artifacts.schemas`).
+      schema: the kind of contents it must have (`artifacts.schemas`).
       verify: check the hashes of all files, too, and not only their sizes.
 
     Raises:

@@ -1,7 +1,7 @@
 """`paris-jax export --ensemble`: an ensemble as one self-contained folder, ready for a hub.
 
 The manifest of a run's ensemble only names its parts, which lie with the run. Here they are copied beside it, byte for
-byte, so that every hash still holds, with a card that says what they are and how to use them.
+byte, so that every hash still holds, with a card that describes them and their use.
 """
 
 import logging
@@ -18,7 +18,7 @@ from paris_jax.models import functional
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-NAMES = ("experts", "router", CARD)  # what the folder holds before its manifest, and after a copy that was cut short
+NAMES = ("experts", "router", CARD)  # contents of the folder before its manifest, or of an interrupted copy
 
 
 def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
@@ -27,8 +27,8 @@ def publish(ensemble: epath.PathLike, out: epath.PathLike) -> None:
     The manifest comes last; a copy that was interrupted is made again.
 
     Raises:
-      UserError: what cannot be loaded; a single network, whose folder is whole already; a folder that holds other
-      things.
+      UserError: an ensemble that cannot be loaded; a single network, whose folder is whole already; a folder that holds
+        other things.
     """
     with locks.only_writer(out):
         _publish(ensemble_manifest.resolve(ensemble), epath.Path(out))

@@ -221,7 +221,7 @@ class DataManifest(RecordsManifest, frozen=True, kw_only=True, tag="data"):
     """RUN/data.
 
     Attributes:
-      dropped: what was not used, the commonest reason first; dropped.jsonl lists it.
+      dropped: unused clips by reason, the commonest first; dropped.jsonl lists them.
     """
 
     dropped: tuple[DroppedCount, ...] = ()
@@ -316,7 +316,7 @@ class NetworkManifest(LatentSpaceManifest, frozen=True, kw_only=True, tag="netwo
       data: hash of the clips that it was trained on (`manifest.contents_hash` of each folder); "" where not known.
       tree: `exported.tree_hash` of its parameters; "" where it was not written.
       experiment: the resolved config, of paths only their last names; {} where it was not written.
-      code: what trained it.
+      code: version of paris_jax that trained it.
       heldout: the loss that its trainer claims; None where none was recorded.
       source, report, origin: of imported weights.
     """
@@ -404,7 +404,7 @@ class DroppedItem(Struct, frozen=True):
 
 
 class SourceItem(Struct, frozen=True, omit_defaults=True):
-    """What an item of a source was when its clips were prepared.
+    """The state of an item of a source when its clips were prepared.
 
     Attributes:
       id: of the item in its source.
@@ -420,7 +420,7 @@ class SourceItem(Struct, frozen=True, omit_defaults=True):
 
 
 class ShardMarker(Struct, frozen=True):
-    """The marker of a finished shard: what it was made from, its statistics, and what was dropped.
+    """The marker of a finished shard: its items, statistics, and dropped clips.
 
     Attributes:
       limits: seconds and megabytes for each clip, where some clips were dropped because of them.

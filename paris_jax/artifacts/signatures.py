@@ -88,7 +88,7 @@ def fingerprint(public: bytes) -> str:
 
 
 def _signed(folder: epath.Path) -> bytes:
-    """What is signed: the purpose, and the hash of the manifest."""
+    """The signed message: the purpose, and the hash of the manifest."""
     return f"paris_jax manifest, sha256 {manifest.hash_file(folder / manifest.FILE_NAME)}".encode()
 
 

@@ -108,7 +108,7 @@ def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.n
     """Writes a safetensors file of these tensors, atomically.
 
     Args:
-      shapes: what the file will hold, in order.
+      shapes: shape and dtype of each tensor of the file, in order.
       chunks: name and values, in that order; a tensor may come in several pieces along its first axis.
     """
     path = epath.Path(path)
@@ -134,7 +134,7 @@ def write(path: epath.PathLike, shapes: Shapes, chunks: Iterable[tuple[str, np.n
 
 
 def _in_order(shapes: Shapes, chunks: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The chunks; raises ValueError where they are not what `shapes` says."""
+    """The chunks; raises ValueError where they differ from `shapes`."""
     left = [(name, math.prod(shape)) for name, (shape, _) in shapes.items()]
     for name, values in chunks:
         while left and left[0][1] == 0:

@@ -73,7 +73,7 @@ def is_weight_file(name: str) -> bool:
 
 
 def location(folder: epath.Path, files: Iterable[str]) -> epath.Path:
-    """What `tensors.Tensors` opens: the single file of a network, or its index."""
+    """The file that `tensors.Tensors` opens: the single file of a network, or its index."""
     return folder / (INDEX if INDEX in files else WEIGHTS)
 
 
@@ -120,7 +120,7 @@ class WeightFiles:
 
     @property
     def path(self) -> epath.Path:
-        """What errors name."""
+        """The name of the file in errors."""
         return location(self._folder, self._files)
 
     def describe_hashes(self) -> str:
@@ -149,7 +149,7 @@ class WeightFiles:
     def read(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields every tensor once, after `shapes`; the hash of each file is compared behind its last tensor.
 
-        What was yielded must not be used before the iterator ends.
+        The tensors must not be used before the iterator ends.
 
         Raises:
           UserError: a file of another hash, or another size, than the manifest promises.
@@ -179,7 +179,7 @@ class WeightFiles:
             manifest.check_file(self._folder / name, entry, contents=True)
 
     def _header(self, name: str) -> dict[str, TensorEntry]:
-        """The header of a file: the tensors must fill what follows it, without gaps or overlaps."""
+        """The header of a file: the tensors must fill the rest of the file, without gaps or overlaps."""
         path = self._folder / name
         size = safe_files.check_regular(path)
         with path.open("rb") as file:
@@ -205,7 +205,7 @@ class WeightFiles:
         return header
 
     def _check_index(self, holder: Mapping[str, str], total: int) -> None:
-        """Compares the index with what the shards hold."""
+        """Compares the index with the tensors of the shards."""
         path = self._folder / INDEX
         index = manifest.read_json(path, TensorsIndex, REMEDY)
         outside = sorted(set(index.weight_map.values()) - set(self.names))

@@ -92,7 +92,7 @@ def read_data(experiment: Experiment, run: RunFolder) -> DataManifest:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
-    """Yields a function that adds a bar and returns what advances it, by one or by a number."""
+    """Yields a function that adds a bar and returns the function that advances it, by one or by a number."""
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
 
         def bar(name: str, total: int) -> Callable[..., None]:
@@ -171,7 +171,7 @@ def assign_others(partition: Clustering, clips: Clips, trained: np.ndarray | Non
 
 
 def describe(partition: Clustering, clips: Clips, labels: np.ndarray, done: Done) -> Report:
-    """Reads all clips once more and counts what the report says."""
+    """Reads all clips once more and counts the report's numbers."""
     report = Report(partition)
     for block in clips.index.blocks():
         part = slice(block.start, block.start + len(block))

@@ -22,7 +22,7 @@ def split(clip_ids: Iterable[str], heldout_fraction: float, validation_share: fl
     larger fraction takes videos from training only, and no fraction moves one between validation and test.
 
     Args:
-      clip_ids: N ids; clips of one video share what stands before the last "#" (`data.sources.clip.video_of`).
+      clip_ids: N ids; clips of one video share the text before the last "#" (`data.sources.clip.video_of`).
       heldout_fraction: expected fraction of the videos that are not trained on.
       validation_share: expected share of those that are for validation.
       seed: of both draws.

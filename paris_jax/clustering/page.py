@@ -53,7 +53,7 @@ def make(
     Args:
       name: of the experiment.
       described: `Report.to_json`.
-      partition, clips, labels: what was clustered; labels (N,) by number of the clip.
+      partition, clips, labels: the clustering; labels (N,) by number of the clip.
       folder, data: of the prepared clips, and its manifest.
     """
     projection = sheets.make_map(partition, clips, labels)

@@ -1,4 +1,4 @@
-"""What the page of a partition shows of its clips: contact sheets, and a map of their features in two dimensions."""
+"""Pictures for the page of a partition: contact sheets, and a two-dimensional map of the clips' features."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""`paris-jax export`: a network in another layout, an ensemble to publish, or what a publisher adds to either."""
+"""`paris-jax export`: a network in another layout, an ensemble to publish, or a publisher's additions to either."""
 
 from paris_jax.artifacts.publish import publish
 from paris_jax.commands.import_weights import export_weights
@@ -14,7 +14,7 @@ def export(
     heldout: str | None,
     sign_key: str | None,
 ) -> None:
-    """Chooses what is exported by the flags that are given.
+    """Exports according to the given flags.
 
     Raises:
       UserError: flags that do not go together.

@@ -18,7 +18,7 @@ DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFIN
 
 def common(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_bool("verbose", False, "log also what is of interest to developers only", flag_values=values)
+    flags.DEFINE_bool("verbose", False, "also log details for developers", flag_values=values)
 
 
 def config(values: flags.FlagValues) -> None:
@@ -86,7 +86,7 @@ def serving(values: flags.FlagValues) -> None:
     """Flags of `serve`; its limits come from the fields of `Limits`."""
     from paris_jax.serving.limits import Limits
 
-    text = "address to listen at; another than this machine's own opens the page to whoever reaches it"
+    text = "address to listen at; any but this machine's own opens the page to everyone who can reach it"
     flags.DEFINE_string("host", "127.0.0.1", text, flag_values=values)
     flags.DEFINE_integer("port", 7860, "0 for any that is free", lower_bound=0, upper_bound=65535, flag_values=values)
     for field in dataclasses.fields(Limits):
@@ -95,7 +95,7 @@ def serving(values: flags.FlagValues) -> None:
 
 def sampling(values: flags.FlagValues) -> None:
     """Flags of `sample`; those of the sampling parameters come from the fields of `SamplingParams`."""
-    flags.DEFINE_multi_string("prompt", [], "what to show; repeatable", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "description of the video; repeatable", flag_values=values)
     text = "more prompts: one per line, or JSON lines with prompt, seed, negative_prompt, image, last_image, video"
     flags.DEFINE_string("prompts_file", None, text, flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "prompts of --prompts_file per batch", lower_bound=1, flag_values=values)
@@ -202,7 +202,7 @@ def launchers(values: flags.FlagValues) -> None:
     """Which launcher starts the jobs, and its settings, from the `Settings` of all launchers."""
     from paris_jax.launchers.table import LAUNCHERS, settings_fields
 
-    flags.DEFINE_enum("on", None, list(LAUNCHERS), "what starts the jobs", flag_values=values)
+    flags.DEFINE_enum("on", None, list(LAUNCHERS), "launcher of the jobs", flag_values=values)
     for name, (field, users) in settings_fields().items():
         allowed = fields.describe_range(field)
         text = f"{', '.join(users)}: {field.metadata['help']}{f' ({allowed})' * bool(allowed)}"
@@ -274,14 +274,14 @@ def validating(values: flags.FlagValues) -> None:
 
 
 def public_keys(values: flags.FlagValues) -> None:
-    text = "refuse what is not signed by this public key (PEM, Ed25519); repeatable, for several signers"
+    text = "require a signature of this public key (PEM, Ed25519); repeatable, for several signers"
     flags.DEFINE_multi_string("public_key", [], text, flag_values=values)
 
 
 def evaluating(values: flags.FlagValues) -> None:
     flags.DEFINE_string("generated", None, "folder of videos to score, instead of a run", flag_values=values)
     flags.DEFINE_string("reference", None, "folder of real videos to score them against", flag_values=values)
-    flags.DEFINE_string("out", None, "folder to write; by default beside what is evaluated", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; by default beside the ensemble or videos", flag_values=values)
     text = "RUN/ensemble, bundled:shapes or RUN/monolith/export, on the held-out prompts of --workdir; repeatable"
     flags.DEFINE_multi_string("ensemble", [], text, flag_values=values)
     text = "a sampling setting and its values: top_k=1,2,3, fixed_expert=none,0,0+1, drop_experts=none,0; repeatable"

@@ -26,10 +26,10 @@ from paris_jax.weights import convert
 from paris_jax.weights.layouts import LAYOUTS
 
 logger = logging.getLogger(__name__)
-# What is published, and in which layouts.
+# The published weights, and their layouts.
 SOURCES = {"flux1-dev": ("bfl", "diffusers"), "opensora2": ("opensora2", "bfl"), "auto": tuple(LAYOUTS)}
 DTYPES = ("", "float32", "bfloat16")
-VIDEO = "opensora2"  # source and layout of what works in HunyuanVideo's latents, and can be sampled from as it is
+VIDEO = "opensora2"  # source and layout of networks in HunyuanVideo's latents, which can be sampled from directly
 
 
 def import_i3d(paths: Sequence[epath.PathLike], out: str | None) -> None:
@@ -132,7 +132,7 @@ def _of_experiment(experiment: Experiment) -> DiTConfig:
 
 
 def _use(experiment: Experiment) -> dict[str, Any] | None:
-    """What a published video network needs to be sampled from; None where its codec or text is not the experiment's."""
+    """Settings for sampling from a published video network; None where its codec or text is not the experiment's."""
     settings = experiment.text
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None

@@ -47,7 +47,7 @@ class Output:
     overwrite: bool = False
 
     def paths(self, ensemble: str, prompts: Sequence[str], seeds: Sequence[int]) -> list[epath.Path]:
-        """A file for each video, or one for the grid; refuses what could not be written afterwards."""
+        """A file for each video, or one for the grid; refuses paths that could not be written afterwards."""
         if self.out and self.folder:
             raise UserError("--out names one file and --out_dir a folder; give one of them")
         if self.out and len(prompts) > 1 and not self.grid:
@@ -162,11 +162,11 @@ def sample(
         stands beside them until they are written.
 
     Raises:
-      Interrupted: Ctrl-C; what was predicted by then is written, under a name that says so.
+      Interrupted: Ctrl-C; the prediction at that step is written, under a name that says so.
     """
     if not prompts and not prompts_file:
         raise UserError(
-            "--prompt is missing; say what to show, "
+            "--prompt is missing; describe the video, "
             "for example --prompt='a small red circle moving left slowly on a white ground'"
         )
     batches = [(list(prompts), params)] if prompts else []
@@ -229,7 +229,7 @@ def _draw(
     output: Output,
     console: Console,
 ) -> Samples:
-    """Samples one batch, with previews beside its first file; an interrupt writes what was predicted by then."""
+    """Samples one batch, with previews beside its first file; an interrupt writes the prediction at that step."""
     preview_path, previews = _free(paths[0].parent, f"{paths[0].stem}-preview", (), ".png"), []
 
     def preview(step: int, videos: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The table of commands: what each does, its flags, and the code that it runs."""
+"""The table of commands: their descriptions, flags and functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -57,12 +57,12 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command does, the flags it takes, and the function it runs."""
+    """A command: its description, its flags, and the function it runs."""
 
     does: str
     examples: tuple[str, ...]
     define: tuple[Callable[[flags.FlagValues], None], ...]
-    run: Callable[[Call], Any]  # imports what it needs, so that --help loads no JAX
+    run: Callable[[Call], Any]  # imports its modules itself, so that --help loads no JAX
     takes_files: bool = False
 
 

@@ -32,7 +32,7 @@ from paris_jax.training.state import initial_weights_hashes
 from paris_jax.training.train import train as train_
 
 logger = logging.getLogger(__name__)
-# What a part takes over from the data it was trained on, so that it can be used without that data.
+# Fields of the data's manifest that a network keeps, so that it can be used without that data.
 CARRIED = ("latent", "codec", "text", "text_length", "fps", "partition")
 
 

@@ -25,7 +25,7 @@ def above(low: float, **fields: float) -> Problems:
 
 
 def seed(**fields: int) -> Problems:
-    """What a 32-bit key can be made of; beyond that, two seeds would give the same draws."""
+    """The range of a 32-bit key; beyond it, two seeds would give the same draws."""
     for name, value in fields.items():
         if not 0 <= value < 2**32:
             yield f"{name}={value}: must be from 0 to {2**32 - 1}"

@@ -1,4 +1,4 @@
-"""The checked, typed view of a config: what an experiment is, field by field.
+"""The checked, typed view of a config: an experiment, field by field.
 
 A config file returns an `ml_collections.ConfigDict` of the same nesting; `Experiment.from_config` turns it into frozen
 dataclasses or refuses it by name. Everything after that may rely on the types and ranges stated here.
@@ -28,17 +28,17 @@ from paris_jax.config.sections import (
 from paris_jax.config.training import EXECUTION_FIELDS, DiffusionSettings, MaskSettings, TrainingSettings
 from paris_jax.errors import UserError, nearest
 
-# Fields that do not decide what is learned: a job that goes on may change them.
-# What training starts from is known by its hash, which parts carry.
+# Fields without influence on the trained weights: a resumed job may change them.
+# Initial weights are known by their hash, which exported networks carry.
 UNHASHED_FIELDS = {
     "training": (*EXECUTION_FIELDS, "init_from"),
     "router_training": EXECUTION_FIELDS,
     "network": ("remat",),
     "router": ("remat",),
 }
-# Limits within which clips are made; what was lost to them is listed with the clips.
+# Limits within which clips are made; clips lost to them are listed with the data.
 LIMIT_FIELDS = {"data": ("max_dropped_share", "decode_seconds", "decode_memory_mb")}
-# Fields that say where something lies on this machine; what lies there is known by its hash.
+# Paths on this machine; their contents are known by hash.
 LOCATION_FIELDS = {"codec": ("weights",), "text": ("t5", "clip"), "features": ("weights",)}
 # Fields that came after the first run folders: while they are as it was before there was a choice, they do not count.
 # So those folders are still those of their configs.
@@ -60,7 +60,7 @@ LATER_FIELDS = {
     "router": {"attention": "joint"},
     "text": {"pad_to_max_tokens": False, "suffix": ""},
 }
-# The sections that decide the prepared clips; the fields of them that decide only what is held out; the sections that
+# The sections that decide the prepared clips; their fields that decide only the held-out clips; the sections that
 # decide the clusters, too.
 PREPARED_SECTIONS = ("data", "curation", "codec", "text", "features")
 SPLIT_FIELDS = {"data": ("heldout_fraction", "validation_share")}
@@ -105,7 +105,7 @@ class Experiment:
         return experiment
 
     def problems(self) -> Problems:
-        """What no section can see alone."""
+        """Checks across sections."""
         codec, data = self.codec, self.data
         for axis, size, first, factor in (
             ("num_frames", data.num_frames, codec.first_frames, codec.time),
@@ -154,18 +154,18 @@ class Experiment:
 
     @property
     def prepared_hash(self) -> str:
-        """Hash of what decides the prepared clips, which several partitions and trainings may share."""
+        """Hash of the fields that decide the prepared clips, which several partitions and trainings may share."""
         without = {"data": (*LIMIT_FIELDS["data"], *SPLIT_FIELDS["data"])}
         return self._hash(PREPARED_SECTIONS, LOCATION_FIELDS | without)
 
     @property
     def data_hash(self) -> str:
-        """Hash of what decides the clips and their clusters: what experts of one ensemble have in common."""
+        """Hash of the fields that decide the clips and their clusters, which experts of one ensemble have in common."""
         return self._hash(DATA_SECTIONS, LOCATION_FIELDS | LIMIT_FIELDS)
 
     @property
     def hash(self) -> str:
-        """Hash of everything that decides what is trained; the rest may change afterwards.
+        """Hash of the fields that decide the trained weights; the rest may change afterwards.
 
         That is sampling and evaluation, and how a job uses its slice: it may go on upon another one.
         """

@@ -23,7 +23,7 @@ def setting(
 
     Args:
       default: used where a config does not set the field.
-      help: what the field does, with its unit; shown by --help, --print_config and docs/config.md.
+      help: the field's effect, with its unit; shown by --help, --print_config and docs/config.md.
       choices: allowed values, as a `Literal` or an iterable.
       at_least, above: lower bound, inclusive or exclusive.
       at_most, below: upper bound, inclusive or exclusive.

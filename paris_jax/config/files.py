@@ -49,7 +49,7 @@ def failures_of(name: str, file: str) -> Iterator[None]:
 
 
 def change(config: dict[str, Any], changes: Iterable[str]) -> None:
-    """Sets fields in place, from "training.steps=100"; what does not fit is left for `Experiment` to refuse by name."""
+    """Sets fields in place, from "training.steps=100"; `Experiment` refuses values that do not fit."""
     for text in changes:
         name, _, value = text.partition("=")
         *groups, last = name.split(".")

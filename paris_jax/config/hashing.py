@@ -15,7 +15,7 @@ def hash_text(text: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """JSON in which texts that may be paths or addresses have only their last names, as for what is published."""
+    """JSON in which texts that may be paths or addresses are shortened to their last names, as in published files."""
     if isinstance(value, dict):
         return {name: without_paths(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -88,7 +88,7 @@ class SamplingSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams(SamplingSettings):
-    """Everything that `Ensemble.sample` can be given besides prompts: the settings, and what belongs to one call."""
+    """All arguments of `Ensemble.sample` besides prompts: the settings, and those of one call."""
 
     negative_prompt: str | Sequence[str] | None = setting(
         None, "prompt that guidance leads away from: one for all prompts, or one for each; default: no text"

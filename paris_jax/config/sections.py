@@ -77,7 +77,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurationSettings:
-    """Which clips are cut from videos and kept. What is left out is listed as curated, and is no fault."""
+    """Which clips are cut from videos and kept. Clips that are left out are listed as curated, not as faults."""
 
     stride_frames: int = setting(0, "frames from the start of a clip to that of the next; 0: end to end", at_least=0)
     scene_cuts: bool = setting(False, "no clip spans a cut between scenes (extra curation: PySceneDetect)")

@@ -62,7 +62,7 @@ class MaskSettings:
         return [name for name in self.kinds if name != "prefix"]
 
 
-# Fields of `TrainingSettings` that do not change what is learned, only how and where it is computed: a job may be
+# Fields of `TrainingSettings` that change how and where weights are computed, but not the weights: a job may be
 # resumed with other values.
 EXECUTION_FIELDS = (
     *("grad_accum_steps", "fsdp", "tensor", "sequence", "text_buckets"),

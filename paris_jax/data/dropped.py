@@ -33,7 +33,7 @@ def write(folder: epath.Path, dropped: Iterable[Dropped]) -> str:
 def check_share(clips: int, dropped: Sequence[Dropped], most: float) -> None:
     """Refuses a data set without clips, or of which too much was dropped because of a fault.
 
-    What the config chose to leave out does not count.
+    Clips that the config chose to leave out do not count.
 
     Raises:
       UserError: shows the commonest reasons, each with an example.
@@ -57,7 +57,7 @@ def check_share(clips: int, dropped: Sequence[Dropped], most: float) -> None:
 
 
 def print_table(clips: int, dropped: Sequence[Dropped], console: Console) -> None:
-    """Prints what was dropped, by reason; nothing where all was used."""
+    """Prints the numbers of dropped clips by reason; nothing where all were used."""
     if not dropped:
         return
     table = Table(title=f"{clips} clips are used, {len(dropped)} clips and files are dropped ({FILE_NAME} lists them)")

@@ -1,4 +1,4 @@
-"""Clips to records: the encoders of an experiment, batch by batch, and what cannot be encoded."""
+"""Clips to records: the encoders of an experiment, batch by batch, and clips that cannot be encoded."""
 
 import dataclasses
 import itertools

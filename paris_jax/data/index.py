@@ -55,7 +55,7 @@ def digests(ids: Iterable[str]) -> np.ndarray:
 
 
 def order(digests_N2: np.ndarray) -> np.ndarray:
-    """Returns the permutation (N,) int64 that sorts digests: clips in random order, the same whoever counts them."""
+    """Returns the permutation (N,) int64 that sorts digests: clips in random order, the same on every machine."""
     return np.lexsort((digests_N2[:, 1], digests_N2[:, 0]))
 
 

@@ -23,7 +23,7 @@ FIELDS = ("latent", "tokens", "length", "pooled", "cluster", "index")  # and con
 
 
 class KeptRecords(Sequence[Record]):
-    """Records that are decoded once and kept, if all of them fit in `KEPT_BYTES`; picklable without what is kept.
+    """Records that are decoded once and kept, if all of them fit in `KEPT_BYTES`; picklable without them.
 
     Reading and decoding take a tenth of a training step of the smallest networks.
     """

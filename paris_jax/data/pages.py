@@ -1,4 +1,4 @@
-"""What all pages for browsers share: style, the script that plays videos, and media inside the page."""
+"""Shared parts of all pages for browsers: style, the script that plays videos, and media inside the page."""
 
 import base64
 from pathlib import Path

@@ -77,7 +77,7 @@ def prepare(
       strict: refuse at the first clip or file that cannot be used.
       part: prepare the shards of one of several workers, which may run on any machines and in any order; the last one
         writes the manifest.
-      finish_only: prepare nothing, and write the manifest of what all workers prepared.
+      finish_only: prepare nothing, and write the manifest of the shards that all workers prepared.
 
     Raises:
       UserError: an encoder cannot run, too many clips cannot be used, the disk is full, or the run folder belongs to
@@ -113,12 +113,12 @@ class Preparation:
         self._given, self._shard_size = clips, shard_size
 
     def is_finished(self) -> bool:
-        """Whether the data are complete, and of what the source and the encoders are now.
+        """Whether the data are complete, and made from the present source and encoders.
 
-        What has changed is said, and prepared again.
+        Changes are logged, and prepared again.
 
         Raises:
-          UserError: they are of another config, or networks were trained on what has changed.
+          UserError: they are of another config, or networks were trained on data that have changed.
         """
         if not manifest.exists(self.run.data):
             return False
@@ -139,13 +139,13 @@ class Preparation:
         return True
 
     def _changes(self) -> provenance.Changes | None:
-        """What has changed since the shards were written; None where that cannot be known."""
+        """The changes since the shards were written; None where they cannot be known."""
         if not any(self.run.data.glob(f"*{records.ENDING}.json")):  # an earlier version kept no provenance
             return None
         try:
             jobs = self.jobs
         except UserError as error:
-            logger.warning("what %s was made of is not here, so changes are not noticed: %s", self.run.data, error)
+            logger.warning("the source of %s is not here, so changes are not noticed: %s", self.run.data, error)
             return None
         paths = sorted(self.run.data.glob(f"*{records.ENDING}.json"))
         changes, known = provenance.Changes(), 0
@@ -164,7 +164,7 @@ class Preparation:
         if known and len(changes.gone) > known / 2:
             raise UserError(
                 f"{self.run.data}: {changes}; more than half of the source is gone, as if its disk was not there; "
-                "bring it back, or prepare what is left with a new --workdir"
+                "bring it back, or prepare the rest with a new --workdir"
             )
         return changes
 
@@ -172,7 +172,7 @@ class Preparation:
         trained = provenance.trained_networks(self.run)
         if trained:
             raise UserError(
-                f"{self.run.data} is not what its source is now: {changes}; {', '.join(trained)} learned from the old "
+                f"{self.run.data} differs from its source: {changes}; {', '.join(trained)} learned from the old "
                 f"clips; use a new --workdir, or delete {', '.join(trained)} and run the same command again"
             )
 
@@ -320,7 +320,7 @@ class Speed(ProgressColumn):
 
 
 def finish(experiment: Experiment, run: RunFolder, clips: Source, jobs: Sequence[Shard], store: EncoderStore) -> None:
-    """Writes the list of what was dropped and the manifest of all shards; their markers say what they were made of."""
+    """Writes the list of dropped clips and the manifest of all shards, from the shards' markers."""
     total, lost, kept, known = Tally(), list(clips.dropped), list[Shard](), dict[str, FileEntry]()
     leave_out_near_duplicates(jobs, experiment.curation)
     for job in jobs:

@@ -1,4 +1,4 @@
-"""Previews: a few small clips of each shard, so that pages show what was prepared without decoding latents."""
+"""Previews: a few small clips of each shard, so that pages show prepared clips without decoding latents."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What prepared clips were made of, and what of it has changed since.
+"""Provenance of prepared clips: the items they were made from, and changes of these since.
 
 The marker beside each shard holds the config, the encoders' weights, the rules of decoding, and each item of the source
 with its size and time, its caption's hash and its content's hash. Size and time are compared first, contents only where
@@ -20,10 +20,10 @@ NAMES = {"codec": "codec", "text": "text encoder", "features": "feature encoder"
 
 @dataclasses.dataclass
 class Changes:
-    """What has changed since shards were written.
+    """Changes since shards were written.
 
     Attributes:
-      found: names of what changed, by kind: "caption" and "pixels" with ids of items, "codec" and others with what is
+      found: names of changed things, by kind: "caption" and "pixels" with ids of items, "codec" and others with what is
         different.
       added, gone: ids of items that are only there now, or were only there then.
       touched: whether sizes or times changed, and contents did not.
@@ -111,7 +111,7 @@ def trained_networks(run: RunFolder) -> list[str]:
 def compare(
     marker: ShardMarker, origin: Mapping[str, Any], source: Source, indices: Sequence[int]
 ) -> tuple[Changes, tuple[SourceItem, ...]]:
-    """Returns what has changed since a shard was written, and its items with their sizes and times of now.
+    """Returns the changes since a shard was written, and its items with their present sizes and times.
 
     Args:
       marker: of the shard.

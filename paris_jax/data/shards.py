@@ -1,4 +1,4 @@
-"""One shard of prepared clips: its place and provenance, writing it, and writing it again with what has changed."""
+"""One shard of prepared clips: its place and provenance, writing it, and writing it again with changed items."""
 
 import contextlib
 import dataclasses
@@ -96,7 +96,7 @@ class Shard:
         return not self.renew_items() and self.read_marker().limits in (None, self.limits)
 
     def renew_items(self) -> provenance.Changes:
-        """What has changed since the shard was written; notes new times of files whose contents are the same."""
+        """The changes since the shard was written; notes new times of files whose contents are the same."""
         marker = self.read_marker()
         changes, items = provenance.compare(marker, self.origin, self.clips, self.indices)
         if changes.touched and not changes:

@@ -28,7 +28,7 @@ WEIGHT_DTYPES = ("auto", "int8")
 COMPUTE_DTYPES = ("", "float32", "bfloat16", "float16")
 LACKS_BFLOAT16 = (
     "this GPU (compute capability %s) has no bfloat16: computing in float32, which takes twice the memory; "
-    "compute_dtype=float16 takes half of that and is faster, and what overflows is refused"
+    "compute_dtype=float16 takes half of that and is faster, and an overflow is refused"
 )
 
 
@@ -125,7 +125,7 @@ def placement_options(
 
 
 def make_ensemble_mesh(axes: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
-    """A mesh of these sizes (1 where none is given) of the first devices; refuses what there are too few for."""
+    """A mesh of these sizes (1 where none is given) of the first devices; refuses more than there are."""
     devices = jax.devices() if devices is None else devices
     for name, size in axes.items():
         if name not in MESH_AXES:

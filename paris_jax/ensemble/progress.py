@@ -31,14 +31,14 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during sampling. `samples` holds the videos as predicted at the last finished step."""
 
     def __init__(self, done: int, steps: int, samples: Any = None):
-        kept = "what was predicted by then is kept" if done else "there is nothing to keep yet"
+        kept = "the prediction at this step is kept" if done else "there is nothing to keep yet"
         super().__init__(f"interrupted after {done} of {steps} steps; {kept}")
         self.done, self.steps, self.samples = done, steps, samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Watcher:
-    """What runs between the steps.
+    """The work between the steps.
 
     Attributes:
       bar: show a progress bar.

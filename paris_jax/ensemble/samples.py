@@ -1,4 +1,4 @@
-"""Sampled videos with what is known of their making: they save and show themselves."""
+"""Sampled videos with their parameters and routing: they save and show themselves."""
 
 import base64
 import dataclasses
@@ -118,7 +118,7 @@ class Samples:
         labels = [f"expert {cluster}" for cluster in self.clusters]
         figure.legend(patches, labels, loc="lower center", ncols=min(len(labels), 8), frameon=False)
         figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
-        plt.close(figure)  # a notebook shows what a cell returns; an open figure would be shown a second time
+        plt.close(figure)  # a notebook shows the value a cell returns; an open figure would be shown a second time
         return figure
 
     def _colours(self) -> list[str]:

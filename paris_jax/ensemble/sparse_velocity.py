@@ -9,7 +9,7 @@ be read as standing inside the sum.
 
 The parameters of experts of one architecture are stacked along a leading axis. Every selected (row, expert) pair is
 computed once: pairs are sorted by expert and cut into blocks of a few rows, and a loop runs over the blocks that
-exist. A step costs what was selected, whatever the number of experts, for rows that agree and rows that do not.
+exist. A step costs only the selected experts, whatever their number, for rows that agree and rows that do not.
 """
 
 import dataclasses

@@ -96,7 +96,7 @@ def rows(
     reference: dict[str, np.ndarray],
     others: dict[str, np.ndarray] | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Scores of a set as rows {id, label, better, score, floor, floor_clips}, and sentences on what is left out.
+    """Scores of a set as rows {id, label, better, score, floor, floor_clips}, and sentences on omitted ones.
 
     Args:
       features, reference: of the set and of as many reference videos, by network.

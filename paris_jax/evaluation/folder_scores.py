@@ -32,7 +32,7 @@ CHUNK = 32  # videos that are decoded at a time
 
 @dataclasses.dataclass(frozen=True)
 class FolderRequest:
-    """What is compared with what.
+    """The sets that are compared.
 
     Attributes:
       generated, reference: folders of videos; out: folder to write; "" for one beside `generated`.

@@ -1,4 +1,4 @@
-"""Folders of videos as evaluation sets: which clip of each file, checks, and refusals that say what to do."""
+"""Folders of videos as evaluation sets: which clip of each file, checks, and refusals with their remedy."""
 
 import dataclasses
 import hashlib
@@ -92,7 +92,7 @@ class VideoFolder:
         return dataclasses.replace(self, names=tuple(order[:count]))
 
     def fingerprint(self) -> list[tuple[str, int, float]]:
-        """Name, size and time of change of each file: what the cached features of a set were made from."""
+        """Name, size and time of change of each file that the cached features of a set were made from."""
         found = []
         for name in self.names:
             path = self.root / name

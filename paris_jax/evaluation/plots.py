@@ -157,7 +157,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def _described(title: str, series: Sequence[Series], unit: str) -> str:
-    """A plot in words, for those who do not see it: its title and all values."""
+    """A plot in words, for screen readers: its title and all values."""
     texts = [
         f"{s.name} {', '.join('none' if e is None else _number(e['value'], unit) for e in s.values)}" for s in series
     ]

@@ -1,4 +1,4 @@
-"""Sections of the report that not every evaluation has: the one number, experts by cluster, a sweep, what is open."""
+"""Sections of the report that not every evaluation has: the one number, experts by cluster, a sweep, open questions."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -153,7 +153,7 @@ def sweep(found: Mapping[str, Any] | None) -> str:
 
 
 def open_questions(results: Mapping[str, Any]) -> list[str]:
-    """Sentences on what these results do not show."""
+    """Sentences on the limits of these results."""
     found = []
     for c in results["comparisons"]:
         if c["better"] and c["winner"] == "none":
@@ -166,14 +166,14 @@ def open_questions(results: Mapping[str, Any]) -> list[str]:
         share = main["reference"]["value"] / max(min(main[m]["value"] for m in MODELS), 1e-12)
         found.append(
             f"How far the videos are from real ones: at {main['reference']['n']} clips, {share:.0%} of the lower "
-            "distance is what real clips have to real clips. The kernel distance has no such bias."
+            "distance is that of real clips to other real ones. The kernel distance has no such bias."
         )
     found += [*results["left_out"], *results["notes"]]
     found.append(
         "How much another seed of training would change it: one training run of each model was compared, and the "
         "intervals cover the choice of clips only."
     )
-    found.append("What holds for other data, sizes or budgets: nothing here was measured on them.")
+    found.append("Nothing here was measured on other data, sizes or budgets.")
     return found
 
 

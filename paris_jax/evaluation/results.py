@@ -1,7 +1,7 @@
 """results.json: its schema, and the sentence that names the winners.
 
     schema         "paris_jax/evaluation/2"
-    experiment     name;  config_hash, evaluation_hash: what was trained, and how it was sampled and scored
+    experiment     name;  config_hash, evaluation_hash: of the training, and of sampling and scoring
     complete       false if a score had to be left out;  left_out: one sentence for each, with the reason
     notes          sentences on companions that are left out, and on degenerate videos
     protocol       name -> text or number: seeds, prompts, steps, guidance, counts, device, versions

@@ -1,1 +1,1 @@
-"""Starts the stages of a run on machines: SLURM, Cloud TPU, GKE and SkyPilot; what every job checks and how it ends."""
+"""Starts the stages of a run on machines: SLURM, Cloud TPU, GKE and SkyPilot; the checks of every job and its end."""

@@ -13,7 +13,7 @@ class Generation:
 
     label: str  # of GKE's nodes
     prefix: str  # of the accelerator type, "v5litepod-16"
-    per_chip: int  # what the number of the accelerator type counts: chips, or two cores of each
+    per_chip: int  # unit of the number in the accelerator type: chips, or two cores of each
     runtime: str  # software version of TPU VMs
     speed: float  # peak of a chip in TFLOP/s, bfloat16
 

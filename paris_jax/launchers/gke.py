@@ -36,7 +36,7 @@ class Settings(LauncherSettings):
     image: str = setting("", "container image, built from launch/Dockerfile.tpu or launch/Dockerfile.gpu")
     accelerator: str = setting("", "devices of each role: v5e:4x4, or h100:8")
     nodes: int = setting(1, "nodes of each role", at_least=1)
-    via: str = setting("jobset", "what starts the roles", choices=("jobset", "xpk"))
+    via: str = setting("jobset", "scheduler of the roles", choices=("jobset", "xpk"))
     cluster_name: str = setting("", "GKE cluster, for xpk")
     project: str = setting("", "Google Cloud project")
     zone: str = setting("", "zone of the cluster, for xpk")

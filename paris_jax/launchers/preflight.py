@@ -1,4 +1,4 @@
-"""Preflight: what a job checks before it works: its devices, its folder, disk, versions and clock.
+"""Preflight: checks before a job's work: devices, folder, disk, versions and clock.
 
 A job that would train on the CPU in silence, or whose hosts run different code, costs hours before somebody notices.
 """
@@ -88,7 +88,7 @@ def storage_problems(output: epath.PathLike, index: int = 0) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text(str(now))
         if probe.read_text() != str(now):
-            yield f"{folder} does not return what was written; look at its mount or bucket"
+            yield f"{folder} does not return the bytes that were written; look at its mount or bucket"
         # etils looks for the owner's name, which a user of a container need not have.
         made = os.stat(probe).st_mtime if safe_files.is_local(probe) else float(probe.stat().mtime)
         skew = now - made

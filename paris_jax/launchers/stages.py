@@ -66,7 +66,7 @@ class Plan:
     def with_prepare_workers(self, count: int) -> "Plan":
         """The plan with a job array that prepares the clips, and a stage that writes the manifest of all workers.
 
-        The last worker writes it, too, unless it does not see yet what another machine wrote to a network disk.
+        The last worker writes it, too, unless it does not yet see the files of another machine on a network disk.
         """
         takes_shared = any(flag.startswith("--data=") for flag in self.stages[0].arguments)
         if count == 1 or takes_shared:

@@ -172,7 +172,7 @@ def _is_flash(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name in FLASH_PRIMITIVES
 
 
-# What is saved for the backward pass; the rest is recomputed.
+# Values saved for the backward pass; the rest is recomputed.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # saves everything

@@ -1,1 +1,1 @@
-"""What the notebooks share: the runtime, ensembles to pick from, live plots of training, pages, downloads."""
+"""Shared code of the notebooks: the runtime, ensembles to pick from, live plots of training, pages, downloads."""

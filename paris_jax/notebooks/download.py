@@ -35,8 +35,8 @@ def settings(
     """Everything that made samples, as JSON, and the pictures that it names, by file name.
 
     Args:
-      source: what `Ensemble.load` was given. Of a folder, its name and the hash of its manifest are kept, not its path.
-      overrides: what `Ensemble.sample` was given besides the prompts.
+      source: the argument of `Ensemble.load`. Of a folder, its name and its manifest's hash are kept, not its path.
+      overrides: arguments of `Ensemble.sample` besides the prompts.
 
     The same are drawn again by `ensemble.sample(prompts, SamplingParams(**params))`.
 

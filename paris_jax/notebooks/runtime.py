@@ -1,4 +1,4 @@
-"""Describes the device that a notebook runs on: its memory, the dtype it computes in, and what will be slow on it."""
+"""Describes the device that a notebook runs on: its memory, the dtype it computes in, and slow operations."""
 
 import dataclasses
 import html
@@ -37,7 +37,7 @@ class Runtime:
       memory: of one device, in bytes; 0 where it is unknown.
       dtype: that "auto" computes in.
       attention: "flash attention", or why there is none.
-      slow: what takes long on it.
+      slow: operations that take long on it.
       versions: of Python and JAX.
     """
 

@@ -31,7 +31,7 @@ def gallery(videos: np.ndarray, captions: Sequence[str], fps: float) -> Html:
 def page(path: epath.PathLike, height: int = 900) -> Html:
     """A page of a run, such as RUN/partition/report.html, in a frame of its own `height` pixels high.
 
-    The frame shares nothing with the notebook: what stands in captions reaches neither its kernel nor its cells.
+    The frame shares nothing with the notebook: script in captions reaches neither its kernel nor its cells.
 
     Raises:
       UserError: there is no such page.

@@ -23,7 +23,7 @@ def find_ensemble(kind: Kind, name: str, revision: str = "") -> str:
       revision: of a hub folder: a branch, tag or commit.
 
     Raises:
-      UserError: another kind, or no ensemble of that name, with what to do.
+      UserError: another kind, or no ensemble of that name, with the remedy.
     """
     if kind not in get_args(Kind):
         raise UserError(

@@ -21,7 +21,7 @@ MEASURES = {"expert": "loss", "monolith": "loss", "router": "loss (cross entropy
 def train_and_watch(experiment: Experiment, run: RunFolder, roles: Sequence[Role]) -> None:
     """Trains roles one after another, with one plot of their losses.
 
-    What is trained already is not trained again. Interrupting the cell saves; running it again resumes.
+    Trained networks are not trained again. Interrupting the cell saves; running it again resumes.
 
     Raises:
       UserError: as `commands.train.train`.

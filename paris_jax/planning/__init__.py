@@ -1,1 +1,1 @@
-"""What a job needs before it is paid for: topologies, memory, time."""
+"""Requirements of a job before it is paid for: topologies, memory, time."""

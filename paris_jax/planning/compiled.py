@@ -1,4 +1,4 @@
-"""Compiles training steps for devices that are not attached: their memory, and what the program does."""
+"""Compiles training steps for devices that are not attached: their memory and operations."""
 
 import dataclasses
 import logging

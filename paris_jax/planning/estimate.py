@@ -194,7 +194,7 @@ def _brief(number: float) -> str:
 def _notes(experiment: Experiment, target: Topology, mfu: float | None) -> Iterator[str]:
     yield f"Text is counted at its maximum of {experiment.text.max_tokens} tokens; jobs of one role run in parallel."
     if mfu is None:
-        yield "MFU is assumed by the size of the network; pass what you measured as --mfu."
+        yield "MFU is assumed by the size of the network; pass your own measurement as --mfu."
     if target.platform == "gpu":
         yield (
             "Compiled without a GPU: nothing is autotuned, and cuDNN's workspace (usually below 1 GiB) is not counted."

@@ -42,7 +42,7 @@ class Instruction:
 
 @dataclasses.dataclass
 class Report:
-    """What a compiled program does on one device, each count as often as it runs.
+    """The operations of a compiled program on one device, each counted as often as it runs.
 
     Attributes:
       flops: of matrix products, by the dtype of their operands; flash attention is not included.

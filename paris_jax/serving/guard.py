@@ -1,7 +1,7 @@
 """Guard in front of Gradio: the few routes that the page needs, requests of this page only, bounded bodies.
 
 Gradio has routes for files, uploads, proxies and other programs. The page uses none of them: its videos and pictures
-are in its messages. What is not on the list does not exist here.
+are in its messages. Nothing else exists here.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence

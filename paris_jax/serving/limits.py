@@ -1,4 +1,4 @@
-"""Limits of the page: what one request may ask for, and how many may wait."""
+"""Limits of the page: the size of a request, and how many may wait."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from paris_jax.config.fields import problems_of, setting
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What strangers may ask of the machine; flags of `paris-jax serve`."""
+    """Limits of strangers' requests; flags of `paris-jax serve`."""
 
     max_waiting: int = setting(8, "requests that wait for their turn; one is sampled at a time", at_least=1)
     max_steps: int = setting(100, "solver steps of a video", at_least=1, at_most=10_000)

@@ -93,9 +93,9 @@ class Page:
                 with gr.Row(elem_id="samples"):
                     slots = [gr.HTML(visible=False, elem_classes="slot") for _ in range(self.slots)]
         outputs = [says, *slots]
-        # Values arrive as the browser sent them: `requests.read` checks them all, and says what is wrong.
+        # Values arrive as the browser sent them: `requests.read` checks them all, and reports faults.
         options = {"outputs": outputs, "preprocess": False, "concurrency_limit": 1, "api_visibility": "private"}
-        # What is asked for while this browser's last request is sampled comes after it.
+        # A request made while this browser's last one is sampled comes after it.
         options |= {"show_progress": "minimal", "show_progress_on": says, "trigger_mode": "always_last"}
         gr.on([start.click, self.controls["prompt"].submit], self.sample, list(self.controls.values()), **options)
         start.click(None, js=SCROLL, api_visibility="private")
@@ -162,7 +162,7 @@ class Page:
         return requests.read(form, self.limits, self.models.columns, most)
 
     def sample(self, session: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """Samples what the controls say, and yields the sentence and the cards as they change."""
+        """Samples as the controls are set, and yields the sentence and the cards as they change."""
         try:
             request = self.read(values)
         except UserError as error:
@@ -199,7 +199,7 @@ class Page:
         return [said, *((changed or {}).get(i, gr.skip()) for i in range(self.slots))]
 
     def stop(self, session: gr.Request) -> Any:
-        """Stops what is being sampled after the present step, if it is of this browser's session."""
+        """Stops sampling after the present step, if the request is of this browser's session."""
         running, stopped = self.running
         if running != session.session_hash:
             return gr.skip()

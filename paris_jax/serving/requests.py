@@ -1,4 +1,4 @@
-"""Requests of the page: which fields it has, and the checks of what a browser sent."""
+"""Requests of the page: their fields, and the checks of a browser's values."""
 
 import base64
 import binascii
@@ -32,7 +32,7 @@ NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to sample: a prompt in each of the columns, with parameters of `Ensemble.sample`; `image` as uploaded."""
+    """A request: a prompt in each of the columns, with parameters of `Ensemble.sample`; `image` as uploaded."""
 
     prompt: str
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ def kind(name: str) -> type:
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The allowed values of a field; `routing` has the rule "fixed", too, and what `fit` allows depends on the call."""
+    """The allowed values of a field; `routing` has the rule "fixed", too, and those of `fit` depend on the call."""
     return {"routing": RULES, "fit": typing.get_args(Fit)}.get(name, FIELDS[name].metadata["choices"])
 
 
@@ -138,7 +138,7 @@ def _check_limits(params: Mapping[str, Any], largest: Mapping[str, int]) -> None
 
 
 def _image(address: Any, limits: Limits) -> bytes | None:
-    """The bytes of a data: address; what they show is for the decoder to find out."""
+    """The bytes of a data: address, not decoded."""
     if not address:
         return None
     head, _, text = address.partition(",") if isinstance(address, str) else ("", "", "")

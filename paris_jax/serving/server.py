@@ -42,7 +42,7 @@ def serve(ensemble: str, host: str, port: int, limits: Limits, **options: Any) -
         print(f"{ensemble} is served at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends it", flush=True)
         if not is_loopback(host):
             logger.warning(
-                "%s is not a loopback address: whoever reaches it can sample, without a password or encryption; "
+                "%s is not a loopback address: everyone who reaches it can sample, without a password or encryption; "
                 "leave --host out and use a tunnel (ssh -L), or stand a proxy with both in front",
                 host,
             )

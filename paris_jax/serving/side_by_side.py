@@ -1,4 +1,4 @@
-"""Samples a request in one column after another, and reports what is predicted so far."""
+"""Samples a request in one column after another, and reports the predictions so far."""
 
 import dataclasses
 import threading

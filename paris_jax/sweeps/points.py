@@ -1,4 +1,4 @@
-"""The points of a sweep: their configs and run folders, and what they share.
+"""The points of a sweep: their configs and run folders, and shared data.
 
 SWEEP/runs/NAME/               the run folder of a point, named by the hash of its overrides
 SWEEP/table.csv table.md plot.png

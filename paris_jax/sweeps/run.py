@@ -27,7 +27,7 @@ SAMPLING = "sampling."  # fields that a finished ensemble takes, too
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What all points start from: a config file and changes of it."""
+    """The common start of all points: a config file and changes of it."""
 
     config: str
     changes: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ def _start(points: Sequence[Point], base: Base, place: Place, failed: dict[str, 
 
 
 def _options(point: Point, data: Point | None, clusters: Point | None) -> dict[str, tuple[str, ...]]:
-    """Further flags of the stages that use what another point has made."""
+    """Further flags of the stages that use another point's data or clusters."""
     options = {}
     if data:
         options["prepare"] = (f"--data={data.run.path / 'data'}",)
@@ -144,7 +144,7 @@ def _launch(
     options: Mapping[str, tuple[str, ...]],
     shared: tuple[Point | None, Point | None],
 ) -> None:
-    """Hands the jobs of a point to a launcher, unless what it shares is not complete yet."""
+    """Hands the jobs of a point to a launcher, unless its shared data are not complete yet."""
     assert point.experiment is not None
     data, clusters = shared
     waits = [f"the data of {data.name}"] if data and not manifest.exists(data.run.data) else []

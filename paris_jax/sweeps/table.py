@@ -72,7 +72,7 @@ def of_runs(points: Sequence[Point], metrics: Sequence[str], failed: Mapping[str
 
 
 def of_systems(found: Mapping[str, Any], metrics: Sequence[str]) -> SweepTable:
-    """The table of sampling settings of one ensemble, from what `evaluate_systems` returns."""
+    """The table of sampling settings of one ensemble, from the results of `evaluate_systems`."""
     first = found["systems"][0]["scores"]
     metrics = tuple(metrics) or tuple(first)
     rows = []

@@ -1,4 +1,4 @@
-"""Held-out losses that an exported network claims: measured by who trained it, and again by who validates it.
+"""Held-out losses that an exported network claims: measured by its trainer, and again by its validator.
 
 Clips, timesteps and noise are those of a fixed probe of a held-out folder, so that nobody can choose favourable ones.
 The timesteps of a clip are uniform in equal bins of [0, 1], one in each.

@@ -45,7 +45,7 @@ class NonFiniteLoss(UserError):
 
 @contextlib.contextmanager
 def explain_failures(job: Job, saved: Checkpoints, clip_ids: Callable[[int], list[str]] | None) -> Iterator[None]:
-    """Turns a non-finite loss or exhausted memory into one sentence with the cause, what is kept, and the remedy."""
+    """Turns a non-finite loss or exhausted memory into one sentence with the cause, the kept state, and the remedy."""
     try:
         yield
     except metrics.NonFiniteStep as found:

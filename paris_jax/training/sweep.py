@@ -60,7 +60,7 @@ def variants(experiment: Experiment, role: Role, vary: Sequence[str], steps: int
         if not (equals and values and field.startswith(VARIED)):
             raise UserError(
                 f"--vary={text}: must be FIELD=VALUE,VALUE,... with a field of {', '.join(v[:-1] for v in VARIED)}, "
-                "such as training.learning_rate=1e-4,1e-3; what changes the data needs a run folder of its own"
+                "such as training.learning_rate=1e-4,1e-3; changes of the data need a run folder of their own"
             )
         axes.append([f"{field}={value}" for value in values.split(",")])
     # Warm-up and final decay are shortened in proportion.

@@ -26,7 +26,7 @@ class Crop:
     right: int = 0
 
     def box(self, rows: int, columns: int, share: float = 1.0) -> tuple[int, int, int, int]:
-        """(top, bottom, left, right) of what is shown; all where nothing would be. `share` of the rows is there."""
+        """(top, bottom, left, right) of the shown part; all where it would be empty. `share` of the rows is there."""
         top, bottom = round(self.top * share), rows - round(self.bottom * share)
         left, right = self.left, columns - self.right
         inside = 0 <= top < bottom <= rows and 0 <= left < right <= columns
@@ -41,7 +41,7 @@ def read(file: BinaryIO, format_name: str) -> Crop | None:
         if "matroska" in format_name:
             found = _pixel_crop(file, 0, file.seek(0, os.SEEK_END))
             return Crop(**found) if found and any(found.values()) else None
-    except (OSError, struct.error, ValueError, IndexError):  # FFmpeg's own reader says what is wrong with the file
+    except (OSError, struct.error, ValueError, IndexError):  # FFmpeg's own reader reports the fault of the file
         return None
     return None
 

@@ -8,7 +8,7 @@ import numpy as np
 from paris_jax.data import video
 from paris_jax.data.decoding.footage import Frame
 
-STILL = 10.0  # seconds that a frame may stay; what a longer gap covers is no video
+STILL = 10.0  # seconds that a frame may stay; a longer gap is not part of the video
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from paris_jax.data.sources.clip import OFF, Clip, Dropped, Video
 
 AHEAD = 4  # clips of one video that wait for the encoder
 RECYCLED = 500  # videos after which a process is replaced: decoders leak
-STARTING = 300.0  # seconds that a process may take to import what it needs
+STARTING = 300.0  # seconds that a process may take to import its modules
 READY = b"ready"
 LARGEST = 1 << 32  # bytes of a message from a process
 LIMITED = "took more time than allowed", "needs more memory than allowed"  # reasons that other limits may lift
@@ -33,7 +33,7 @@ LIMITED = "took more time than allowed", "needs more memory than allowed"  # rea
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What decoding one clip may take."""
+    """Limits of decoding one clip."""
 
     seconds: float = 120.0
     megabytes: int = 4096
@@ -69,7 +69,7 @@ class Decoders:
             worker.end()
 
     def clips(self, videos: Iterable[Video | Dropped]) -> Iterator[Clip | Dropped]:
-        """Yields the clips of all videos, in order, while the workers decode what comes next."""
+        """Yields the clips of all videos, in order, while the workers decode the next ones."""
         job = _Job(iter(videos), 2 * self.count)
         threads = [threading.Thread(target=job.serve, args=(worker,), daemon=True) for worker in self._workers]
         for thread in threads:
@@ -237,7 +237,7 @@ class _Worker:
             ready = False
         if not ready and not self.cancelled:
             self.end()
-            raise RuntimeError("a decoding process does not start: see what it printed above")
+            raise RuntimeError("a decoding process does not start: see its output above")
 
     def end(self) -> None:
         if self.process is not None:

@@ -25,7 +25,7 @@ class BadVideo(UserError):
 
     Attributes:
       reason: the kind of fault, the same words for every file.
-      detail: what is known of this file.
+      detail: the finding in this file.
     """
 
     def __init__(self, path: object, reason: str, detail: str = ""):
@@ -48,7 +48,7 @@ class Rules:
 
 
 class Header(NamedTuple):
-    """What FFmpeg's libraries do not tell of a file: its cropping, and the orientation of a photograph."""
+    """Properties of a file that FFmpeg's libraries do not report: its cropping, and the orientation of a photograph."""
 
     crop: cropping.Crop | None = None
     exif: int = 1
@@ -125,7 +125,7 @@ class Display:
         height, width = size or (frame.height, frame.width)
         colours: dict[str, Any] = {}
         if not frame.format.is_rgb and not frame.format.has_palette:
-            # What is not said follows the size, as players have it: BT.709 for HD, BT.601 below.
+            # An unspecified matrix follows the size, as in players: BT.709 for HD, BT.601 below.
             unsaid = 1 if frame.height >= 720 else 5
             colours = {
                 "src_colorspace": MATRICES.get(int(frame.colorspace), unsaid),
@@ -199,7 +199,7 @@ def orientation(frame: av.VideoFrame, name: object = "the video") -> Orientation
     largest = max(map(abs, (a, b, c, d)))
     if not largest:
         return Orientation()
-    tilt = 0.02 * largest  # what no player shows
+    tilt = 0.02 * largest  # no player shows less
     if abs(b) <= tilt and abs(c) <= tilt and min(abs(a), abs(d)) > tilt:
         return Orientation(False, a < 0, d < 0)
     if abs(a) <= tilt and abs(d) <= tilt and min(abs(b), abs(c)) > tilt:

@@ -2,7 +2,7 @@
 
 Decoders leave to their callers what the container and the stream say about a frame: rotation and flips, the aspect of
 its pixels, cropping, fields of interlaced video, transparency, the transfer function of HDR. `decode` applies all of
-it, and raises `BadVideo` for what it cannot show.
+it, and raises `BadVideo` for a video it cannot show.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ class _Unnamed:
 
 @contextlib.contextmanager
 def _binary(source: Source) -> Iterator[BinaryIO]:
-    """A source as an open file; closes only what it opened."""
+    """A source as an open file; closes it only if it opened it."""
     if isinstance(source, str | os.PathLike):
         with open(source, "rb", buffering=0) as file:
             yield file
@@ -128,7 +128,7 @@ def origin(stream: av.VideoStream) -> float:
 
 
 def probe(path: Source) -> Footage:
-    """Reads duration and size, decoding only the first frame; raises BadVideo for what is not a readable video."""
+    """Reads duration and size, decoding only the first frame; raises BadVideo for anything but a readable video."""
     with opened(path) as (container, stream):
         base = stream.time_base
         assert base is not None

@@ -69,7 +69,7 @@ def _send(connection: Any, number: int, item: Clip | Dropped) -> None:
 
 
 def limit_memory(megabytes: int) -> None:
-    """Lets this process have so much memory beyond what it has, where the system can hold it to that."""
+    """Limits this process's further memory, where the system can enforce a limit."""
     try:
         import resource
 

@@ -25,7 +25,7 @@ LISTS = ("videos.txt", "prompts.txt")  # line i of the one is the caption of the
 DELIMITERS = (",", "\t", ";", "|")
 MOST_LINES = 1000  # of a quoted field; one that is longer was never closed
 
-Row = tuple[int, dict[str, Any] | str]  # line number, and its columns or what is wrong with it
+Row = tuple[int, dict[str, Any] | str]  # line number, and its columns or its fault
 
 
 def find_tables(root: Path, named: str) -> list[Path]:
@@ -39,7 +39,7 @@ def find_tables(root: Path, named: str) -> list[Path]:
 
 
 def read_table(path: Path, video_column: str, caption_column: str) -> Iterator[tuple[str, str, str] | Dropped]:
-    """Yields (file, caption, place) of each line of a table, and what is dropped.
+    """Yields (file, caption, position) of each line of a table, and dropped lines.
 
     Args:
       path: csv, tsv, jsonl or parquet; any other ending is read as csv.
@@ -156,7 +156,9 @@ def _csv(path: Path) -> Iterator[Row]:
             continue
         fields, end = _record(lines, start, delimiter)
         if isinstance(fields, list) and len(fields) > len(header):
-            fields = f"has {len(fields)} columns where the first line has {len(header)}; quote what holds {delimiter!r}"
+            fields = (
+                f"has {len(fields)} columns where the first line has {len(header)}; quote fields with {delimiter!r}"
+            )
         row = dict(zip(header, fields)) if isinstance(fields, list) else fields
         yield start + 1, row
         start = end
@@ -170,7 +172,7 @@ def _delimiter(path: Path, header: str) -> str:
 
 
 def _record(lines: list[str], start: int, delimiter: str) -> tuple[list[str] | str, int]:
-    """The fields of the record that starts at a line, or what is wrong with it, and the line after it."""
+    """The fields of the record that starts at a line, or its fault, and the line after it."""
     opens = re.search(rf'(^|{re.escape(delimiter)})"', lines[start])
     if not opens:  # quotes inside of a field are characters
         return next(csv.reader([lines[start]], delimiter=delimiter, quoting=csv.QUOTE_NONE)), start + 1

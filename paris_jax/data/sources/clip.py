@@ -1,4 +1,4 @@
-"""What sources of video yield: captioned clips, videos to cut into clips, and what was dropped of both."""
+"""The values that sources of video yield: captioned clips, videos to cut into clips, and dropped ones of both."""
 
 import dataclasses
 import re
@@ -41,7 +41,7 @@ class Dropped:
       id: of the clip or video; the place of a line.
       stage: one of STAGES; "curate" is a choice of the config, the others are faults.
       reason: the kind of fault, the same words for all of a kind.
-      detail: what is known of this one.
+      detail: the finding in this one.
     """
 
     id: str

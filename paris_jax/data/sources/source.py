@@ -1,4 +1,4 @@
-"""What every source of clips has: items first, their clips on demand."""
+"""The interface of every source of clips: items first, their clips on demand."""
 
 import abc
 import dataclasses
@@ -18,7 +18,7 @@ class Source(abc.ABC):
     Attributes:
       isolated: whether clips are decoded by worker processes, which a broken file may take down.
       items_per_shard: items that go into one shard of the latent cache.
-      dropped: what was found unusable while the items were listed.
+      dropped: items found unusable while they were listed.
     """
 
     isolated: bool = True
@@ -35,14 +35,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def item(self, index: int) -> SourceItem:
-        """What an item is known by without reading it: id, size, time of change, hash of its caption."""
+        """The state of an item, known without reading it: id, size, time of change, hash of its caption."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells one source from another, whatever its items are; by default its description."""
+        """The identity of a source, apart from its items; by default its description."""
         return self.describe()
 
     def content(self, index: int) -> str:
-        """Hash of what an item holds; "" where that cannot be read cheaply: its state decides alone."""
+        """Hash of an item's contents; "" where they cannot be read cheaply: its state decides alone."""
         return ""
 
     def caption(self, index: int) -> str | None:

@@ -195,7 +195,7 @@ class TfdsSource(Source):
     count: int
     features: Features
     cutting: Cutting
-    files: str  # hash of what the split's files are
+    files: str  # hash of the split's files
 
     @classmethod
     def open(cls, data: Any) -> "TfdsSource":

@@ -109,7 +109,7 @@ class VideoFile:
     attributes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def clips(self, first: int = 0, curation: CurationSettings = OFF) -> Iterator[tuple[int, Clip | Dropped]]:
-        """Decodes the clips in one pass; what breaks ends the video with its reason."""
+        """Decodes the clips in one pass; a fault ends the video with its reason."""
         cutting, number, end = self.cutting, first, 0.0
         with _opened(self.file) as file:
             if left_out := _left_out(file, self.id, curation):
@@ -145,7 +145,7 @@ class VideoFile:
 
 
 def _left_out(file: BinaryIO, name: str, curation: CurationSettings) -> Dropped | None:
-    """What the config says about videos, before they are decoded."""
+    """The config's settings for videos, before they are decoded."""
     if not (curation.min_side or curation.min_seconds):
         return None
     try:

@@ -41,7 +41,7 @@ class WebDatasetSource(Source):
     """The videos of tar shards, in order of the shards' names and of their members.
 
     Attributes:
-      root: what all shards' paths begin with.
+      root: the common beginning of all shards' paths.
       names: the rest of their paths.
       caption_column: field of .json members; "" for the usual ones.
     """
@@ -273,7 +273,7 @@ class Staged:
 
 
 def _common_folder(paths: list[str]) -> str:
-    """What the names of folders of all paths begin with, with its slash; "" for files of the working directory."""
+    """The common beginning of the folders of all paths, with its slash; "" for files of the working directory."""
     folders = [path.split("/")[:-1] for path in paths]
     shared = list(itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders)))
     return "".join(f"{names[0]}/" for names in shared)

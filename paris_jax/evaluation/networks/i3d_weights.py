@@ -177,7 +177,7 @@ def convert(path: epath.PathLike, out: epath.PathLike) -> str:
 
 
 def _layout_of(arrays: dict[str, np.ndarray], path: epath.PathLike) -> tuple[str, str]:
-    """The layout of these names, and what stands before all of them."""
+    """The layout of these names, and their common prefix."""
     for layout in _LAYOUTS:
         first = _names(layout, "Conv3d_1a_7x7")["kernel"]
         for name in arrays:

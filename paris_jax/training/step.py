@@ -30,11 +30,11 @@ from paris_jax.training.losses import (
 )
 from paris_jax.training.state import TrainState, load_initial_weights
 
-# Settings that no program of a job depends on, with the values that stand for all others.
-SHARED = {"learning_rate": 1.0, "seed": 0, "init_from": ""} | {
-    name: TrainingSettings.__dataclass_fields__[name].default
-    for name in ("log_every_steps", "checkpoint_every_steps", "max_to_keep", "keep_period", "text_buckets")
-}
+# Settings that a compiled step does not depend on.
+NOT_COMPILED = (
+    *("learning_rate", "seed", "init_from"),
+    *("log_every_steps", "checkpoint_every_steps", "max_to_keep", "keep_period", "text_buckets"),
+)
 
 
 class StepInputs(NamedTuple):
@@ -183,7 +183,8 @@ class ShardedStep:
     def __init__(self, job: Job, devices: list[Any] | None = None):
         self.job, self.mesh = job, sharding.make_mesh(job.settings, devices)
         sharding.check_network(job.config, self.mesh, video_tokens(job.latent_shape))
-        settings = dataclasses.replace(job.settings, **SHARED)
+        defaults = TrainingSettings()
+        settings = dataclasses.replace(job.settings, **{name: getattr(defaults, name) for name in NOT_COMPILED})
         self._programs = _programs(
             job.losses, job.config, settings, job.steps, job.timestep_sampler, job.masks, self.mesh
         )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -34,6 +35,11 @@ class Quickstart:
         config.write_text(f"from ml_collections import ConfigDict\n\n\n{body}")
         flags = (f"--config={config}", f"--workdir={self.run_folder}", *flags)
         self.command = [sys.executable, "-m", "paris_jax", "quickstart", *flags]
+
+    def has_first_videos(self):
+        """As if it had sampled the bundled ensemble already."""
+        Path(self.run_folder.samples).mkdir(parents=True)
+        Path(self.run_folder.samples / "bundled.mp4").touch()
 
     def start(self, *more):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -123,6 +129,7 @@ def test_another_config_is_refused_before_any_job_starts(quick):
 def test_the_error_of_a_failed_role_is_reported(micro, clustered, tmp_path):
     quick = Quickstart(tmp_path, micro)
     shutil.copytree(clustered.path, quick.run_folder.path)
+    quick.has_first_videos()
     (missing,) = quick.run_folder.cluster(1).glob("*.array_record")
     missing.unlink()
     code, _, err = quick.end()
@@ -135,7 +142,9 @@ def test_the_error_of_a_failed_role_is_reported(micro, clustered, tmp_path):
 
 
 def test_the_error_of_a_failed_stage_ends_the_quickstart(micro, tmp_path):
-    code, out, err = Quickstart(tmp_path, micro, "--config.clustering.num_clusters=40").end()
+    quick = Quickstart(tmp_path, micro, "--config.clustering.num_clusters=40")
+    quick.has_first_videos()
+    code, out, err = quick.end()
     assert code == 1
     assert "error: config.clustering.num_clusters=40" in err.splitlines()[-1]
     assert "train" not in out

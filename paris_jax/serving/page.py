@@ -1,6 +1,7 @@
 """The page as Gradio blocks. Its controls follow the fields of `SamplingParams`: name, help, range, choices, type."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ input.addEventListener('change', () => {
 # On a telephone the cards are below the controls.
 SCROLL = "() => { if (innerWidth < 700) document.querySelector('#results').scrollIntoView({behavior: 'smooth'}); }"
 EACH = ": one for all prompts, or one for each"  # in the help of fields; the page has one prompt
+NOW = "() => Date.now()"
 RANDOM_SEED = "() => Math.floor(Math.random() * 4294967296)"
 
 
@@ -71,6 +73,7 @@ class Page:
         self.slots = min(len(models.columns), limits.max_columns)
         self.controls: dict[str, Any] = {}
         self.running: tuple[str | None, threading.Event] = (None, threading.Event())  # session, and whether to stop
+        self.stops = Stops()
 
     def about(self) -> str:
         """Sizes of the ensemble in a line."""
@@ -97,9 +100,16 @@ class Page:
         options = {"outputs": outputs, "preprocess": False, "concurrency_limit": 1, "api_visibility": "private"}
         # A request made while this browser's last one is sampled comes after it.
         options |= {"show_progress": "minimal", "show_progress_on": says, "trigger_mode": "always_last"}
-        gr.on([start.click, self.controls["prompt"].submit], self.sample, list(self.controls.values()), **options)
+        # By the times of both clicks, on the browser's clock, a request that waits is known to be stopped.
+        started, ended = gr.Number(0, visible=False), gr.Number(0, visible=False)
+        made = gr.on(
+            [start.click, self.controls["prompt"].submit], None, outputs=started, js=NOW, api_visibility="private"
+        )
+        made.then(self.sample, [started, *self.controls.values()], **options)
         start.click(None, js=SCROLL, api_visibility="private")
-        stop.click(self.stop, outputs=says, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+        pressed = stop.click(None, outputs=ended, js=NOW, api_visibility="private")
+        options = {"preprocess": False, "concurrency_limit": None, "api_visibility": "private"}
+        pressed.then(self.stop, ended, says, show_progress="hidden", **options)
 
     def _first_controls(self) -> None:
         options = {"max_length": self.limits.max_prompt_length, "autofocus": True}
@@ -161,8 +171,11 @@ class Page:
         most = requests.most(self.limits, self.ensemble.size["num_frames"], len(self.ensemble.clusters))
         return requests.read(form, self.limits, self.models.columns, most)
 
-    def sample(self, session: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def sample(self, session: gr.Request, clicked: Any, *values: Any) -> Iterator[list[Any]]:
         """Samples as the controls are set, and yields the sentence and the cards as they change."""
+        if self.stops.is_after(session.session_hash, clicked):
+            yield self._outputs(cards.sentence("Stopped"))
+            return
         try:
             request = self.read(values)
         except UserError as error:
@@ -198,10 +211,31 @@ class Page:
     def _outputs(self, said: str, changed: dict[int, Any] | None = None) -> list[Any]:
         return [said, *((changed or {}).get(i, gr.skip()) for i in range(self.slots))]
 
-    def stop(self, session: gr.Request) -> Any:
-        """Stops sampling after the present step, if the request is of this browser's session."""
+    def stop(self, session: gr.Request, clicked: Any) -> Any:
+        """Stops this browser's request: after the present step, or before it is sampled if it waits."""
+        self.stops.add(session.session_hash, clicked)
         running, stopped = self.running
         if running != session.session_hash:
             return gr.skip()
         stopped.set()
         return cards.sentence("Stopping after this step")
+
+
+class Stops:
+    """When each session pressed Stop last, by the clock of its browser; the newest sessions only."""
+
+    SESSIONS = 1000
+
+    def __init__(self):
+        self._times: dict[str | None, float] = {}
+
+    def add(self, session: str | None, clicked: Any) -> None:
+        if isinstance(clicked, int | float):
+            self._times.pop(session, None)
+            self._times[session] = clicked
+            if len(self._times) > self.SESSIONS:
+                del self._times[next(iter(self._times))]
+
+    def is_after(self, session: str | None, clicked: Any) -> bool:
+        """Whether Stop was pressed after a request was made."""
+        return isinstance(clicked, int | float) and clicked <= self._times.get(session, -math.inf)

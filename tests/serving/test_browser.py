@@ -141,6 +141,25 @@ def test_stop_ends_sampling_and_the_next_request_is_sampled(port):
         page.wait_for_selector("video.finished")
 
 
+def test_stop_also_ends_a_request_that_waits(port):
+    with opened(port) as first:
+        second = first.context.browser.new_page()
+        second.set_default_timeout(PATIENCE * 1000)
+        second.goto(first.url)
+        second.wait_for_selector("#prompt textarea")
+        ask(first, steps=400)
+        first.wait_for_function("/step [0-9]/.test(document.querySelector('.steps')?.innerText)")
+        ask(second, steps=2)
+        says(second, "queue")
+        second.click("#stop")
+        second.wait_for_timeout(500)
+        first.click("#stop")
+        says(second, "Stopped")
+        assert second.locator("video").count() == 0
+        ask(second, steps=2)
+        second.wait_for_selector("video.finished")
+
+
 def test_a_closed_page_does_not_keep_others_waiting(port):
     with opened(port) as page:
         ask(page, steps=400)

@@ -31,7 +31,8 @@ from paris_jax.artifacts.run_folder import Role, RunFolder, roles
 from paris_jax.artifacts.schemas import EvaluationManifest
 from paris_jax.clustering.build import cluster
 from paris_jax.commands.assemble import assemble
-from paris_jax.commands.import_weights import export_weights, import_weights
+from paris_jax.commands.export import export_weights
+from paris_jax.commands.import_weights import import_weights
 from paris_jax.commands.sample import Output, sample
 from paris_jax.commands.seal import seal
 from paris_jax.commands.train import train

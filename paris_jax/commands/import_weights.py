@@ -1,18 +1,18 @@
-"""`paris-jax import` and `export`: published weights to ours, and ours to the names that others read."""
+"""`paris-jax import`: published weights as ours."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from paris_jax.artifacts import exported, locks, manifest, weight_files
+from paris_jax.artifacts import locks, manifest
 from paris_jax.artifacts.schemas import T5ClipDescription
 from paris_jax.artifacts.tensors import Tensors
-from paris_jax.config import network
 from paris_jax.config.experiment import Experiment
 from paris_jax.data.encoding import UNIT, text_encoder
 from paris_jax.encoders import codecs
@@ -84,13 +84,13 @@ def _import(
         raise UserError(
             f"{tensors.files[0]} has the layout {layout!r}; {source} comes as {' or '.join(SOURCES[source])}"
         )
-    config = _of_experiment(experiment) if experiment else _of_tensors(tensors, layout)
+    config = _network_of(experiment) if experiment else convert.network_config(tensors, layout)
     report = convert.check(tensors, config, layout)
-    with _bar("reading", convert.count(config, layout)) as advance:
-        use = _use(experiment) if experiment and VIDEO in (source, layout) else None
-        convert.import_network(tensors, config, report, folder, source, dtype, advance, use)
-    _tell(config, report, folder)
-    if use:
+    with progress_bar("reading", convert.count(config, layout)) as advance:
+        entries = _sampling_entries(experiment) if experiment and VIDEO in (source, layout) else None
+        convert.import_network(tensors, config, report, folder, source, dtype, advance, entries)
+    _print_report(config, report, folder)
+    if entries:
         hint = f"To sample from it: paris-jax sample --ensemble={folder}"
     elif VIDEO in (source, layout):
         hint = "To sample from it, import it with a config whose codec is hunyuan and whose text is t5+clip"
@@ -99,40 +99,16 @@ def _import(
     Console(highlight=False).print(hint, soft_wrap=True)
 
 
-def export_weights(part: str | None, layout: str, out: str | None) -> None:
-    """Writes one of our networks (a part's folder, or imported weights) as a safetensors file of another layout."""
-    if not part or not out:
-        raise UserError("--part and --out are needed: --network=RUN/experts/0/export --out=expert.safetensors")
-    if layout not in LAYOUTS:
-        raise UserError(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
-    if epath.Path(out).exists():
-        raise UserError(f"{out} exists already; choose another --out")
-    folder = epath.Path(part)
-    found = convert.read_manifest(folder, verify=True)
-    config = exported.network(found, folder)
-    if not isinstance(config, DiTConfig):
-        raise UserError(f"{folder} is a router; only experts and monoliths have a layout that others read")
-    if config.prediction_type != "velocity":
-        raise UserError(
-            f"{folder} predicts {config.prediction_type}; these layouts are of networks that predict the velocity"
-        )
-    if config.attention != "joint":
-        raise UserError(f"{folder} has {config.attention} attention; these layouts are of networks that attend jointly")
-    tensors = Tensors(weight_files.location(folder, found.files))
-    with locks.only_writer(out), _bar("writing", convert.count(config, layout)) as advance:
-        convert.export_network(tensors, config, layout, epath.Path(out), advance)
-    logger.info("wrote %s: %.2fM parameters as %s", out, functional.count(config) / 1e6, layout)
-
-
-def _of_experiment(experiment: Experiment) -> DiTConfig:
+def _network_of(experiment: Experiment) -> DiTConfig:
+    """The network of an experiment's experts."""
     width, pooled = text_encoders.widths_of(experiment)
     sizes = {"channels": codecs.latent_shape(experiment)[-1], "text_width": width, "pooled_width": pooled}
     dtype = compute_dtype(experiment.training.compute_dtype, *precision.current_device())
     return functional.network_config(experiment.network, **sizes, dtype=dtype, cond_frames=bool(experiment.masks.kinds))
 
 
-def _use(experiment: Experiment) -> dict[str, Any] | None:
-    """Settings for sampling from a published video network; None where its codec or text is not the experiment's."""
+def _sampling_entries(experiment: Experiment) -> dict[str, Any] | None:
+    """Manifest entries to sample from a published video network; None if its codec or text is not the experiment's."""
     settings = experiment.text
     if (experiment.codec.name, settings.name) != ("hunyuan", "t5+clip"):
         return None
@@ -155,38 +131,15 @@ def _use(experiment: Experiment) -> dict[str, Any] | None:
     }
 
 
-def _of_tensors(tensors: Tensors, layout: str) -> DiTConfig:
-    try:
-        sizes = convert.sizes(tensors, layout)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{tensors.files[0]}: the network's sizes cannot be read, {error} is not there; give --config"
-        ) from error
-    published = network.NETWORK_PRESETS["11b"]
-    if not sizes["heads"] or sizes["hidden"] // sizes["heads"] != sum(published.rope_axes):
-        raise UserError(
-            f"{tensors.files[0]} has {sizes['heads']} heads for {sizes['hidden']} features, FLUX.1's heads have "
-            f"{sum(published.rope_axes)}: name the --config whose experts it is for"
-        )
-    return DiTConfig(**sizes, rope_axes=published.rope_axes, theta=published.theta)
+@contextlib.contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar of `total` steps; yields a function that advances it by one."""
+    with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda: progress.advance(task)
 
 
-class _bar:
-    """A progress bar over so many steps, as a function that takes one."""
-
-    def __init__(self, name: str, total: int):
-        self._progress = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        self._task = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self._progress.start()
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-def _tell(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None:
+def _print_report(config: DiTConfig, report: convert.Report, folder: epath.Path) -> None:
     sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     shown = ", ".join(f"{name} {sizes[name]}" for name in ("hidden", "heads", "double_blocks", "single_blocks"))
     console = Console(highlight=False)

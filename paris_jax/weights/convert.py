@@ -10,6 +10,7 @@ from etils import epath
 from paris_jax.artifacts import manifest, safe_files, weight_files
 from paris_jax.artifacts.schemas import NetworkManifest, WeightsManifest
 from paris_jax.artifacts.tensors import DTYPES, Tensors, write
+from paris_jax.config.network import NETWORK_PRESETS
 from paris_jax.errors import UserError
 from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
@@ -82,6 +83,27 @@ def sizes(tensors: Tensors, layout: str) -> dict[str, Any]:
     }
 
 
+def network_config(tensors: Tensors, layout: str) -> DiTConfig:
+    """The network that these tensors are of, with the RoPE axes of FLUX.1.
+
+    Raises:
+      UserError: a tensor that determines a size is missing, or heads of another width than FLUX.1's.
+    """
+    try:
+        found = sizes(tensors, layout)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{tensors.files[0]}: the network's sizes cannot be read, {error} is not there; give --config"
+        ) from error
+    published = NETWORK_PRESETS["11b"]
+    if not found["heads"] or found["hidden"] // found["heads"] != sum(published.rope_axes):
+        raise UserError(
+            f"{tensors.files[0]} has {found['heads']} heads for {found['hidden']} features, FLUX.1's heads have "
+            f"{sum(published.rope_axes)}: name the --config whose experts it is for"
+        )
+    return DiTConfig(**found, rope_axes=published.rope_axes, theta=published.theta)
+
+
 def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
     """Compares all names and shapes before any values are read.
 
@@ -144,7 +166,7 @@ def import_network(
     source: str,
     dtype: str,
     advance: Advance,
-    use: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
     shard_bytes: int = weight_files.SHARD_BYTES,
 ) -> None:
     """Writes a published network in our layout to `folder`: weights (`artifacts.weight_files`), then a manifest.
@@ -154,14 +176,14 @@ def import_network(
       source: name of the source, for the manifest.
       dtype: "float32" or "bfloat16"; "": the dtype of the source, or a wider one that holds all its values.
       advance: called after each piece (`count`).
-      use: further entries of the manifest that sampling needs. With them, the folder is an exported network that
+      sampling: further entries of the manifest that sampling needs. With them, the folder is an exported network that
         computes in `config.dtype`; without, it holds initial weights.
       shard_bytes: the size above which the weights are several files.
     """
     names = {name for piece in pieces(config, LAYOUTS[report.layout]) for name in piece.theirs} & tensors.shapes.keys()
     used = {tensors.shapes[name][1] for name in names}
     wide = used.pop() if len(used) == 1 else np.dtype(np.float32)
-    if use and wide == np.float16:  # exported networks are not stored in float16
+    if sampling and wide == np.float16:  # exported networks are not stored in float16
         wide = np.dtype(np.float32)
     kind = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]] if dtype else wide
     shapes = {name: (leaf.shape, kind) for name, leaf in functional.to_names(functional.abstract(config)).items()}
@@ -174,13 +196,13 @@ def import_network(
     files = weight_files.write(folder, shapes, chunks(), shard_bytes)
     network = dataclasses.asdict(config)
     del network["remat"]
-    if use:
+    if sampling:
         network["kind"] = "dit"
     else:
         del network["dtype"]
     manifest.write(
         folder,
-        NetworkManifest if use else WeightsManifest,
+        NetworkManifest if sampling else WeightsManifest,
         files,
         "",
         source=source,
@@ -188,7 +210,7 @@ def import_network(
         parameters=functional.count(config),
         report=dataclasses.asdict(report),
         origin={file.name: safe_files.check_regular(file, follow_links=True) for file in tensors.files},
-        **use or {},
+        **sampling or {},
     )
 
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from paris_jax.artifacts import ensemble_manifest, exported, manifest, weight_files
 from paris_jax.artifacts.tensors import Tensors
 from paris_jax.artifacts.weight_files import INDEX, SHARD_BYTES, WEIGHTS
-from paris_jax.commands.import_weights import export_weights
+from paris_jax.commands.export import export_weights
 from paris_jax.commands.validate import validate
 from paris_jax.errors import UserError
 from paris_jax.models import functional

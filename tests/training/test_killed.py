@@ -27,7 +27,7 @@ from paris_jax.errors import UserError
 from paris_jax.evaluation.protocol import evaluate
 
 ROOT = Path(__file__).parents[2]
-# Writes half of the file whose turn it is, and dies as by kill -9.
+# Writes half of the file whose turn it is, and dies as by kill -9. JAX's cache of compiled programs does not count.
 DYING = """
 import os, signal, sys
 from etils import epath
@@ -38,7 +38,7 @@ whole = local.write_bytes
 
 def write_bytes(self, data):
     global left
-    left -= 1
+    left -= not self.is_relative_to(os.environ["JAX_COMPILATION_CACHE_DIR"])
     if not left:
         whole(self, data[: len(data) // 2])
         os.kill(os.getpid(), signal.SIGKILL)

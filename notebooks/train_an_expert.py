@@ -128,7 +128,7 @@ alone.sample(PROMPTS, num_inference_steps=experiment.sampling.num_inference_step
 # ## Validate
 #
 # The checks that the owner runs before a network is admitted, in their order: schema, files, sizes, hashes, finite
-# values, and a sample. A network that fails one is refused by name. Checks of what an owner may ask for beyond that, a
+# values, and a sample. A network that fails one raises an error that names it. What an owner may ask for beyond that, a
 # signature and losses on held-out clips, are listed as not run.
 
 # %%

@@ -260,4 +260,4 @@ def _refuse(problems: list[str], path: epath.Path) -> None:
     if problems:
         shown = "; ".join(problem[:300] for problem in problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} is refused: {shown}{more}; export it again with 'paris-jax train'")
+        raise UserError(f"{path} cannot be loaded: {shown}{more}; export it again with 'paris-jax train'")

@@ -64,7 +64,7 @@ def only_writer(output: epath.PathLike, lock: epath.PathLike | None = None, wait
                     path.unlink()  # while it is held: a waiting process notices, and takes the next one
         finally:
             held.release()
-        with contextlib.suppress(OSError):  # a command that was refused has written nothing
+        with contextlib.suppress(OSError):  # a command that failed at once has written nothing
             for folder in absent:
                 folder.rmdir()
 

@@ -1,6 +1,6 @@
 """Safetensors files, read and written tensor by tensor, so that no whole network has to fit in memory.
 
-Nothing is unpickled: files of other kinds are refused.
+Nothing is unpickled: files of other kinds raise an error.
 """
 
 import contextlib

@@ -101,7 +101,7 @@ class Experiment:
         if not problems:
             problems += [f"config.{p}" for p in experiment.problems()]
         if problems:
-            raise UserError("The config is refused: " + "; ".join(problems))
+            raise UserError("Invalid config: " + "; ".join(problems))
         return experiment
 
     def problems(self) -> Problems:

@@ -28,7 +28,7 @@ WEIGHT_DTYPES = ("auto", "int8")
 COMPUTE_DTYPES = ("", "float32", "bfloat16", "float16")
 LACKS_BFLOAT16 = (
     "this GPU (compute capability %s) has no bfloat16: computing in float32, which takes twice the memory; "
-    "compute_dtype=float16 takes half of that and is faster, and an overflow is refused"
+    "compute_dtype=float16 takes half of that and is faster, and an overflow is an error"
 )
 
 

@@ -20,7 +20,7 @@ SLOW = {
     "CPU": "Everything but the embedded shapes. Samples of bundled:shapes take seconds and training the tiny job takes "
     "minutes; published networks and larger videos need a GPU or TPU.",
     "old GPU": "bfloat16, which this GPU lacks: networks trained in it compute in float32. "
-    "compute_dtype='float16' is faster and takes half the memory; it may overflow, which is refused by name. "
+    "compute_dtype='float16' is faster and takes half the memory; it may overflow, an error that names the expert. "
     "Long videos, too: without flash attention, memory grows with the square of the tokens.",
     "GPU": "The first call of each shape, which compiles. Networks that do not fit are fetched layer by layer "
     "(offload=True) or kept in 8 bits (weights_dtype='int8').",

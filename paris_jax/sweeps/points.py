@@ -72,7 +72,7 @@ def make_points(file: str, config: str, changes: Sequence[str], folder: epath.Pa
       folder: of the sweep.
 
     Raises:
-      UserError: a file that is refused, a field that is set for all points and by one of them, or no possible point.
+      UserError: an invalid file, a field that is set for all points and by one of them, or no possible point.
     """
     points = []
     for found in overrides.load(file):

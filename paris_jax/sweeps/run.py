@@ -85,7 +85,7 @@ def run_sweep(file: str, base: Base, folder: epath.PathLike, place: Place, metri
     of another one that a launcher still prepares are left for the next call.
 
     Raises:
-      UserError: a file, field, metric or setting that is refused; points that failed, after all others have run.
+      UserError: an invalid file, field, metric or setting; points that failed, after all others have run.
       Preempted, KeyboardInterrupt: the running point has saved; the same command resumes.
     """
     points = make_points(file, base.config, base.changes, folder)
@@ -120,7 +120,7 @@ def _start(points: Sequence[Point], base: Base, place: Place, failed: dict[str, 
         except UserError as error:
             failed[point.name] = str(error)
         except SystemExit:
-            failed[point.name] = "a stage was refused; its error is above"
+            failed[point.name] = "a stage failed; its error is above"
         if point.name in failed:
             logger.warning("%s failed: %s", point.name, failed[point.name])
         if not place.dry_run:

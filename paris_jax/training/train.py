@@ -95,7 +95,7 @@ class Run:
         return (step == self.job.steps or stopping or periodic) and step != self.last_saved
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving; a state that is not finite is refused instead."""
+        """Starts saving; raises an error for a state that is not finite."""
         self.log.line(step)
         self.log.flush()
         self.checkpoints.save(step, state, self.iterator.get_state(), {"trained": self.clocks.total()})

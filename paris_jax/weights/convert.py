@@ -131,7 +131,7 @@ def check(tensors: Tensors, config: DiTConfig, layout: str) -> Report:
     problems += [f"{name} is extra" for name in left if name not in unused]
     if problems:
         where = tensors.files[0] if len(tensors.files) == 1 else tensors.files[0].parent
-        raise UserError(f"{where} is refused, {len(problems)} of its tensors do not fit: {'; '.join(problems)}")
+        raise UserError(f"{where} cannot be loaded, {len(problems)} of its tensors do not fit: {'; '.join(problems)}")
     return Report(layout, read, fresh, unused)
 
 

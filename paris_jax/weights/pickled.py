@@ -89,8 +89,8 @@ class _Unpickler(pickle.Unpickler):
             return _Module
         if (module, name) not in self._names:
             raise UserError(
-                f"{self._path} is refused: besides arrays, it names {f'{module}.{name}'[:100]!r}, which reading it "
-                "would run; get the weights as safetensors"
+                f"{self._path} cannot be loaded: besides arrays, it names {f'{module}.{name}'[:100]!r}, "
+                "which reading it would run; get the weights as safetensors"
             )
         return self._names[module, name]
 

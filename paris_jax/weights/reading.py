@@ -73,7 +73,9 @@ class Reader:
     def _read(self, name: str, dtype: Any) -> np.ndarray:
         values = self._tensors.read(name)
         if not np.isfinite(values).all():
-            raise UserError(f"{self._where} is refused: {name} holds values that are not finite; download it again")
+            raise UserError(
+                f"{self._where} cannot be loaded: {name} holds values that are not finite; download it again"
+            )
         return values.astype(dtype)
 
     def layer(self, name: str, outputs: int, *inputs: int, bias: bool = True) -> dict[str, Later]:
@@ -87,7 +89,7 @@ class Reader:
         self._problems += [f"{name} is extra" for name in left if not name.startswith(tuple(unused))]
         if self._problems:
             count, shown = len(self._problems), "; ".join(self._problems)
-            raise UserError(f"{self._where} is refused, {count} of its tensors do not fit: {shown}")
+            raise UserError(f"{self._where} cannot be loaded, {count} of its tensors do not fit: {shown}")
 
 
 def stacked(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def with_first(change):
 )
 def test_a_bad_array_is_refused_by_name_even_when_the_hashes_agree(change, message, run):
     rewrite(Path(run.export(EXPERT)), change)
-    with pytest.raises(UserError, match=f"experts/1/export/model.safetensors is refused: .*{message}"):
+    with pytest.raises(UserError, match=f"experts/1/export/model.safetensors cannot be loaded: .*{message}"):
         exported.read(run.export(EXPERT))
 
 

@@ -137,7 +137,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
             problems.append(f"{name} is extra")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} is refused, its tensors are not I3D's: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{path} cannot be loaded, its tensors are not I3D's: {'; '.join(problems[:5])}{more}")
     return tensors
 
 

@@ -124,8 +124,9 @@ def read(path: epath.PathLike) -> Params:
     if problems:
         shown = ", ".join(problems[:3])
         raise UserError(
-            f"{path} is refused: {len(problems)} tensors of Inception v3 are missing or do not fit ({shown}, ...); "
-            "name the weights of pytorch-fid (pt_inception-2015-12-05), saved as safetensors or by PyTorch 1.6 or later"
+            f"{path} cannot be loaded: {len(problems)} tensors of Inception v3 are missing or do not fit "
+            f"({shown}, ...); name the weights of pytorch-fid (pt_inception-2015-12-05), saved as safetensors or by "
+            "PyTorch 1.6 or later"
         )
     return params
 

@@ -23,7 +23,9 @@ from tests.launchers.isolation import Teams, is_possible
 ROLES = [Role("expert", k) for k in range(3)]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not is_possible(), reason="needs root on Linux, unshare and setpriv"),
+    pytest.mark.skipif(
+        not is_possible(), reason="needs root on Linux, unshare, setpriv and a Python that others may run"
+    ),
 ]
 
 

@@ -295,6 +295,7 @@ import logging, sys, jax
 from paris_jax.config.experiment import Experiment
 from paris_jax.artifacts.run_folder import Role, RunFolder
 from paris_jax.artifacts import manifest
+from paris_jax.artifacts.schemas import ClusterManifest
 from paris_jax.training import job as jobs
 from paris_jax.training.train import train
 from paris_jax.data.loader import training_batches

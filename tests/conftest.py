@@ -129,17 +129,22 @@ def no_text(text):
     return type(text)(0 * text.tokens, 0 * text.length + 1, 0 * text.pooled)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_forgotten():
-    """Frees compiled programs after a file of tests, once there are many.
+def forget_programs() -> None:
+    """Frees compiled programs once there are many.
 
     Each holds hundreds of the 65530 mappings that Linux lets a process have; without any left, XLA dies.
     """
-    yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Frees compiled programs after a file of tests."""
+    yield
+    forget_programs()
 
 
 @pytest.fixture

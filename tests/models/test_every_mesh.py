@@ -25,7 +25,7 @@ from paris_jax.models import functional
 from paris_jax.models.dit import DiTConfig
 from paris_jax.models.router import RouterConfig
 from paris_jax.models.sharding_rules import MESH_AXES, device_mesh, parameter_spec
-from tests.conftest import QUICK
+from tests.conftest import QUICK, forget_programs
 
 ROOT = Path(__file__).parents[2]
 FACTORISATIONS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
@@ -114,6 +114,7 @@ def on_eight_devices(exhaustive: bool) -> dict[str, float]:
             with jax.set_mesh(mesh):
                 actual = jax.jit(value_and_gradient, static_argnums=0)(config, placed, split)
             found[f"{name} {sizes}"] = distance(actual, expected)
+            forget_programs()
     config = NETWORKS["joint"]
     params, given = jax.tree.map(np.asarray, random_params(config)), inputs(config)
     expected = np.asarray(samples(config, jax.tree.map(lambda a: a[None], params), given))
@@ -123,6 +124,7 @@ def on_eight_devices(exhaustive: bool) -> dict[str, float]:
             placed = options.place(config, [params])
             actual = samples(config, placed, device_placement.replicate(given, options.mesh))
         found[f"sampler {sizes}"] = distance(actual, expected)
+        forget_programs()
     return found
 
 

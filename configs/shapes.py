@@ -1,6 +1,6 @@
 """The embedded moving shapes, end to end: three worlds, three experts, a router, a monolith of the same compute.
 
-get_config("tiny")     2 CPU cores, all roles and the evaluation in ten to fifteen minutes. Expect the right colour,
+get_config("tiny")     2 CPU cores, all roles and the evaluation in six to fifteen minutes. Expect the right colour,
     size and ground, and two thirds of the motions; shapes take longer to learn (figures: docs/benchmarks.md).
         ./launch/quickstart.sh
 get_config("bundled")  2 CPU cores, about two hours: trained `bundled:shapes`. Expect the right object, colour and
